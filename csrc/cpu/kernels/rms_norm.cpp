@@ -1,0 +1,46 @@
+#include "ttskernels/rms_norm.h"
+
+#include <cmath>
+
+#include "ttskernels/threads.h"
+#include "vec.h"
+
+namespace ttsk::TTSK_ISA {
+namespace {
+
+template <typename T>
+void NormRow(const T* x, const T* weight, T* y, int64_t dim, float eps) {
+  const int64_t body = dim / kLanes * kLanes;
+  const int tail = static_cast<int>(dim - body);
+  Vec sum = Zero();
+  for (int64_t i = 0; i < body; i += kLanes) {
+    const Vec v = LoadAs(x + i);
+    sum = Fma(v, v, sum);
+  }
+  if (tail > 0) {
+    const Vec v = LoadTail(x + body, tail);
+    sum = Fma(v, v, sum);
+  }
+  const Vec scale = Broadcast(1.0f / std::sqrt(ReduceAdd(sum) / static_cast<float>(dim) + eps));
+  for (int64_t i = 0; i < body; i += kLanes) StoreAs(y + i, Mul(Mul(LoadAs(x + i), scale), LoadAs(weight + i)));
+  if (tail > 0) StoreTail(y + body, Mul(Mul(LoadTail(x + body, tail), scale), LoadTail(weight + body, tail)), tail);
+}
+
+template <typename T>
+void NormRows(const RmsNormParams& p) {
+#pragma omp parallel for num_threads(NumThreads()) if (p.rows * p.dim > 16384)
+  for (int64_t r = 0; r < p.rows; ++r) {
+    NormRow(static_cast<const T*>(p.x) + r * p.x_stride, static_cast<const T*>(p.weight),
+            static_cast<T*>(p.y) + r * p.y_stride, p.dim, p.eps);
+  }
+}
+
+}  // namespace
+
+void RmsNorm(const RmsNormParams& p) {
+  if (p.dtype == DType::kFloat32) return NormRows<float>(p);
+  if (p.dtype == DType::kFloat16) return NormRows<Fp16>(p);
+  NormRows<Bf16>(p);
+}
+
+}  // namespace ttsk::TTSK_ISA

@@ -1,0 +1,79 @@
+// Vec: sixteen float lanes at every instruction-set level, so a kernel is written once and the order of every
+// reduction is the same at each level. Included by csrc/cpu/kernels/*.cpp only, which are compiled once per level
+// with TTSK_ISA set; those files use no std:: templates (an AVX-512 copy of one could be linked into portable code).
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include "vec_avx512.h"
+#elif defined(__AVX2__)
+#include "vec_avx2.h"
+#else
+#include "vec_portable.h"
+#endif
+
+namespace ttsk::TTSK_ISA {
+
+constexpr int kLanes = 16;
+
+inline float BitsToFloat(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t FloatToBits(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+inline float Bf16ToFloat(uint16_t v) { return BitsToFloat(static_cast<uint32_t>(v) << 16); }
+// Round to nearest even; NaN stays NaN.
+inline uint16_t FloatToBf16(float f) {
+  const uint32_t bits = FloatToBits(f);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);
+  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+// 2^x, relative error < 2e-7 for finite results; 2^0 is exactly 1, 2^-inf is exactly 0 (both keep merges exact).
+inline Vec Exp2(Vec x) {
+  x = Max(Broadcast(-200.0f), x);  // this order lets NaN through
+  const Vec n = RoundNearest(x);
+  const Vec r = Sub(x, n);  // [-0.5, 0.5]
+  Vec p = Broadcast(1.54353139e-4f);
+  p = Fma(p, r, Broadcast(1.33335581e-3f));
+  p = Fma(p, r, Broadcast(9.61812911e-3f));
+  p = Fma(p, r, Broadcast(5.55041087e-2f));
+  p = Fma(p, r, Broadcast(2.40226507e-1f));
+  p = Fma(p, r, Broadcast(6.93147182e-1f));
+  p = Fma(p, r, Broadcast(1.0f));
+  return ScaleByPow2(p, n);
+}
+constexpr float kLog2e = 1.44269504088896341f;
+inline Vec Exp(Vec x) { return Exp2(Mul(x, Broadcast(kLog2e))); }
+
+// Typed loads and stores: bf16 is `Bf16`, fp16 is `Fp16`, 16 bits each; float is itself.
+struct Bf16 { uint16_t bits; };
+struct Fp16 { uint16_t bits; };
+inline Vec LoadAs(const float* p) { return Load(p); }
+inline Vec LoadAs(const Bf16* p) { return LoadBf16(reinterpret_cast<const uint16_t*>(p)); }
+inline Vec LoadAs(const Fp16* p) { return LoadFp16(reinterpret_cast<const uint16_t*>(p)); }
+inline void StoreAs(float* p, Vec v) { Store(p, v); }
+inline void StoreAs(Bf16* p, Vec v) { StoreBf16(reinterpret_cast<uint16_t*>(p), v); }
+inline void StoreAs(Fp16* p, Vec v) { StoreFp16(reinterpret_cast<uint16_t*>(p), v); }
+// First n (1..15) lanes; missing lanes read as 0. For row tails only, not for inner loops.
+template <typename T>
+inline Vec LoadTail(const T* p, int n) {
+  T lanes[kLanes] = {};
+  std::memcpy(lanes, p, sizeof(T) * n);
+  return LoadAs(lanes);
+}
+template <typename T>
+inline void StoreTail(T* p, Vec v, int n) {
+  T lanes[kLanes];
+  StoreAs(lanes, v);
+  std::memcpy(p, lanes, sizeof(T) * n);
+}
+
+}  // namespace ttsk::TTSK_ISA

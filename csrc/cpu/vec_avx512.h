@@ -1,0 +1,66 @@
+// AVX-512 form of Vec. See vec.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include <cstdint>
+
+namespace ttsk::TTSK_ISA {
+
+struct Vec { __m512 v; };
+
+inline Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
+inline Vec Broadcast(float x) { return {_mm512_set1_ps(x)}; }
+inline Vec Zero() { return {_mm512_setzero_ps()}; }
+inline Vec Add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline Vec Sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline Vec Mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline Vec Div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline Vec Max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline Vec Fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }  // a * b + c
+inline Vec RoundNearest(Vec a) {
+  return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline Vec ScaleByPow2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
+inline float ReduceMax(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float ReduceAdd(Vec a) { return _mm512_reduce_add_ps(a.v); }
+// Lanes 0..n-1 of a, the rest of b.
+inline Vec SelectFirst(int n, Vec a, Vec b) {
+  return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u), a.v)};
+}
+
+inline Vec LoadBf16(const uint16_t* p) {
+  const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(wide, 16))};
+}
+inline Vec LoadFp16(const uint16_t* p) {
+  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
+inline void StoreBf16(uint16_t* p, Vec a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  const __m512i out = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
+}
+inline void StoreFp16(uint16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+}
+
+// Sixteen bf16 pairs {even, odd}, 64 bytes: the unit of the packed K, V and weight layouts.
+struct Pairs { __m512i v; };
+inline Pairs LoadPairs(const void* p) { return {_mm512_loadu_si512(p)}; }
+inline Vec Even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
+inline Vec Odd(Pairs a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff0000)))}; }
+#if defined(__AVX512BF16__)
+// acc + even * even + odd * odd in one instruction (denormals flushed). Twice the rate of two FMAs on AMD Zen 4.
+inline Vec DotPairs(Vec acc, Pairs a, Pairs b) {
+  return {_mm512_dpbf16_ps(acc.v, (__m512bh)a.v, (__m512bh)b.v)};
+}
+inline Pairs BroadcastPair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
+#endif
+
+}  // namespace ttsk::TTSK_ISA

@@ -1,0 +1,94 @@
+// Portable form of Vec: plain loops over sixteen floats. See vec.h.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace ttsk::TTSK_ISA {
+
+struct Vec { float v[16]; };
+
+#define TTSK_LANES(expr)                            \
+  Vec r;                                            \
+  for (int i = 0; i < 16; ++i) r.v[i] = (expr);     \
+  return r;
+
+inline Vec Load(const float* p) { TTSK_LANES(p[i]) }
+inline void Store(float* p, Vec a) { std::memcpy(p, a.v, sizeof(a.v)); }
+inline Vec Broadcast(float x) { TTSK_LANES(x) }
+inline Vec Zero() { return Broadcast(0.0f); }
+inline Vec Add(Vec a, Vec b) { TTSK_LANES(a.v[i] + b.v[i]) }
+inline Vec Sub(Vec a, Vec b) { TTSK_LANES(a.v[i] - b.v[i]) }
+inline Vec Mul(Vec a, Vec b) { TTSK_LANES(a.v[i] * b.v[i]) }
+inline Vec Div(Vec a, Vec b) { TTSK_LANES(a.v[i] / b.v[i]) }
+inline Vec Max(Vec a, Vec b) { TTSK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
+inline Vec Fma(Vec a, Vec b, Vec c) { TTSK_LANES(a.v[i] * b.v[i] + c.v[i]) }
+inline Vec RoundNearest(Vec a) { TTSK_LANES(std::nearbyint(a.v[i])) }
+inline Vec ScaleByPow2(Vec a, Vec n) { TTSK_LANES(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) }
+inline Vec SelectFirst(int n, Vec a, Vec b) { TTSK_LANES(i < n ? a.v[i] : b.v[i]) }
+// Pairwise halves, the order of the vector levels.
+inline float ReduceMax(Vec a) {
+  for (int w = 8; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) a.v[i] = a.v[i] > a.v[i + w] ? a.v[i] : a.v[i + w];
+  return a.v[0];
+}
+inline float ReduceAdd(Vec a) {
+  for (int w = 8; w > 0; w /= 2)
+    for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];
+  return a.v[0];
+}
+
+inline float FloatFromBits(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+inline uint32_t BitsOf(float f) {
+  uint32_t bits;
+  std::memcpy(&bits, &f, 4);
+  return bits;
+}
+inline float HalfToFloat(uint16_t h) {
+  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
+  if (exponent == 31) return FloatFromBits(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0) return FloatFromBits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
+  return sign != 0 ? -value : value;
+}
+inline uint16_t FloatToHalf(float f) {
+  const uint32_t bits = BitsOf(f), magnitude = bits & 0x7fffffffu;
+  const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
+  if (magnitude > 0x7f800000u) return sign | 0x7e00 | static_cast<uint16_t>((magnitude >> 13) & 0x3ff);
+  if (magnitude >= 0x477ff000u) return sign | 0x7c00;
+  if (magnitude < 0x38800000u) {  // result is denormal: let float addition round at 2^-24
+    const float shifted = FloatFromBits(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(BitsOf(shifted) - 0x3f000000u);
+  }
+  const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
+  return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
+}
+inline Vec LoadBf16(const uint16_t* p) { TTSK_LANES(FloatFromBits(static_cast<uint32_t>(p[i]) << 16)) }
+inline Vec LoadFp16(const uint16_t* p) { TTSK_LANES(HalfToFloat(p[i])) }
+inline void StoreBf16(uint16_t* p, Vec a) {
+  for (int i = 0; i < 16; ++i) {
+    const uint32_t bits = BitsOf(a.v[i]);
+    const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+    p[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+  }
+}
+inline void StoreFp16(uint16_t* p, Vec a) {
+  for (int i = 0; i < 16; ++i) p[i] = FloatToHalf(a.v[i]);
+}
+
+struct Pairs { uint32_t v[16]; };
+inline Pairs LoadPairs(const void* p) {
+  Pairs r;
+  std::memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+inline Vec Even(Pairs a) { TTSK_LANES(FloatFromBits(a.v[i] << 16)) }
+inline Vec Odd(Pairs a) { TTSK_LANES(FloatFromBits(a.v[i] & 0xffff0000u)) }
+#undef TTSK_LANES
+
+}  // namespace ttsk::TTSK_ISA

@@ -1,0 +1,35 @@
+// Instruction-set levels of the CPU kernels, chosen once at run time. Torch-free.
+#pragma once
+
+namespace ttsk {
+
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+
+// The level in use: TTSK_CPU_ISA if set and supported by this CPU, else the best one measured for its vendor
+// (see docs/decisions.md: on Intel, vdpbf16ps has half the flop rate of fp32 FMA, so avx512 is chosen there).
+// Thread-safe; reads the environment on the first call only.
+Isa ActiveIsa();
+
+// Forces a level for this process (tests); returns false, changing nothing, if the CPU lacks it.
+bool SetIsa(Isa isa);
+bool CpuSupports(Isa isa);
+const char* IsaName(Isa isa);
+
+}  // namespace ttsk
+
+// Picks KERNELS_<level>: `TTSK_SELECT(Linear)(args...)` calls ttsk::<level>::Linear(args...) of the active level.
+#if defined(__x86_64__)
+#define TTSK_SELECT(fn)                                                   \
+  (::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx512Bf16 ? ::ttsk::avx512_bf16::fn \
+   : ::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx512   ? ::ttsk::avx512::fn      \
+   : ::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx2     ? ::ttsk::avx2::fn        \
+                                                   : ::ttsk::portable::fn)
+#define TTSK_DECLARE_PER_ISA(...)       \
+  namespace portable { __VA_ARGS__ }    \
+  namespace avx2 { __VA_ARGS__ }        \
+  namespace avx512 { __VA_ARGS__ }      \
+  namespace avx512_bf16 { __VA_ARGS__ }
+#else
+#define TTSK_SELECT(fn) (::ttsk::portable::fn)
+#define TTSK_DECLARE_PER_ISA(...) namespace portable { __VA_ARGS__ }
+#endif

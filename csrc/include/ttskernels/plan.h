@@ -1,0 +1,79 @@
+// The plan: one packed int32 buffer that tells the attention kernels (CPU and GPU) which queries read which KV, and
+// where each row's new token is written. Built by the planner when the tree changes; advanced once per decode
+// iteration. Torch-free. The NumPy twin of this layout is ttskernels/kv/plan.py.
+//
+// A "row" is one query token. Rows keep the caller's order in row_pos / row_slot / row_leaf; items and merges use plan
+// order (DFS over the forest, so that every node's rows are one interval), and row_perm maps plan row -> caller row.
+//
+// Visibility is by position alone: a row at absolute position p sees the tokens of its path at positions
+// max(0, p - window + 1) .. p. A segment's `count` may reach past p (slack to the end of the reserved pages, or the
+// causal part of a prefill); kernels clip at p. So advancing a plan is `row_pos += 1` and the next row_slot.
+//
+// Numerics: a "partial" begins at every segment with begin = 1 (a node's first token and every 512th token of a node),
+// starts from a fresh accumulator, runs in KV tiles of 64 tokens counted from its first token, and partials are merged
+// left to right, root to leaf. An item with kFold covers its rows' paths from the root on and folds its partials as it
+// goes; any other item writes each partial to its own slot. Which items exist therefore never changes a result's bits.
+#pragma once
+
+#include <cstdint>
+
+namespace ttsk {
+
+constexpr int32_t kPlanMagic = 0x4b535454;  // "TTSK"
+constexpr int32_t kPlanVersion = 1;
+constexpr int32_t kPartialTokens = 512;
+constexpr int32_t kTileTokens = 64;
+
+enum PlanField : int {
+  kFieldMagic = 0,
+  kFieldVersion = 1,
+  kFieldTotalInts = 2,   // capacity of the whole buffer
+  kFieldPageSize = 3,
+  kFieldNumRows = 4,
+  kFieldNumItems = 5,
+  kFieldNumSegs = 6,
+  kFieldNumSlots = 7,    // partial records that the items write
+  kFieldNumMerges = 8,   // entries of merge_slots
+  kFieldNumWorkers = 9,
+  kFieldCapRows = 10,
+  kFieldCapItems = 11,
+  kFieldCapSegs = 12,
+  kFieldCapMerges = 13,
+  // Offsets of the sections, in int32 from the start of the buffer.
+  kFieldRowPos = 14,      // [rows] absolute position of the row's token
+  kFieldRowSlot = 15,     // [rows] page * page_size + slot where the row's K, V go; -1: already there, do not write
+  kFieldRowPerm = 16,     // [rows] plan row -> caller row
+  kFieldRowLeaf = 17,     // [rows * 4] {segment of row_slot, tokens used before it in that segment, end segment, 0}
+  kFieldItems = 18,       // [items] PlanItem, most expensive first within a worker
+  kFieldSegs = 19,        // [segs] PlanSeg
+  kFieldMergeIndptr = 20, // [rows + 1] plan-row order; empty: the row has one direct item
+  kFieldMergeSlots = 21,  // [merges] slots, root to leaf
+  kFieldWorkerIndptr = 22,// [workers + 1] items of each persistent worker (GPU); the CPU pulls items from a counter
+  kPlanHeaderInts = 32,
+};
+
+enum PlanItemFlags : int32_t { kFold = 1 };
+
+struct PlanItem {
+  int32_t row_lo, row_n;  // plan rows
+  int32_t seg_lo, seg_n;
+  int32_t pos0;           // absolute position of the first token of the first segment; segments are consecutive
+  int32_t slot;           // first partial slot, or -1: one result per row, written to the output directly.
+                          // Slot of (partial g, row r): slot + g * row_n + (r - row_lo); with kFold only g = 0 exists.
+  int32_t flags;
+  int32_t tokens;         // sum of segment counts
+};
+
+struct PlanSeg {
+  int32_t page, offset, count;  // tokens [offset, offset + count) of one page
+  int32_t begin;                // 1: a partial begins at the first token
+};
+
+inline const int32_t* PlanSection(const int32_t* plan, PlanField field) { return plan + plan[field]; }
+inline int32_t* PlanSection(int32_t* plan, PlanField field) { return plan + plan[field]; }
+
+// One token further: row_pos += 1 and row_slot moves on. Returns the number of rows whose reserved slots are used up
+// (0: advanced; otherwise nothing has changed and the caller reserves and builds a new plan). O(rows), no allocation.
+int32_t PlanAdvance(int32_t* plan);
+
+}  // namespace ttsk

@@ -1,0 +1,40 @@
+"""Shared fixtures: seeded runs, poisoned allocations, instruction-set levels."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+from ttskernels import _dispatch  # noqa: E402
+
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request):
+    """Every test starts from a seed of its own; torch.empty is filled with NaN, so unwritten output shows."""
+    torch.manual_seed(sum(map(ord, request.node.name)))
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def cpu_extension():
+    reason = _dispatch.load_extension()
+    if reason is not None:
+        pytest.skip(f"C++ extension: {reason}")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request, cpu_extension):
+    """Run a test once per instruction-set level this CPU has."""
+    lib, before = _dispatch.library(), _dispatch.isa_name()
+    if not lib.ttsk_set_isa(ISAS.index(request.param)):
+        pytest.skip(f"this CPU has no {request.param}")
+    yield request.param
+    lib.ttsk_set_isa(ISAS.index(before))

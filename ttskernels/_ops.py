@@ -1,0 +1,89 @@
+"""Schemas and fake kernels of every op, once. C++ only adds implementations (csrc/bind); no backend is imported here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LIB = torch.library.Library("ttskernels", "FRAGMENT")  # keeps the definitions alive
+
+
+def _define(schema: str):
+    name = schema.split("(")[0]
+    _LIB.define(schema)
+    return torch.library.register_fake(f"ttskernels::{name}", lib=_LIB)
+
+
+@_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_define("linear_pack(Tensor weight) -> Tensor")
+def _(weight: Tensor) -> Tensor:
+    n, k = weight.shape
+    panels, pairs = (n + 63) // 64, (k + 1) // 2
+    size = panels * (pairs * 2 if weight.dtype == torch.bfloat16 else k) * 64 * weight.element_size()
+    return weight.new_empty(size, dtype=torch.uint8)
+
+
+@_define("linear(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor")
+def _(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], out_features)
+
+
+@_define(
+    "rope_append(Tensor q, Tensor k, Tensor v, Tensor inv_freq, float rope_scale, Tensor positions, Tensor slots, "
+    "Tensor? q_norm, Tensor? k_norm, float eps, Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor"
+)
+def _(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_define(
+    "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, float scale, float softcap, int window, "
+    "Tensor? sinks) -> (Tensor, Tensor)"
+)
+def _(q, k_pages, v_pages, plan, scale, softcap, window, sinks) -> tuple[Tensor, Tensor]:
+    v_dim = v_pages.shape[3]
+    return q.new_empty(q.shape[0], q.shape[1], v_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
+
+
+@_define("sample(Tensor logits, Tensor rows, Tensor keys, Tensor positions, Tensor params) -> (Tensor, Tensor)")
+def _(logits, rows, keys, positions, params) -> tuple[Tensor, Tensor]:
+    return rows.new_empty(rows.shape), logits.new_empty(rows.shape, dtype=torch.float32)
+
+
+@_define(
+    "step_score(Tensor hidden, Tensor rows, Tensor? norm_weight, float eps, Tensor? inner_weight, Tensor? inner_bias, "
+    "Tensor weight, Tensor? bias, str squash, int label) -> Tensor"
+)
+def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label) -> Tensor:
+    return hidden.new_empty(rows.shape[0], dtype=torch.float32)
+
+
+@_define("path_aggregate(Tensor state, Tensor scores, Tensor indptr) -> Tensor")
+def _(state, scores, indptr) -> Tensor:
+    return torch.empty_like(state)
+
+
+@_define("decoder_create(int[] config, float[] constants, Tensor inv_freq, Tensor?[] weights) -> int")
+def _(config, constants, inv_freq, weights) -> int:
+    return 0
+
+
+@_define(
+    "decoder_forward(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor plan, Tensor ids, Tensor out_rows, "
+    "int output) -> Tensor"
+)
+def _(handle, k_pool, v_pool, plan, ids, out_rows, output) -> Tensor:
+    width = torch.library.get_ctx().new_dynamic_size()
+    return k_pool.new_empty(out_rows.shape[0], width, dtype=torch.float32)
+
+
+@_define(
+    "decoder_decode(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) plan, Tensor(d!) ids, Tensor keys, "
+    "Tensor params, Tensor next_state, Tensor(e!) states, Tensor(f!) tokens, Tensor(g!) logprobs) -> int"
+)
+def _(handle, k_pool, v_pool, plan, ids, keys, params, next_state, states, tokens, logprobs) -> int:
+    return 0
