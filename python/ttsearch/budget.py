@@ -80,5 +80,12 @@ class Budget:
     def limits(self) -> Limits:
         return Limits(self.max_steps, self.max_tokens, self.max_step_tokens)
 
+    def require(self, strategy: str, *rules: str) -> None:
+        """Refuse to guess: a strategy that needs `aggregate` or `vote` must be given it."""
+        for rule in rules:
+            if getattr(self, rule) is None:
+                choices = ", ".join({"aggregate": AGGREGATES, "vote": VOTES}[rule])
+                raise ValueError(f"{strategy} needs {rule}, got None; pass Budget({rule}=...), one of {choices}")
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
