@@ -37,12 +37,10 @@ def converted_folder(path: Path, dtype: torch.dtype) -> Path:
     target = cache_root() / "gguf" / name
     if (target / "config.json").is_file():
         return target
-    _require_extra(path)
-    check_file(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     fresh = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=target.parent))
     try:
-        _convert(path, dtype, fresh)
+        convert(path, dtype, fresh)
         if not target.exists():  # another process may have finished first
             fresh.rename(target)
     finally:
@@ -76,11 +74,19 @@ def _require_extra(path: Path) -> None:
             raise ImportError(f"reading {path.name} needs the package {module}; pip install 'ttskernels[gguf]'")
 
 
-def _convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
+def convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
+    """Write config.json and model.safetensors of a GGUF file to an existing folder."""
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype)
+    _require_extra(path)
+    check_file(path)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+    )
+    if info["missing_keys"] or info["mismatched_keys"]:
+        lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
+        raise ValueError(f"{path} lacks {', '.join(lacking[:3])} in the expected shape; it is damaged or of another model")
     tied = model.config.tie_word_embeddings
     weights = {
         name: tensor.detach().contiguous()
