@@ -109,8 +109,10 @@ class Engine:
 
         def start() -> None:
             try:
+                if parent.pos0 + len(parent.ids) >= max_length:
+                    raise ValueError(f"the path has reached its limit of {max_length} tokens; it cannot be continued")
                 children = self.policy_forest.fork(parent, len(ordinals))
-            except BaseException as error:
+            except Exception as error:
                 for ordinal in ordinals:
                     on_step(ordinal, error)
                 return
@@ -162,6 +164,10 @@ class Engine:
                 self.verifier_forest.release(node)
 
         self._call(run)
+
+    def retain(self, verifier: Node) -> None:
+        """One more handle on a node of the verifier's forest, to be released like any other."""
+        self._call(lambda: self.verifier_forest.retain(verifier))
 
     def close(self, session: Session) -> None:
         """Drop the session's branches and jobs and release all its nodes. Idempotent."""

@@ -97,7 +97,7 @@ class ScoreRunner:
             torch.cat([hidden[job.node] for job in jobs]),
             torch.arange(sum(len(job.reads) for job in jobs), dtype=torch.int32),
             head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-            norm_weight=self.model.final_norm_weight, eps=self.model.config.rms_eps, squash=head.squash, label=head.label,
+            norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, label=head.label,
         ).tolist()  # fmt: skip
         seconds = (time.perf_counter() - started) / len(jobs)
         result, at = [], 0
