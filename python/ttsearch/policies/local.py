@@ -58,7 +58,7 @@ class LocalBackend:
         prm_family: str | None = None,
         impl: str = "auto",
     ):
-                if dtype not in DTYPES:
+        if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
         if not kv_gib > 0:
             raise ValueError(f"kv_gib must be positive, got {kv_gib!r}")
