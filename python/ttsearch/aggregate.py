@@ -32,7 +32,7 @@ _RULES: dict[str, Callable[[Sequence[float]], float]] = {
 def path_score(node: SearchNode, aggregate: str | None) -> float:
     """Score of the path that ends in `node`; higher is better. "product" gives its logarithm.
 
-    A path the verifier refused (too long for it) scores -inf.
+    A path the verifier refused (too long for it) scores -inf, and so does one without any text.
 
     Raises:
         ValueError: no rule given, a step has no score, or the rule cannot take these scores.
@@ -40,10 +40,8 @@ def path_score(node: SearchNode, aggregate: str | None) -> float:
     if aggregate not in _RULES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     scores = node.step_scores()
-    if node.finish_reason == "refused":
+    if node.finish_reason == "refused" or not scores:
         return -math.inf
-    if not scores:
-        raise ValueError("path_score needs a step; the root has no score")
     if None in scores:
         raise ValueError(
             f"step {scores.index(None) + 1} of path {node.path_key} has no score; attach a verifier, "

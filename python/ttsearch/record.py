@@ -81,7 +81,7 @@ def _candidate(node: SearchNode, aggregate: str | None) -> dict[str, Any]:
         "text": node.path_text(),
         "answer": extract_answer(node.path_text()) if node.solved else None,
         "steps": [step.text for step in node.path()],
-        "step_scores": [_finite(score) for score in scores],
+        "step_scores": [_finite(step.step_score) for step in node.path()],
         "path_score": _finite(display_score(score, aggregate)) if score is not None else None,
         "finish_reason": node.finish_reason,
         "finished": node.finished,

@@ -60,7 +60,8 @@ class SearchNode:
         return "".join(step.text for step in self.path())
 
     def step_scores(self) -> list[float | None]:
-        return [step.step_score for step in self.path()]
+        """Scores of the path's steps; a step without visible text (end of text at once) has none and is left out."""
+        return [step.step_score for step in self.path() if step.text.strip()]
 
     def path_tokens(self) -> int:
         """Generated tokens on the path; the prompt is not counted."""
