@@ -1,0 +1,60 @@
+"""Logits of the decoder equal transformers' eager model: prefill, forks, ragged steps, decode iterations."""
+
+import pytest
+import torch
+from tiny_models import VARIANTS, write_tiny
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
+from trees import expected, stack, walk
+
+from ttskernels import available
+from ttskernels.models import load_model
+from ttskernels.ops.rms_norm import rms_norm
+
+VOCAB = 131
+
+
+@pytest.fixture(params=["reference", "cpu"])
+def impl(request):
+    if reason := available(request.param):
+        pytest.skip(reason)
+    return request.param
+
+
+def hugging_face(folder, dtype=torch.float32, auto=AutoModelForCausalLM):
+    return auto.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_fp32(variant, impl, tmp_path):
+    write_tiny(tmp_path, variant)
+    seen = walk(load_model(tmp_path, torch.float32, impl), VOCAB)
+    theirs = hugging_face(tmp_path)
+    exact = expected(lambda ids: theirs(ids).logits, seen)
+    assert exact.std() > 0.3  # a model whose logits do not depend on its input would prove nothing
+    assert (stack(seen) - exact).abs().max() / exact.std() <= 1e-4
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_bf16(variant, impl, tmp_path):
+    """Largest and root-mean-square error over three walks: one row's largest error alone is a matter of luck."""
+    write_tiny(tmp_path, variant)
+    model = load_model(tmp_path, torch.bfloat16, impl)
+    seen = [row for seed in range(3) for row in walk(model, VOCAB, seed)]
+    low = hugging_face(tmp_path, torch.bfloat16)
+    theirs = expected(lambda ids: low(ids).logits, seen).double()
+    wide = low.double()  # the same bf16 weights; its rotary frequencies were never rounded
+    exact = expected(lambda ids: wide(ids).logits, seen)
+    ours, theirs = (stack(seen) - exact).abs(), (theirs - exact).abs()
+    assert ours.max() <= 2 * theirs.max(), f"error {ours.max():.3g}, transformers' own {theirs.max():.3g}"
+    assert ours.square().mean() <= 1.25**2 * theirs.square().mean()
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "mistral_window"])
+def test_hidden_rows_of_a_verifier(variant, impl, tmp_path):
+    write_tiny(tmp_path, variant, kind="ForTokenClassification")
+    model = load_model(tmp_path, torch.float32, impl)
+    seen = walk(model, VOCAB, output="hidden")
+    trunk = hugging_face(tmp_path, auto=AutoModelForTokenClassification).model
+    exact = expected(lambda ids: trunk(ids).last_hidden_state, seen)
+    ours = rms_norm(stack(seen), model.norm, model.config.rms_eps)
+    assert (ours - exact).abs().max() / exact.std() <= 1e-4
