@@ -39,7 +39,7 @@ def load_backend(
     try:
         from .policies.local import LocalBackend
     except ModuleNotFoundError as error:
-        raise RuntimeError(f"the local engine is not installed ({error}); pass backend=... or reinstall ttskernels") from error
+        raise ValueError(f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels") from error
     return LocalBackend.load(
         policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
         kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,

@@ -54,9 +54,17 @@ def friendly_errors():
     """A wrong argument gets its message, not a traceback."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_expected(error):
+            raise
         err.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from None
+
+
+def _is_expected(error: RuntimeError) -> bool:
+    from ttskernels.errors import OutOfPagesError, UnavailableError
+
+    return isinstance(error, (OutOfPagesError, UnavailableError))
 
 
 @app.command()

@@ -96,7 +96,7 @@ def compare(
     shared = sorted(right_a.keys() & right_b.keys())
     if not shared:
         raise ValueError(f"the two runs share no graded problem ({len(right_a)} and {len(right_b)} graded)")
-    delta = np.array([right_b[i] - right_a[i] if right_a[i] != right_b[i] else 0 for i in shared], np.float64)
+    delta = np.array([int(right_b[i]) - int(right_a[i]) for i in shared])
     rng = np.random.default_rng(seed)
     # A resample's sum depends only on how often +1, 0, -1 are drawn: a multinomial, not a [samples, problems] array.
     gains, losses = int((delta > 0).sum()), int((delta < 0).sum())
