@@ -23,11 +23,20 @@ inline Vec RoundNearest(Vec a) {
   return {_mm512_roundscale_ps(a.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 inline Vec ScaleByPow2(Vec a, Vec n) { return {_mm512_scalef_ps(a.v, n.v)}; }
-inline float ReduceMax(Vec a) { return _mm512_reduce_max_ps(a.v); }
+inline float ReduceMax(Vec a) {  // gcc 12 warns about _mm512_reduce_max_ps
+  a.v = _mm512_max_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0x4e));
+  a.v = _mm512_max_ps(a.v, _mm512_shuffle_f32x4(a.v, a.v, 0xb1));
+  const __m128 x = _mm512_castps512_ps128(a.v), y = _mm_max_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
+}
 inline float ReduceAdd(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // Lanes 0..n-1 of a, the rest of b.
 inline Vec SelectFirst(int n, Vec a, Vec b) {
   return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u), a.v)};
+}
+// Per lane, a < b ? x : y.
+inline Vec SelectLess(Vec a, Vec b, Vec x, Vec y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
 
 inline Vec LoadBf16(const uint16_t* p) {

@@ -1,0 +1,86 @@
+#include "ttskernels/tree_attention.h"
+
+#include <optional>
+#include <tuple>
+
+#include "tensor.h"
+#include "ttskernels/plan.h"
+
+namespace ttsk {
+namespace {
+
+// The buffer is a plan of these rows whose pages exist in the pool: nothing is read out of bounds.
+void CheckPlan(const Tensor& plan, int64_t rows, int64_t page_size, int64_t pages) {
+  STD_TORCH_CHECK(plan.scalar_type() == ScalarType::Int && plan.dim() == 1 && plan.is_contiguous() &&
+                      plan.numel() >= kPlanHeaderInts,
+                  "plan must be a contiguous one-dimensional int32 buffer made by build_plan");
+  const int32_t* p = Data<const int32_t>(plan);
+  STD_TORCH_CHECK(p[kFieldMagic] == kPlanMagic && p[kFieldVersion] == kPlanVersion && p[kFieldTotalInts] <= plan.numel(),
+                  "plan has magic ", p[kFieldMagic], " and version ", p[kFieldVersion], ", need ", kPlanMagic, " and ",
+                  kPlanVersion, "; pass the buffer that build_plan returned");
+  STD_TORCH_CHECK(p[kFieldNumRows] == rows, "plan has ", p[kFieldNumRows], " rows, q has ", rows);
+  STD_TORCH_CHECK(p[kFieldPageSize] == page_size, "plan was built for pages of ", p[kFieldPageSize],
+                  " tokens, the pool has pages of ", page_size);
+  const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(p, kFieldSegs));
+  for (int32_t i = 0; i < p[kFieldNumSegs]; ++i) {
+    const PlanSeg& s = segs[i];
+    STD_TORCH_CHECK(s.page >= 0 && s.page < pages && s.offset >= 0 && s.count >= 0 && s.offset + s.count <= page_size,
+                    "plan segment ", i, " reads tokens [", s.offset, ", ", s.offset + s.count, ") of page ", s.page,
+                    "; the pool has ", pages, " pages of ", page_size);
+  }
+}
+
+std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& plan,
+                                           double scale, double softcap, int64_t window,
+                                           const std::optional<Tensor>& sinks) {
+  const DType dtype = DTypeOf(q);
+  STD_TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2), "q must be [rows, q_heads, head_dim]");
+  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
+                  "k_pages and v_pages must have q's dtype");
+  const bool packed = k.dim() == 5;
+  STD_TORCH_CHECK((packed || k.dim() == 4) && v.dim() == k.dim(), "k_pages and v_pages must be packed (5-D) or NHD (4-D)");
+  const int64_t kv_heads = k.size(packed ? 1 : 2), page_size = packed ? k.size(3) : k.size(1);
+  const int64_t head_dim = q.size(2), v_dim = v.size(3), f = PackFactor(dtype);
+  if (packed) {
+    STD_TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && page_size == 16 && k.size(4) == f && v.size(4) == f &&
+                        k.size(2) * f == head_dim && v.size(1) == kv_heads && v.size(2) * f == 16,
+                    "packed pools must be contiguous [pages, kv_heads, ", head_dim / f, ", 16, ", f,
+                    "] and [pages, kv_heads, ", 16 / f, ", v_dim, ", f, "]");
+  } else {
+    STD_TORCH_CHECK(k.stride(3) == 1 && v.stride(3) == 1 && k.size(3) == head_dim && v.size(1) == page_size &&
+                        v.size(2) == kv_heads,
+                    "strided pools must be [pages, page_size, kv_heads, dim] with last stride 1");
+  }
+  STD_TORCH_CHECK(v.size(0) == k.size(0), "k_pages has ", k.size(0), " pages, v_pages ", v.size(0));
+  STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q_heads ", q.size(1), " is no multiple of kv_heads ", kv_heads);
+  STD_TORCH_CHECK(head_dim % 16 == 0 && v_dim % 16 == 0 && head_dim > 0 && v_dim > 0 && head_dim <= 256 && v_dim <= 256,
+                  "head_dim and v_dim must be multiples of 16 up to 256, got ", head_dim, " and ", v_dim);
+  if (sinks.has_value()) {
+    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == q.size(1),
+                    "sinks must be float32 [q_heads]");
+  }
+  CheckPlan(plan, q.size(0), page_size, k.size(0));
+
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v_dim});
+  Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
+  TreeAttentionParams p{};
+  p.q = q.data_ptr(), p.out = out.mutable_data_ptr(), p.lse = Data<float>(lse);
+  p.k = k.data_ptr(), p.v = v.data_ptr(), p.plan = Data<const int32_t>(plan);
+  p.rows = q.size(0), p.q_heads = q.size(1), p.kv_heads = kv_heads, p.head_dim = head_dim, p.v_dim = v_dim;
+  p.q_stride = q.stride(0), p.out_stride = q.size(1) * v_dim, p.dtype = dtype, p.packed = packed;
+  if (!packed) {
+    p.k_strides = {k.stride(0), k.stride(1), k.stride(2)};
+    p.v_strides = {v.stride(0), v.stride(1), v.stride(2)};
+  }
+  p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
+  p.window = static_cast<int32_t>(window);
+  p.sinks = sinks.has_value() ? Data<const float>(*sinks) : nullptr;
+  TTSK_SELECT(TreeAttention)(p);
+  return {out, lse};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ttskernels, CPU, m) { m.impl("tree_attention", TORCH_BOX(&TreeAttentionOp)); }
+
+}  // namespace ttsk

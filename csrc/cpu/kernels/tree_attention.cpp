@@ -1,0 +1,256 @@
+#include "ttskernels/tree_attention.h"
+
+#include <new>
+
+#include "tree_attention_layout.h"
+#include "tree_attention_micro.h"
+#include "tree_attention_tile.h"
+#include "ttskernels/threads.h"
+
+namespace ttsk::TTSK_ISA {
+namespace {
+
+// A merged state is (m, l, o): maximum in log2 units, denominator, unnormalised output. Merging is the same arithmetic
+// wherever it happens; an empty partial changes nothing and a first one is copied.
+void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim, float* m, float* l, float* o) {
+  if (part_m == -kInf) return;
+  if (*m == -kInf) {
+    *m = part_m, *l = part_l;
+    std::memcpy(o, part_o, sizeof(float) * v_dim);
+    return;
+  }
+  const float top = part_m > *m ? part_m : *m;
+  float factor[kLanes] = {*m - top, part_m - top};
+  Store(factor, Exp2(Load(factor)));
+  const Vec a = Broadcast(factor[0]), b = Broadcast(factor[1]);
+  for (int64_t i = 0; i < v_dim; i += kLanes) Store(o + i, Fma(Load(o + i), a, Mul(Load(part_o + i), b)));
+  *l = __builtin_fmaf(*l, factor[0], part_l * factor[1]);
+  *m = top;
+}
+
+template <typename T>
+struct Kernel {
+  using Loader = TileLoader<T>;
+  using E = typename Loader::E;
+
+  const TreeAttentionParams& p;
+  const TreeLayout layout;
+  const int32_t* plan = p.plan;
+  const int32_t* row_pos = PlanSection(plan, kFieldRowPos);
+  const int32_t* row_perm = PlanSection(plan, kFieldRowPerm);
+  const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(plan, kFieldItems));
+  const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(plan, kFieldSegs));
+  const int64_t group = p.q_heads / p.kv_heads;
+
+  float* SlotMl(int64_t slot, int64_t head) const { return layout.slot_ml + (slot * p.q_heads + head) * 2; }
+  float* SlotO(int64_t slot, int64_t head) const { return layout.slot_o + (slot * p.q_heads + head) * p.v_dim; }
+
+  void Finish(int64_t row, int64_t head, float m, float l, const float* o) const {
+    T* out = static_cast<T*>(p.out) + row * p.out_stride + head * p.v_dim;
+    float scale = 0.0f, lse = -kInf;
+    if (m != -kInf) {
+      float top = m, weight = 1.0f;
+      if (p.sinks != nullptr) {
+        const float sink = p.sinks[head] * kLog2e;
+        top = sink > m ? sink : m;
+        weight = __builtin_exp2f(m - top);
+        l = l * weight + __builtin_exp2f(sink - top);
+      }
+      scale = weight / l;
+      lse = (top + __builtin_log2f(l)) * (1.0f / kLog2e);
+    }
+    for (int64_t i = 0; i < p.v_dim; i += kLanes) {
+      StoreAs(out + i, m == -kInf ? Zero() : Mul(Load(o + i), Broadcast(scale)));
+    }
+    if (p.lse != nullptr) p.lse[row * p.q_heads + head] = lse;
+  }
+
+  // `count` rows of q against a tile; q, o: [count, dim], state: [count].
+  template <int MR>
+  void TileRows(const E* q, const Tile<E>& tile, int32_t pos0, int lo, int hi, RowState* state, float* o) const {
+    alignas(64) float scores[MR * kTileTokens];
+    alignas(64) E weights[MR * kTileTokens];
+    float alpha[MR];
+    const int blocks = (hi + kBlock - 1) / kBlock;
+    Scores<E, MR>(q, p.head_dim, tile, blocks, p.softcap != 0.0f ? p.scale : p.scale * kLog2e, scores);
+    Softmax<E>(scores, MR, pos0, blocks, hi, p.softcap, state, weights, alpha);
+    Weigh<E, MR>(weights, tile, lo, hi, p.v_dim, alpha, o);
+  }
+
+  void TileGroup(int count, const E* q, const Tile<E>& tile, int32_t pos0, int lo, int hi, RowState* state,
+                 float* o) const {
+    switch (count) {
+      case 1: return TileRows<1>(q, tile, pos0, lo, hi, state, o);
+      case 2: return TileRows<2>(q, tile, pos0, lo, hi, state, o);
+      case 3: return TileRows<3>(q, tile, pos0, lo, hi, state, o);
+    }
+    if constexpr (kMicroRows >= 6) {
+      switch (count) {
+        case 4: return TileRows<4>(q, tile, pos0, lo, hi, state, o);
+        case 5: return TileRows<5>(q, tile, pos0, lo, hi, state, o);
+        case 6: return TileRows<6>(q, tile, pos0, lo, hi, state, o);
+      }
+    }
+  }
+
+  // One partial: `tokens` tokens from `cursor` on, the first at position pos0, for the `count` q rows in scratch.
+  void Partial(Loader& loader, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, int32_t first,
+               int32_t end, const TreeScratch& s) const {
+    const E* q = static_cast<const E*>(s.q);
+    const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
+    for (int32_t t = 0; t < tokens; t += kTileTokens) {
+      const int32_t n = tokens - t < kTileTokens ? tokens - t : kTileTokens, pos = pos0 + t;
+      if (pos >= end) return;
+      const int lo = first > pos ? first - pos : 0, hi = end - pos < n ? end - pos : n;
+      if (lo < hi) {
+        const Tile<E> tile = loader.Tokens(cursor, lo, hi);
+        int64_t at = 0;
+        for (int64_t g = 0; g < groups; ++g) {
+          const int rows = static_cast<int>(size + (g < larger));
+          RowState* state = static_cast<RowState*>(s.state) + at;
+          int32_t group_first = state[0].first, group_end = state[0].end;
+          for (int r = 1; r < rows; ++r) {
+            if (state[r].first < group_first) group_first = state[r].first;
+            if (state[r].end > group_end) group_end = state[r].end;
+          }
+          const int glo = group_first > pos ? group_first - pos : 0, ghi = group_end - pos < hi ? group_end - pos : hi;
+          if (glo < ghi) TileGroup(rows, q + at * p.head_dim, tile, pos, glo, ghi, state, s.o + at * p.v_dim);
+          at += rows;
+        }
+      }
+      cursor.Skip(n);
+    }
+  }
+
+  void LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, TreeScratch& s, int32_t* first, int32_t* end) const {
+    E* q = static_cast<E*>(s.q);
+    RowState* state = static_cast<RowState*>(s.state);
+    *first = INT32_MAX, *end = 0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t row = row_perm[plan_row + r];
+      const T* from = static_cast<const T*>(p.q) + row * p.q_stride + kv_head * group * p.head_dim;
+      for (int64_t i = 0; i < group * p.head_dim; i += kLanes, q += kLanes) {
+        if constexpr (sizeof(E) == sizeof(T)) std::memcpy(q, from + i, sizeof(E) * kLanes);
+        else Store(q, LoadAs(from + i));
+      }
+      const int32_t row_end = row_pos[row] + 1;
+      const int32_t row_first = p.window > 0 && row_end > p.window ? row_end - p.window : 0;
+      if (row_first < *first) *first = row_first;
+      if (row_end > *end) *end = row_end;
+      for (int64_t g = 0; g < group; ++g, ++state) {
+        state->first = row_first, state->end = row_end;
+      }
+    }
+  }
+
+  // Rows [row, row + rows) of an item, one kv head.
+  void Run(const PlanItem& item, int64_t row, int64_t rows, int64_t kv_head, TreeScratch s) const {
+    Loader loader(p, kv_head, static_cast<E*>(s.tile));
+    RowState* state = static_cast<RowState*>(s.state);
+    const int64_t count = rows * group;
+    const bool fold = (item.flags & kFold) != 0 || item.slot < 0;
+    int32_t first, end;
+    LoadQueries(row, rows, kv_head, s, &first, &end);
+    for (int64_t r = 0; r < count; ++r) s.fold_ml[2 * r] = -kInf, s.fold_ml[2 * r + 1] = 0.0f;
+
+    int32_t pos = item.pos0;
+    int64_t slot = item.slot;
+    const PlanSeg* seg = segs + item.seg_lo;
+    const PlanSeg* last = seg + item.seg_n;
+    while (seg < last) {
+      const SegCursor cursor = {seg, 0};
+      int32_t tokens = (seg++)->count;
+      while (seg < last && seg->begin == 0) tokens += (seg++)->count;
+      for (int64_t r = 0; r < count; ++r) {
+        state[r].m = -kInf;
+        Store(state[r].l, Zero());
+      }
+      std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
+      Partial(loader, cursor, pos, tokens, count, first, end, s);
+      for (int64_t r = 0; r < count; ++r) {
+        const float m = state[r].m, l = ReduceAdd(Load(state[r].l));
+        const float* o = s.o + r * p.v_dim;
+        if (fold) {
+          MergePartial(m, l, o, p.v_dim, s.fold_ml + 2 * r, s.fold_ml + 2 * r + 1, s.fold_o + r * p.v_dim);
+        } else {
+          Write(slot + row - item.row_lo + r / group, kv_head * group + r % group, m, l, o);
+        }
+      }
+      pos += tokens;
+      slot += item.row_n;
+    }
+    if (!fold) return;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t head = kv_head * group + r % group;
+      const float m = s.fold_ml[2 * r], l = s.fold_ml[2 * r + 1];
+      if (item.slot < 0) Finish(row_perm[row + r / group], head, m, l, s.fold_o + r * p.v_dim);
+      else Write(item.slot + row - item.row_lo + r / group, head, m, l, s.fold_o + r * p.v_dim);
+    }
+  }
+
+  void Write(int64_t slot, int64_t head, float m, float l, const float* o) const {
+    float* ml = SlotMl(slot, head);
+    ml[0] = m, ml[1] = l;
+    if (m != -kInf) std::memcpy(SlotO(slot, head), o, sizeof(float) * p.v_dim);
+  }
+
+  void MergeRow(int64_t plan_row, int64_t head) const {
+    const int32_t* indptr = PlanSection(plan, kFieldMergeIndptr);
+    const int32_t* slots = PlanSection(plan, kFieldMergeSlots);
+    const int32_t lo = indptr[plan_row], hi = indptr[plan_row + 1];
+    if (lo == hi && layout.direct[plan_row]) return;
+    float m = -kInf, l = 0.0f, o[kTreeMaxDim];
+    for (int32_t i = lo; i < hi; ++i) {
+      const float* ml = SlotMl(slots[i], head);
+      MergePartial(ml[0], ml[1], SlotO(slots[i], head), p.v_dim, &m, &l, o);
+    }
+    Finish(row_perm[plan_row], head, m, l, o);
+  }
+
+  void RunAll() const {
+    const int64_t num_items = plan[kFieldNumItems], rows = plan[kFieldNumRows];
+    const int64_t tasks = layout.task_indptr[num_items];
+    int64_t next = 0;
+#pragma omp parallel num_threads(layout.threads)
+    {
+      const TreeScratch scratch = layout.Scratch(ThreadId());
+      int64_t item = 0;
+      for (;;) {
+        int64_t task;
+#pragma omp atomic capture
+        task = next++;
+        if (task >= tasks) break;
+        while (layout.task_indptr[item + 1] <= task) ++item;  // tasks only grow
+        const PlanItem& it = items[item];
+        const int64_t blocks = (layout.task_indptr[item + 1] - layout.task_indptr[item]) / p.kv_heads;
+        const int64_t local = task - layout.task_indptr[item], block = local % blocks;
+        const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
+        Run(it, it.row_lo + lo, hi - lo, local / blocks, scratch);
+      }
+#pragma omp barrier
+#pragma omp for schedule(static)
+      for (int64_t i = 0; i < rows * p.q_heads; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
+    }
+  }
+};
+
+template <typename T>
+void RunKernel(const TreeAttentionParams& p, void* workspace) {
+  const Kernel<T> kernel{p, TreeLayout(p, workspace)};
+  kernel.RunAll();
+}
+
+}  // namespace
+
+void TreeAttention(const TreeAttentionParams& p) {
+  if (p.rows == 0) return;
+  void* workspace = p.workspace;
+  const std::align_val_t align{64};
+  if (workspace == nullptr) workspace = ::operator new(static_cast<size_t>(TreeAttentionWorkspaceBytes(p)), align);
+  if (p.dtype == DType::kFloat32) RunKernel<float>(p, workspace);
+  else if (p.dtype == DType::kFloat16) RunKernel<Fp16>(p, workspace);
+  else RunKernel<Bf16>(p, workspace);
+  if (p.workspace == nullptr) ::operator delete(workspace, align);
+}
+
+}  // namespace ttsk::TTSK_ISA

@@ -1,0 +1,38 @@
+// How tree attention divides its workspace: task counts, partial slots, and one scratch per thread. Levels share it, so
+// everything here is sized for the largest element (float) and nothing here computes.
+#pragma once
+
+#include <cstdint>
+
+#include "ttskernels/tree_attention.h"
+
+namespace ttsk {
+
+constexpr int64_t kTreeMaxDim = 256;
+
+struct TreeScratch {
+  void* q;         // [q rows, head_dim]
+  void* tile;      // K and V of a 64-token tile
+  void* state;     // [q rows] of 80 bytes
+  float* o;        // [q rows, v_dim]
+  float* fold_ml;  // [q rows, 2]
+  float* fold_o;   // [q rows, v_dim]
+};
+
+struct TreeLayout {
+  int32_t* task_indptr;  // [items + 1] tasks before each item: one per kv head and block of at most block_rows rows
+  int8_t* direct;        // [rows] 1: some item writes this plan row's output itself
+  float* slot_ml;        // [slots, q_heads, 2]
+  float* slot_o;         // [slots, q_heads, v_dim]
+  char* scratch;
+  int64_t scratch_bytes, q_rows, head_dim, v_dim, bytes;
+  int threads;
+
+  // Lays out and, if workspace is given, fills task_indptr and direct. O(items + rows).
+  TreeLayout(const TreeAttentionParams& p, void* workspace);
+  TreeScratch Scratch(int thread) const;
+};
+
+int ThreadId();
+
+}  // namespace ttsk

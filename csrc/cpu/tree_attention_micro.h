@@ -1,0 +1,220 @@
+// Microkernels of tree attention: a few rows of q against one 64-token KV tile. Every accumulator is one chain over
+// head_dim (or tokens), so a row's bits do not depend on which rows it is computed with. Included by
+// kernels/tree_attention.cpp.
+#pragma once
+
+#include "ttskernels/plan.h"
+#include "vec.h"
+
+namespace ttsk::TTSK_ISA {
+namespace {
+
+// Rows x vectors of accumulators that fit the registers.
+#if defined(__AVX512F__)
+constexpr int kMicroRows = 6, kMicroVecs = 4;
+#elif defined(__AVX2__)
+constexpr int kMicroRows = 6, kMicroVecs = 1;
+#else
+constexpr int kMicroRows = 3, kMicroVecs = 1;
+#endif
+constexpr int kBlock = 16;                          // tokens of a packed page
+constexpr int kTileBlocks = kTileTokens / kBlock;
+constexpr float kInf = __builtin_inff();
+
+// E, the element type of a tile in use: float (bf16 and fp16 pools are expanded once per tile), or bf16 pairs where
+// DotPairs exists. kPack elements of the reduced dimension lie side by side.
+template <typename E>
+struct Lanes;
+template <>
+struct Lanes<float> {
+  static constexpr int kPack = 1;
+  using Operand = Vec;
+  static Operand Wide(const float* p) { return Load(p); }
+  static Operand One(const float* p) { return Broadcast(*p); }
+  static Vec Dot(Vec acc, Operand a, Operand b) { return Fma(a, b, acc); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Lanes<Bf16> {
+  static constexpr int kPack = 2;
+  using Operand = Pairs;
+  static Operand Wide(const Bf16* p) { return LoadPairs(p); }
+  static Operand One(const Bf16* p) {
+    uint32_t pair;
+    std::memcpy(&pair, p, 4);
+    return BroadcastPair(pair);
+  }
+  static Vec Dot(Vec acc, Operand a, Operand b) { return DotPairs(acc, a, b); }
+};
+#endif
+
+template <typename T>
+struct TileElement { using Type = float; };
+#if defined(__AVX512BF16__)
+template <>
+struct TileElement<Bf16> { using Type = Bf16; };
+#endif
+
+// Sixteen-token blocks: k[b] is [head_dim / kPack][16][kPack], v[b] is [16 / kPack][v_dim][kPack].
+template <typename E>
+struct Tile {
+  const E* k[kTileBlocks];
+  const E* v[kTileBlocks];
+};
+
+// scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; scores rows are kTileTokens apart.
+template <typename E, int MR, int NV>
+void ScoreBlocks(const E* q, int64_t dim, const Tile<E>& tile, int first, float scale, float* scores) {
+  using L = Lanes<E>;
+  Vec acc[MR][NV];
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < NV; ++j) acc[r][j] = Zero();
+  const E* k[NV];
+  for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
+  for (int64_t i = 0; i < dim; i += L::kPack) {
+    typename L::Operand b[NV];
+    for (int j = 0; j < NV; ++j) b[j] = L::Wide(k[j] + i * kBlock);
+    for (int r = 0; r < MR; ++r) {
+      const typename L::Operand a = L::One(q + r * dim + i);
+      for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
+    }
+  }
+  const Vec s = Broadcast(scale);
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < NV; ++j) Store(scores + r * kTileTokens + (first + j) * kBlock, Mul(acc[r][j], s));
+}
+
+// out[r][col ..] = out[r][col ..] * alpha[r] + sum over tokens [lo, hi) of p[r][t] * v[t][col ..].
+template <typename E, int MR, int NV>
+void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, int64_t col, const float* alpha,
+                  float* out) {
+  using L = Lanes<E>;
+  Vec acc[MR][NV];
+  for (int r = 0; r < MR; ++r) {
+    const Vec a = Broadcast(alpha[r]);
+    for (int j = 0; j < NV; ++j) acc[r][j] = Mul(Load(out + r * v_dim + col + j * kLanes), a);
+  }
+  for (int t = lo / L::kPack * L::kPack; t < hi;) {
+    const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
+    const E* v = tile.v[block] + (t - first) * v_dim + col * L::kPack;
+    for (; t < end; t += L::kPack, v += v_dim * L::kPack) {
+      typename L::Operand b[NV];
+      for (int j = 0; j < NV; ++j) b[j] = L::Wide(v + j * kLanes * L::kPack);
+      for (int r = 0; r < MR; ++r) {
+        const typename L::Operand a = L::One(p + r * kTileTokens + t);
+        for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
+      }
+    }
+  }
+  for (int r = 0; r < MR; ++r)
+    for (int j = 0; j < NV; ++j) Store(out + r * v_dim + col + j * kLanes, acc[r][j]);
+}
+
+template <typename E, int MR>
+void Scores(const E* q, int64_t dim, const Tile<E>& tile, int blocks, float scale, float* scores) {
+  for (int j = 0; j < blocks; j += kMicroVecs) {
+    const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
+    if (n == 1) ScoreBlocks<E, MR, 1>(q, dim, tile, j, scale, scores);
+    if constexpr (kMicroVecs >= 4) {
+      if (n == 2) ScoreBlocks<E, MR, 2>(q, dim, tile, j, scale, scores);
+      if (n == 3) ScoreBlocks<E, MR, 3>(q, dim, tile, j, scale, scores);
+      if (n == 4) ScoreBlocks<E, MR, 4>(q, dim, tile, j, scale, scores);
+    }
+  }
+}
+
+template <typename E, int MR>
+void Weigh(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, const float* alpha, float* out) {
+  const int vecs = static_cast<int>(v_dim / kLanes);
+  for (int j = 0; j < vecs;) {
+    const int left = vecs - j;  // 5 as 3 + 2, 6 as 3 + 3: no thin last call
+    const int n = kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
+    if (n == 1) WeighColumns<E, MR, 1>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
+    if constexpr (kMicroVecs >= 4) {
+      if (n == 2) WeighColumns<E, MR, 2>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
+      if (n == 3) WeighColumns<E, MR, 3>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
+      if (n == 4) WeighColumns<E, MR, 4>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
+    }
+    j += n;
+  }
+}
+
+inline void StoreP(float* p, Vec a) { Store(p, a); }
+#if defined(__AVX512BF16__)
+inline void StoreP(Bf16* p, Vec a) {
+  const __m256bh packed = _mm512_cvtneps_pbh(a.v);
+  std::memcpy(p, &packed, sizeof(packed));
+}
+#endif
+
+// tanh with relative error near 1e-7: an odd polynomial below 0.625 (Cephes), else by exp.
+inline Vec Tanh(Vec x) {
+  const Vec z = Mul(x, x), one = Broadcast(1.0f);
+  Vec p = Broadcast(-5.70498872745e-3f);
+  p = Fma(p, z, Broadcast(2.06390887954e-2f));
+  p = Fma(p, z, Broadcast(-5.37397155531e-2f));
+  p = Fma(p, z, Broadcast(1.33314422036e-1f));
+  p = Fma(p, z, Broadcast(-3.33332819422e-1f));
+  const Vec small = Fma(Mul(p, z), x, x);
+  const Vec e = Exp(Add(x, x));
+  const Vec large = Sub(one, Div(Broadcast(2.0f), Add(e, one)));
+  return SelectLess(z, Broadcast(0.625f * 0.625f), small, large);
+}
+
+// Running maximum (in log2 units), the sixteen partial sums of the denominator, and where the row may look.
+struct RowState {
+  float m;
+  int32_t first, end;  // absolute positions [first, end)
+  float l[kLanes];
+};
+
+// Online softmax of `rows` score rows over a tile whose first token is at position pos0. Tokens from `hi` on do not
+// exist; scores of tokens a row may not see are replaced, whatever they hold. Writes p and the factors alpha.
+template <typename E>
+void Softmax(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, RowState* state, E* p,
+             float* alpha) {
+  float top[kLanes], before[kLanes] = {};
+  const Vec hidden = Broadcast(-kInf);
+  for (int r = 0; r < rows; ++r) {
+    float* s = scores + r * kTileTokens;
+    const int first = state[r].first - pos0;
+    const int end = state[r].end - pos0 < hi ? state[r].end - pos0 : hi;
+    const bool masked = first > 0 || end < blocks * kBlock;
+    Vec max = hidden;
+    for (int j = 0; j < blocks; ++j) {
+      Vec x = Load(s + j * kBlock);
+      if (softcap != 0.0f) {
+        x = Mul(Tanh(Mul(x, Broadcast(1.0f / softcap))), Broadcast(softcap * kLog2e));
+      }
+      if (masked) {
+        const int a = first - j * kBlock, b = end - j * kBlock;
+        x = SelectFirst(b < 0 ? 0 : b < kLanes ? b : kLanes, x, hidden);
+        x = SelectFirst(a < 0 ? 0 : a < kLanes ? a : kLanes, hidden, x);
+      }
+      if (masked || softcap != 0.0f) Store(s + j * kBlock, x);
+      max = Max(max, x);
+    }
+    const float m = ReduceMax(max);
+    before[r] = state[r].m;
+    state[r].m = m > before[r] ? m : before[r];
+    top[r] = state[r].m == -kInf ? 0.0f : state[r].m;  // nothing seen yet: avoid (-inf) - (-inf)
+  }
+  for (int r = rows; r < kLanes; ++r) top[r] = 0.0f;
+  float factor[kLanes];
+  Store(factor, Exp2(Sub(Load(before), Load(top))));
+  for (int r = 0; r < rows; ++r) {
+    const float* s = scores + r * kTileTokens;
+    const Vec m = Broadcast(top[r]);
+    Vec sum = Zero();
+    for (int j = 0; j < blocks; ++j) {
+      const Vec e = Exp2(Sub(Load(s + j * kBlock), m));
+      StoreP(p + r * kTileTokens + j * kBlock, e);
+      sum = Add(sum, e);
+    }
+    Store(state[r].l, Fma(Load(state[r].l), Broadcast(factor[r]), sum));
+    alpha[r] = factor[r];
+  }
+}
+
+}  // namespace
+}  // namespace ttsk::TTSK_ISA

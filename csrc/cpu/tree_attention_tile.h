@@ -1,0 +1,200 @@
+// Loads 64-token KV tiles for tree attention: packed page blocks in place where they have the tile's element type, else
+// expanded, gathered or transposed into a scratch of the same form. Included by kernels/tree_attention.cpp.
+#pragma once
+
+#include "tree_attention_micro.h"
+#include "ttskernels/tree_attention.h"
+
+namespace ttsk::TTSK_ISA {
+namespace {
+
+// Tokens [slot, slot + count) of one page, at [at, at + count) of a sixteen-token block.
+struct Run {
+  int32_t page, slot, count, at;
+};
+
+// Position in an item's segments.
+struct SegCursor {
+  const PlanSeg* seg;
+  int32_t used;  // tokens of seg already passed
+
+  Run Take(int32_t want) {
+    while (seg->count == 0) ++seg;
+    const int32_t left = seg->count - used, n = want < left ? want : left;
+    const Run run = {seg->page, seg->offset + used, n, 0};
+    used += n;
+    if (used == seg->count) ++seg, used = 0;
+    return run;
+  }
+  void Skip(int32_t tokens) {
+    while (tokens > 0) tokens -= Take(tokens).count;
+  }
+};
+
+// Sixteen lanes of row i of a packed K block: element i of sixteen tokens.
+inline Vec KRow(const float* k, int64_t i) { return Load(k + i * kBlock); }
+inline Vec KRow(const Fp16* k, int64_t i) { return LoadAs(k + i * kBlock); }
+inline Vec KRow(const Bf16* k, int64_t i) {
+  const Pairs pairs = LoadPairs(k + i / 2 * 2 * kBlock);
+  return i % 2 == 0 ? Even(pairs) : Odd(pairs);
+}
+
+template <typename T> struct PoolPack { static constexpr int kPack = 1; };
+template <> struct PoolPack<Bf16> { static constexpr int kPack = 2; };
+
+template <typename T>
+class TileLoader {
+ public:
+  using E = typename TileElement<T>::Type;
+  static constexpr int kPack = Lanes<E>::kPack, kPoolPack = PoolPack<T>::kPack;
+  static constexpr bool kInPlace = sizeof(E) == sizeof(T);
+
+  // Elements of scratch: a tile of K and V, and a row of slack (gathering K stores whole vectors).
+  static int64_t ScratchElements(int64_t dim, int64_t v_dim) { return kTileTokens * (dim + v_dim) + 2 * kBlock; }
+
+  TileLoader(const TreeAttentionParams& p, int64_t head, E* scratch)
+      : dim_(p.head_dim), v_dim_(p.v_dim), packed_(p.packed) {
+    ks_ = p.packed ? KvStrides{p.kv_heads * dim_ * kBlock, 0, dim_ * kBlock} : p.k_strides;
+    vs_ = p.packed ? KvStrides{p.kv_heads * v_dim_ * kBlock, 0, v_dim_ * kBlock} : p.v_strides;
+    k_ = static_cast<const T*>(p.k) + head * ks_.head;
+    v_ = static_cast<const T*>(p.v) + head * vs_.head;
+    k_scratch_ = scratch;
+    v_scratch_ = scratch + kTileTokens * dim_ + 2 * kBlock;
+  }
+
+  // The tile's tokens [0, hi), from the cursor on; V is only valid from token lo on.
+  Tile<E> Tokens(SegCursor cursor, int lo, int hi) {
+    Tile<E> tile;
+    for (int b = 0; b * kBlock < hi; ++b) {
+      const int end = hi - b * kBlock < kBlock ? hi - b * kBlock : kBlock;
+      Run runs[kBlock];
+      int n = 0;
+      for (int at = 0; at < end; at += runs[n++].count) {
+        runs[n] = cursor.Take(end - at);
+        runs[n].at = at;
+      }
+      const bool wanted = lo < (b + 1) * kBlock;
+      E* k = k_scratch_ + b * kBlock * dim_;
+      E* v = v_scratch_ + b * kBlock * v_dim_;
+      tile.k[b] = k, tile.v[b] = v;
+      if (packed_ && n == 1 && runs[0].slot == 0) {
+        const T* page_k = k_ + runs[0].page * ks_.page;
+        const T* page_v = v_ + runs[0].page * vs_.page;
+        if constexpr (kInPlace) {
+          tile.k[b] = page_k;
+          if (end % kPack == 0) tile.v[b] = page_v;
+          else if (wanted) GatherV(runs, n, end, v);
+        } else {
+          for (int64_t i = 0; i < dim_; i += kPoolPack) ExpandRow(page_k + i * kBlock, k + i * kBlock, kBlock);
+          if (wanted)
+            for (int t = 0; t < end; t += kPoolPack) ExpandRow(page_v + t * v_dim_, v + t * v_dim_, v_dim_);
+        }
+        continue;
+      }
+      if (packed_) GatherK(runs, n, k);
+      else TransposeK(runs, n, k);
+      if (wanted) GatherV(runs, n, end, v);
+    }
+    return tile;
+  }
+
+ private:
+  // One pool row of `n` lanes (pairs) to one (two) rows of the tile.
+  static void ExpandRow(const float*, float*, int64_t) {}
+  static void ExpandRow(const Fp16* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) Store(to + i, LoadAs(from + i));
+  }
+  static void ExpandRow(const Bf16* from, float* to, int64_t n) {
+    for (int64_t i = 0; i < n; i += kLanes) {
+      const Pairs pairs = LoadPairs(from + 2 * i);
+      Store(to + i, Even(pairs));
+      Store(to + n + i, Odd(pairs));
+    }
+  }
+
+  // Block rows in ascending order, every run as a whole vector: what it writes too much, a later store replaces.
+  void GatherK(const Run* runs, int n, E* to) const {
+    for (int64_t i = 0; i < dim_; i += kPack) {
+      for (int r = 0; r < n; ++r) {
+        const T* row = k_ + runs[r].page * ks_.page + i / kPoolPack * kPoolPack * kBlock;
+        T last[2 * kPoolPack * kBlock] = {};
+        if (i + kPoolPack >= dim_) {  // a whole vector would read past the page
+          std::memcpy(last, row, sizeof(T) * kPoolPack * kBlock);
+          row = last;
+        }
+        row += runs[r].slot * kPoolPack;
+        E* at = to + i * kBlock + runs[r].at * kPack;
+        if constexpr (kInPlace) std::memcpy(at, row, sizeof(E) * kPack * kBlock);
+        else Store(at, KRow(row, i % kPoolPack));
+      }
+    }
+  }
+
+  // Token-major rows to a K block, in units of kPack elements.
+  void TransposeK(const Run* runs, int n, E* to) const {
+    constexpr int kUnits = kLanes / kPack;
+    for (int r = 0; r < n; ++r) {
+      for (int t = 0; t < runs[r].count; ++t) {
+        const T* row = k_ + runs[r].page * ks_.page + (runs[r].slot + t) * ks_.token;
+        E* at = to + (runs[r].at + t) * kPack;
+        for (int64_t i = 0; i < dim_; i += kLanes) {
+          E lanes[kLanes];
+          if constexpr (kInPlace) std::memcpy(lanes, row + i, sizeof(lanes));
+          else Store(lanes, LoadAs(row + i));
+          for (int u = 0; u < kUnits; ++u) {
+            std::memcpy(at + (i + u * kPack) * kBlock, lanes + u * kPack, sizeof(E) * kPack);
+          }
+        }
+      }
+    }
+  }
+
+  // Sixteen columns of one token's V as floats, or as they are.
+  Vec VRow(const T* page, int slot, int64_t col) const {
+    if (!packed_) return LoadAs(page + slot * vs_.token + col);
+    if constexpr (kPoolPack == 2) {
+      const Pairs pairs = LoadPairs(page + (slot / 2 * v_dim_ + col) * 2);
+      return slot % 2 == 0 ? Even(pairs) : Odd(pairs);
+    } else {
+      return LoadAs(page + slot * v_dim_ + col);
+    }
+  }
+
+  void GatherV(const Run* runs, int n, int end, E* to) const {
+    for (int r = 0; r < n; ++r) {
+      const T* page = v_ + runs[r].page * vs_.page;
+      for (int t = 0; t < runs[r].count; ++t) {
+        const int slot = runs[r].slot + t, at = runs[r].at + t;
+        for (int64_t col = 0; col < v_dim_; col += kLanes) {
+          const Vec lanes = VRow(page, slot, col);
+          if constexpr (kPack == 1) {
+            Store(to + at * v_dim_ + col, lanes);
+          } else {
+            PutV(to + (at / 2 * v_dim_ + col) * 2 + at % 2, lanes);
+          }
+        }
+      }
+    }
+    if constexpr (kPack == 2) {  // the odd half of the last pair is multiplied by p = 0, so it must be finite
+      if (end % 2 != 0)
+        for (int64_t col = 0; col < v_dim_; ++col) to[(end / 2 * v_dim_ + col) * 2 + 1] = E{};
+    }
+  }
+  static void PutV(Bf16* to, Vec lanes) {
+    Bf16 bits[kLanes];
+    StoreAs(bits, lanes);
+    for (int i = 0; i < kLanes; ++i) to[2 * i] = bits[i];
+  }
+  static void PutV(float*, Vec) {}
+
+  const T* k_;
+  const T* v_;
+  KvStrides ks_, vs_;
+  int64_t dim_, v_dim_;
+  bool packed_;
+  E* k_scratch_;
+  E* v_scratch_;
+};
+
+}  // namespace
+}  // namespace ttsk::TTSK_ISA

@@ -1,0 +1,294 @@
+import pytest
+import torch
+from budget import assert_within_budget, to_float64
+from plans import MODES, build_plan, make_trees, random_trees
+
+from ttskernels import _dispatch
+from ttskernels._reference import tree_attention as reference
+from ttskernels.kv import layout
+from ttskernels.ops.tree_attention import tree_attention
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+# One deep shared prompt of more than one partial, forks, a split node that begins mid-page, odd lengths.
+DEEP = [(-1, 1100, 0), (0, 37, 0), (0, 64, 11), (2, 530, 5), (2, 1, 0), (1, 16, 0)]
+DEEP_ROWS = [(3, 529), (5, 15), (4, 0), (0, 1099), (3, 100), (1, 36), (0, 0)]
+
+
+def make(trees, q_heads, kv_heads, head_dim, dtype, v_dim=None, packed=True):
+    """q and pools whose unused slots hold NaN."""
+    torch.manual_seed(q_heads * 1000 + head_dim)
+    v_dim = v_dim or head_dim
+    q = torch.randn(len(trees.rows), q_heads, head_dim).to(dtype)
+    k = torch.full((trees.num_pages, trees.page_size, kv_heads, head_dim), float("nan"))
+    v = torch.full((trees.num_pages, trees.page_size, kv_heads, v_dim), float("nan"))
+    page, slot = torch.tensor(sorted(trees.used_slots())).T
+    k[page, slot] = torch.randn(len(page), kv_heads, head_dim)
+    v[page, slot] = torch.randn(len(page), kv_heads, v_dim)
+    k, v = k.to(dtype), v.to(dtype)
+    return (q, *layout.from_nhd(k, v)) if packed else (q, k, v)
+
+
+@pytest.fixture(autouse=True)
+def torch_on_one_thread():
+    """Tiny SDPA calls gain nothing from a team."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def check(q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
+    """Against float64, with PyTorch's own error as the budget."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    out, lse = tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window, sinks=sinks,
+                              return_lse=True, impl="cpu")  # fmt: skip
+    exact, exact_lse, low, low_lse = expected(q, k, v, plan, scale, softcap, window, sinks)
+    assert_within_budget(out, exact, low)
+    assert_within_budget(lse, exact_lse, low_lse)
+    return out, lse
+
+
+def expected(q, k, v, plan, scale, softcap, window, sinks, cache={}):  # noqa: B006 - the same at every level
+    """Float64 reference, and PyTorch's result: SDPA on as many rows as GEMMs have, where it has the feature."""
+    key = (q.numpy(force=True).tobytes() if q.dtype != torch.bfloat16 else q.view(torch.int16).numpy().tobytes(),
+           plan.numpy().tobytes(), v.shape[3], scale, softcap, window, sinks is None)  # fmt: skip
+    if key not in cache:
+        if k.ndim == 5:
+            k, v = layout.to_nhd(k, v)
+        exact, exact_lse = reference.tree_attention(*to_float64(q, k, v), plan, scale, softcap, window, sinks)
+        low, low_lse = reference.tree_attention(q, k, v, plan, scale, softcap, window, sinks)
+        if not softcap and sinks is None:
+            low = sdpa(q, k, v, plan, scale, window)
+        cache[key] = exact, exact_lse, low, low_lse
+    return cache[key]
+
+
+def sdpa(q, k, v, plan, scale, window=0, copies=16):
+    """A second formulation: torch's SDPA, row by row; with copies of the query it runs as GEMMs do on many rows."""
+    out = q.new_zeros(*q.shape[:2], v.shape[3])
+    for row, (keys, values) in enumerate(reference.visible_kv(q, k, v, plan, window)):
+        if len(keys):
+            out[row] = torch.nn.functional.scaled_dot_product_attention(
+                q[row, :, None].expand(-1, copies, -1), keys.transpose(0, 1), values.transpose(0, 1), scale=scale,
+                enable_gqa=True,
+            )[:, 0]  # fmt: skip
+    return out
+
+
+@pytest.mark.parametrize("window", [0, 5])
+def test_reference_against_sdpa(window):
+    trees = random_trees(3)
+    q, k, v = make(trees, 6, 2, 32, torch.float64, packed=False)
+    plan = build_plan(trees)
+    out, lse = reference.tree_attention(q, k, v, plan, 0.2, 0.0, window, None)
+    torch.testing.assert_close(out, sdpa(q, k, v, plan, 0.2, window))
+    ones, _ = reference.tree_attention(q, k, torch.ones_like(v), plan, 0.2, 0.0, window, None)
+    torch.testing.assert_close(ones, torch.ones_like(ones))
+    keys = reference.visible_kv(q, k, v, plan, window)[0][0]
+    scores = torch.stack([keys[:, h // 3] @ q[0, h] * 0.2 for h in range(6)])
+    torch.testing.assert_close(lse[0], scores.logsumexp(1))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "q_heads, kv_heads, head_dim",
+    [(1, 1, 64), (6, 3, 80), (9, 3, 64), (4, 1, 96), (5, 1, 128), (6, 1, 64), (14, 2, 64), (8, 1, 256), (4, 2, 192)],
+)
+def test_heads(isa, dtype, q_heads, kv_heads, head_dim):
+    trees = random_trees(q_heads + head_dim)
+    check(*make(trees, q_heads, kv_heads, head_dim, dtype), build_plan(trees))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_long_nodes(isa, dtype):
+    trees = make_trees(DEEP, DEEP_ROWS)
+    check(*make(trees, 3, 1, 64, dtype), build_plan(trees))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("head_dim, v_dim", [(192, 128), (64, 80), (16, 16)])
+def test_v_dim(isa, dtype, head_dim, v_dim):
+    trees = random_trees(1)
+    check(*make(trees, 4, 2, head_dim, dtype, v_dim=v_dim), build_plan(trees))
+
+
+def assert_same(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", ["deep", "random"])
+def test_plan_changes_no_bit(isa, dtype, case):
+    seeds = [0] if case == "deep" else range(4)
+    for seed in seeds:
+        trees = make_trees(DEEP, DEEP_ROWS) if case == "deep" else random_trees(seed)
+        args = make(trees, 14, 2, 64, dtype)
+        expected = tree_attention(*args, build_plan(trees), return_lse=True, impl="cpu")
+        assert expected[0].isfinite().all()
+        for mode in MODES[1:]:
+            actual = tree_attention(*args, build_plan(trees, mode, seed), return_lse=True, impl="cpu")
+            assert_same(actual, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_change_no_bit(isa, dtype):
+    trees, lib = make_trees(DEEP, DEEP_ROWS), _dispatch.library()
+    args, before = make(trees, 6, 2, 64, dtype), lib.ttsk_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3):
+            lib.ttsk_set_num_threads(threads)
+            results.append(tree_attention(*args, build_plan(trees), return_lse=True, impl="cpu"))
+    finally:
+        lib.ttsk_set_num_threads(before)
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 30])
+def test_prefill_equals_decode(isa, dtype, window):
+    nodes = [(-1, 83, 3), (0, 75, 0)]
+    rows = [(1, i) for i in range(75)] + [(0, 82)]
+    trees = make_trees(nodes, rows)
+    q, k, v = make(trees, 7, 1, 64, dtype)
+    together = tree_attention(q, k, v, build_plan(trees), window=window, return_lse=True, impl="cpu")
+    for i in [0, 1, 15, 16, 40, 63, 64, 74]:
+        later = set(trees.slots(1)[i + 1 :])  # one by one, what comes later is not there yet
+        knhd, vnhd = (t.clone() for t in layout.to_nhd(k, v))
+        for page, slot in later:
+            knhd[page, slot] = vnhd[page, slot] = float("nan")
+        one = make_trees(nodes, [(1, i)])
+        one.nodes = trees.nodes
+        alone = tree_attention(q[i : i + 1], *layout.from_nhd(knhd, vnhd), build_plan(one, "pushed"), window=window,
+                               return_lse=True, impl="cpu")  # fmt: skip
+        assert_same(alone, [t[i : i + 1] for t in together])
+    check(q, k, v, build_plan(trees), window=window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("options", [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
+                         ids=lambda o: next(iter(o)))  # fmt: skip
+def test_options(isa, dtype, options):
+    trees = make_trees(DEEP, DEEP_ROWS)
+    args = make(trees, 6, 2, 64, dtype)
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.tensor([0.0, -3.0, 8.0, 1.0, 20.0, -50.0])
+    expected = check(*args, build_plan(trees), **options)
+    for mode in ("pushed", "prefix"):
+        assert_same(tree_attention(*args, build_plan(trees, mode), return_lse=True, impl="cpu", **options), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_page_placement_changes_no_bit(isa, dtype):
+    nodes, rows = [(-1, 150, 0), (0, 33, 0), (0, 5, 0)], [(1, 32), (2, 4)]
+    results = []
+    for seed, offsets in [(0, (0, 0, 0)), (1, (7, 0, 1)), (2, (1, 15, 2))]:
+        trees = make_trees([(p, n, o) for (p, n, _), o in zip(nodes, offsets, strict=True)], rows, seed=seed)
+        q, k, v = make(trees, 4, 2, 80, dtype, packed=False)
+        values = torch.randn(2, 188, 2, 80, generator=torch.Generator().manual_seed(7)).to(dtype)
+        slots = [s for n in range(3) for s in trees.slots(n)]
+        page, slot = torch.tensor(slots).T
+        k[page, slot], v[page, slot] = values
+        results.append(tree_attention(q, *layout.from_nhd(k, v), build_plan(trees), return_lse=True, impl="cpu"))
+    assert_same(results[0], results[1])
+    assert_same(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("page_size", [1, 16, 100])
+@pytest.mark.parametrize("order", ["nhd", "hnd", "interleaved"])
+def test_strided_pools(isa, dtype, page_size, order):
+    trees = random_trees(5, page_size)
+    q, k, v = make(trees, 6, 2, 80, dtype, packed=False)
+    if order == "hnd":
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    elif order == "interleaved":  # vLLM's [pages, 2, page_size, heads, dim]
+        k, v = torch.stack([k, v], dim=1).unbind(1)
+    expected = check(q, k, v, build_plan(trees))
+    for mode in ("pushed", "chunks"):
+        assert_same(tree_attention(q, k, v, build_plan(trees, mode), return_lse=True, impl="cpu"), expected)
+    if page_size == 16:  # the packed form of the same values: the same bits
+        packed = layout.from_nhd(k, v)
+        assert_same(tree_attention(q, *packed, build_plan(trees), return_lse=True, impl="cpu"), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_empty_rows(isa, dtype):
+    trees = make_trees([(-1, 20, 0), (-1, 0, 0)], [(0, 19), (1, -1), (0, 3), (1, -1)])
+    q, k, v = make(trees, 4, 2, 64, dtype)
+    sinks = torch.zeros(4)
+    for mode in ("separate", "grouped", "direct"):
+        out, lse = tree_attention(q, k, v, build_plan(trees, mode), sinks=sinks, return_lse=True, impl="cpu")
+        assert (out[[1, 3]] == 0).all() and (lse[[1, 3]] == float("-inf")).all()
+        assert out[[0, 2]].isfinite().all()
+    none = make_trees([(-1, 20, 0)], [])
+    assert tree_attention(q[:0], k, v, build_plan(none), impl="cpu").shape == (0, 4, 64)
+
+
+def test_q_row_stride(cpu_extension):
+    trees = random_trees(2)
+    q, k, v = make(trees, 4, 2, 64, torch.float32)
+    wide = torch.cat([q, torch.full_like(q, float("nan"))], dim=1)
+    expected = tree_attention(q, k, v, build_plan(trees), impl="cpu")
+    assert torch.equal(tree_attention(wide[:, :4], k, v, build_plan(trees), impl="cpu"), expected)
+
+
+def test_layout_round_trip():
+    for dtype in DTYPES:
+        k, v = torch.randn(3, 16, 2, 32).to(dtype), torch.randn(3, 16, 2, 48).to(dtype)
+        packed = layout.from_nhd(k, v)
+        empty = layout.new_pages(3, 2, 32, dtype, v_dim=48)
+        assert [p.shape for p in packed] == [p.shape for p in empty]
+        assert_same(layout.to_nhd(*packed), (k, v))
+    assert layout.new_pages(3, 2, 32, torch.bfloat16, layers=5)[1].shape == (5, 3, 2, 8, 32, 2)
+
+
+def test_opcheck(cpu_extension):
+    trees = random_trees(0)
+    args = make(trees, 4, 2, 64, torch.float32)
+    torch.library.opcheck(
+        torch.ops.ttskernels.tree_attention.default, (*args, build_plan(trees), 0.1, 0.0, 0, torch.zeros(4))
+    )
+
+
+def invalid(q, k, v, plan):
+    no_magic = plan.clone()
+    no_magic[0] = 0
+    far = plan.clone()
+    far[far[19]] = 99
+    yield (q[0], k, v, plan), {}, r"q must be \[rows, q_heads, head_dim\]"
+    yield (q, k.half(), v, plan), {}, "k_pages and v_pages must have q's dtype"
+    yield (q, k, v[:, :, :, :, 0], plan), {}, "must both be packed"
+    yield (q, k[:, :, :32], v, plan), {}, r"k_pages and v_pages must be \(\d+, 2, 64, 16, 1\)"
+    yield (q[:, :3], k, v, plan), {}, "q_heads must be a multiple of kv_heads, got 3 and 2"
+    yield (q[:, :, :40].contiguous(), k[:, :, :40].contiguous(), v, plan), {}, "multiples of 16 up to 256, got 40"
+    yield (q, k.transpose(0, 1).contiguous().transpose(0, 1), v, plan), {}, "must be contiguous; pass one layer"
+    yield (q, k, v, plan.long()), {}, "plan must be a Plan or its int32 buffer, got torch.int64"
+    yield (q[1:], k, v, plan), {}, r"plan has \d+ rows, q has \d+"
+    yield (q, *(t.repeat(1, 2, 1, 1) for t in layout.to_nhd(k, v)), plan), {}, "built for pages of 16 tokens, k_pages"
+    yield (q, k, v, plan), {"window": -1}, "softcap and window must be 0"
+    yield (q, k, v, plan), {"sinks": torch.zeros(3)}, r"sinks must be float32 \[4\]"
+    yield (q, k, v, plan), {"impl": "triton"}, None
+
+
+@pytest.mark.parametrize("case", range(13))
+def test_invalid(cpu_extension, case):
+    trees = random_trees(0)
+    args, options, message = list(invalid(*make(trees, 4, 2, 64, torch.float32), build_plan(trees)))[case]
+    with pytest.raises((ValueError, RuntimeError) if message is None else ValueError, match=message):
+        tree_attention(*args, **options)
+
+
+def test_invalid_plan(cpu_extension):
+    trees = random_trees(0)
+    args, plan = make(trees, 4, 2, 64, torch.float32), build_plan(trees)
+    no_magic, far = plan.clone(), plan.clone()
+    no_magic[0] = 0
+    far[far[19]] = 99
+    with pytest.raises(RuntimeError, match="pass the buffer that build_plan returned"):
+        tree_attention(*args, no_magic, impl="cpu")
+    with pytest.raises(RuntimeError, match=r"plan segment 0 reads tokens .* of page 99; the pool has"):
+        tree_attention(*args, far, impl="cpu")

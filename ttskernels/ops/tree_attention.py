@@ -1,0 +1,99 @@
+"""Attention of query rows over their own paths through a forest of KV nodes."""
+
+import torch
+from torch import Tensor
+
+from ttskernels._dispatch import Impl, resolve
+from ttskernels._reference import tree_attention as reference
+from ttskernels.kv.layout import PAGE_SIZE, pack_factor
+
+
+def tree_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    plan,
+    *,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    window: int = 0,
+    sinks: Tensor | None = None,
+    return_lse: bool = False,
+    impl: Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Dense attention of each row over its own path, reading every shared node once.
+
+    Args:
+        q: `[rows, q_heads, head_dim]`, fp32 / fp16 / bf16, caller's row order.
+        k_pages, v_pages: one layer's pool in `q`'s dtype: packed (`ttskernels.kv.layout`, 5-D) or an engine's
+            `[pages, page_size, kv_heads, head_dim]` (4-D, any strides with the last 1; v_dim may differ).
+        plan: a `Plan` or its int32 buffer, of as many rows.
+        scale: of the scores, `head_dim ** -0.5` by default.
+        softcap: if not 0, `softcap * tanh(score / softcap)`.
+        window: if not 0, a row at position p sees positions `p - window + 1 .. p`.
+        sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (hence lse) of every row that sees a token.
+        return_lse: also return the natural log of the denominator, `[rows, q_heads]` float32.
+    Returns:
+        `[rows, q_heads, v_dim]` in `q`'s dtype. A row that sees nothing gives 0 and -inf. Unused slots are never read
+        into a result. On the CPU a row's bits depend on its path alone: not on the plan, other rows or threads.
+    Raises:
+        ValueError: shape, dtype or head size mismatch, or a plan of other rows or another page size.
+    """
+    plan = getattr(plan, "buffer", plan)
+    check(q, k_pages, v_pages, plan, softcap, window, sinks)
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    if resolve(impl, q) == "cpu":
+        q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
+        out, lse = torch.ops.ttskernels.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+    else:
+        out, lse = reference.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+    return (out, lse) if return_lse else out
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softcap: float, window: int, sinks: Tensor | None) -> None:
+    if q.ndim != 3:
+        raise ValueError(f"q must be [rows, q_heads, head_dim], got shape {tuple(q.shape)}")
+    if k.dtype != q.dtype or v.dtype != q.dtype:
+        raise ValueError(f"k_pages and v_pages must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
+    if k.ndim not in (4, 5) or v.ndim != k.ndim:
+        raise ValueError(
+            "k_pages and v_pages must both be packed (5-D) or [pages, page_size, kv_heads, dim] (4-D), "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    head_dim, v_dim = q.shape[2], v.shape[3]
+    if k.ndim == 5:
+        f = pack_factor(q.dtype)
+        kv_heads, page_size = k.shape[1], PAGE_SIZE
+        want_k = (k.shape[0], kv_heads, head_dim // f, PAGE_SIZE, f)
+        want_v = (k.shape[0], kv_heads, PAGE_SIZE // f, v_dim, f)
+    else:
+        kv_heads, page_size = k.shape[2], k.shape[1]
+        want_k, want_v = (*k.shape[:3], head_dim), (*k.shape[:3], v_dim)
+    if tuple(k.shape) != want_k or tuple(v.shape) != want_v:
+        raise ValueError(
+            f"for q {tuple(q.shape)} k_pages and v_pages must be {want_k} and {want_v}, "
+            f"got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if kv_heads == 0 or q.shape[1] % kv_heads:
+        raise ValueError(f"q_heads must be a multiple of kv_heads, got {q.shape[1]} and {kv_heads}")
+    if head_dim % 16 or v_dim % 16 or not 0 < head_dim <= 256 or not 0 < v_dim <= 256:
+        raise ValueError(f"head_dim and v_dim must be multiples of 16 up to 256, got {head_dim} and {v_dim}; pad them")
+    if k.ndim == 4 and (k.stride(3) != 1 or v.stride(3) != 1):
+        raise ValueError(f"the last stride of k_pages and v_pages must be 1, got {k.stride(3)} and {v.stride(3)}")
+    if k.ndim == 5 and not (k.is_contiguous() and v.is_contiguous()):
+        raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
+    if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.ndim != 1 or plan.numel() < 32:
+        raise ValueError(f"plan must be a Plan or its int32 buffer, got {describe(plan)}; make one with build_plan")
+    rows, plan_page = int(plan[4]), int(plan[3])
+    if rows != q.shape[0]:
+        raise ValueError(f"plan has {rows} rows, q has {q.shape[0]}; build the plan for the rows of this call")
+    if plan_page != page_size:
+        raise ValueError(f"plan was built for pages of {plan_page} tokens, k_pages has pages of {page_size}")
+    if softcap < 0 or window < 0:
+        raise ValueError(f"softcap and window must be 0 (off) or positive, got {softcap} and {window}")
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.dtype not in (torch.float32, torch.float64)):
+        raise ValueError(f"sinks must be float32 [{q.shape[1]}], got {sinks.dtype} {tuple(sinks.shape)}")
+
+
+def describe(value) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
