@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ttskernels import _dispatch
 from ttskernels.kv.plan import Plan
+from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import Decoder, PythonDecoder
@@ -44,6 +45,12 @@ class Model:
     def flops_per_token(self, context: int, output: str | None = "logits") -> float:
         """See `DecoderConfig.flops_per_token`; the vocabulary head counts only if the model has one."""
         return self.config.flops_per_token(context, output if self.lm_head is not None else None)
+
+    @property
+    def heads(self) -> HeadShape:
+        """What `build_plan` needs to know about this model."""
+        c = self.config
+        return HeadShape(c.q_heads, c.kv_heads, c.head_dim, c.head_dim, c.dtype.itemsize)
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         """A KV page pool of this model's shape and dtype; `budget` may be shared with another model's pool."""
