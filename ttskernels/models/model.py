@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttskernels import _dispatch
+from ttskernels.errors import UnavailableError
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
@@ -16,6 +17,7 @@ from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import Decoder, PythonDecoder
 from ttskernels.models.heads import ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
+from ttskernels.ops.sample import check_params
 
 Output = Literal["logits", "hidden"]
 
@@ -111,6 +113,7 @@ class Model:
         last = self._check_rows(ids, plan, pool)
         _check("keys", keys, (rows,), torch.int64)
         _check("params", params, (rows, 4), torch.float32)
+        check_params(params)
         _check("next_state", next_state, (next_state.shape[0], self.config.vocab), torch.int32)
         _check("states", states, (rows,), torch.int32)
         _check_index("states", states, next_state.shape[0])
@@ -159,7 +162,7 @@ def load_model(
     if impl not in _dispatch.IMPLS:
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
-        raise _dispatch.UnavailableError(f"impl {impl!r} is not available: {reason}")
+        raise UnavailableError(f"impl {impl!r} is not available: {reason}")
     checkpoint = load_checkpoint(source, dtype)
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
