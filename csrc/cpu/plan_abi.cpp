@@ -34,4 +34,11 @@ __attribute__((visibility("default"))) void ttsk_plan_write(int32_t* plan) { Thi
 
 __attribute__((visibility("default"))) int32_t ttsk_plan_advance(int32_t* plan) { return ttsk::PlanAdvance(plan); }
 
+__attribute__((visibility("default"))) int64_t ttsk_tree_from_block_tables(const int32_t* table, const int32_t* lens,
+                                                                           const int32_t* queries, int32_t count,
+                                                                           int32_t width, int32_t page_size,
+                                                                           int32_t* packed) {
+  return ttsk::TreeFromBlockTables(table, lens, queries, count, width, page_size, packed);
+}
+
 }  // extern "C"

@@ -304,6 +304,8 @@ def _library() -> ctypes.CDLL:
     lib.ttsk_plan_compute.argtypes, lib.ttsk_plan_compute.restype = (pointer, pointer, pointer, pointer), None
     lib.ttsk_plan_write.argtypes, lib.ttsk_plan_write.restype = (pointer,), None
     lib.ttsk_plan_advance.argtypes, lib.ttsk_plan_advance.restype = (pointer,), ctypes.c_int32
+    lib.ttsk_tree_from_block_tables.argtypes = (pointer, pointer, pointer, *[ctypes.c_int32] * 3, pointer)
+    lib.ttsk_tree_from_block_tables.restype = ctypes.c_int64
     return lib
 
 

@@ -78,4 +78,9 @@ class Planner {
   std::vector<int32_t> order_, merge_indptr_, merge_cursor_, merge_slots_, queue_, worker_indptr_;
 };
 
+// The packed tree of `count` sequences over block tables [count, width], rows the last `queries[b]` tokens of each; every
+// token is cached. `packed` holds 5 + 12 * count + pages + 2 * rows int32; returns how many are used. The caller checks.
+int64_t TreeFromBlockTables(const int32_t* table, const int32_t* lens, const int32_t* queries, int32_t count,
+                            int32_t width, int32_t page_size, int32_t* packed);
+
 }  // namespace ttsk
