@@ -17,7 +17,7 @@ class Node:
 
     __slots__ = (
         "parent", "ids", "pos0", "cached", "pages", "first_offset", "sealed", "refs", "released", "children",
-        "_lender", "_borrower",
+        "owner", "seen", "_lender", "_borrower",
     )  # fmt: skip
 
     def __init__(self, parent: Node | None, ids: list[int], pos0: int):
@@ -31,6 +31,8 @@ class Node:
         self.refs = 1
         self.released = False
         self.children = 0
+        self.owner: object | None = None  # for the user's notes, inherited by forks; the forest does not read them
+        self.seen = 0  # most ids that ever had their KV computed: what is computed again below this is a recompute
         self._lender: Node | None = None  # owns pages[0] together with me: my upper half after a split
         self._borrower: Node | None = None  # reads pages[-1] from its own offset on: my lower half
 
@@ -66,6 +68,7 @@ class Forest:
             self._seal(parent)
             parent.children += 1
             node = Node(parent, ids, parent.pos0 + len(parent.ids))
+            node.owner = parent.owner
         self._live.add(node)
         return node
 
@@ -77,6 +80,8 @@ class Forest:
         self._seal(node)
         pos0 = node.pos0 + len(node.ids)
         children = [Node(node, [], pos0) for _ in range(n)]
+        for child in children:
+            child.owner = node.owner
         node.children += n
         self._live.update(children)
         return children
