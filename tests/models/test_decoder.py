@@ -7,17 +7,27 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from trees import expected, stack, walk
 
 from ttskernels import available
-from ttskernels.models import load_model
+from ttskernels.models import Model, load_checkpoint, load_model
+from ttskernels.models.decoder import PythonDecoder
 from ttskernels.ops.rms_norm import rms_norm
 
 VOCAB = 131
 
 
-@pytest.fixture(params=["reference", "cpu"])
-def impl(request):
-    if reason := available(request.param):
+@pytest.fixture(params=["reference", "cpu-ops", "cpu"])
+def load(request):
+    """`load(folder, dtype)` by each implementation: PyTorch, the Python decoder over the C++ ops, the C++ decoder."""
+    impl = request.param
+    if reason := available(impl.removesuffix("-ops")):
         pytest.skip(reason)
-    return request.param
+
+    def load(folder, dtype):
+        if impl != "cpu-ops":
+            return load_model(folder, dtype, impl)
+        checkpoint = load_checkpoint(folder, dtype)
+        return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, "cpu"), "cpu")
+
+    return load
 
 
 def hugging_face(folder, dtype=torch.float32, auto=AutoModelForCausalLM):
@@ -25,9 +35,9 @@ def hugging_face(folder, dtype=torch.float32, auto=AutoModelForCausalLM):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_fp32(variant, impl, tmp_path):
+def test_fp32(variant, load, tmp_path):
     write_tiny(tmp_path, variant)
-    seen = walk(load_model(tmp_path, torch.float32, impl), VOCAB)
+    seen = walk(load(tmp_path, torch.float32), VOCAB)
     theirs = hugging_face(tmp_path)
     exact = expected(lambda ids: theirs(ids).logits, seen)
     assert exact.std() > 0.3  # a model whose logits do not depend on its input would prove nothing
@@ -35,10 +45,10 @@ def test_fp32(variant, impl, tmp_path):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_bf16(variant, impl, tmp_path):
+def test_bf16(variant, load, tmp_path):
     """Largest and root-mean-square error over three walks: one row's largest error alone is a matter of luck."""
     write_tiny(tmp_path, variant)
-    model = load_model(tmp_path, torch.bfloat16, impl)
+    model = load(tmp_path, torch.bfloat16)
     seen = [row for seed in range(3) for row in walk(model, VOCAB, seed)]
     low = hugging_face(tmp_path, torch.bfloat16)
     theirs = expected(lambda ids: low(ids).logits, seen).double()
@@ -50,9 +60,9 @@ def test_bf16(variant, impl, tmp_path):
 
 
 @pytest.mark.parametrize("variant", ["qwen2", "mistral_window"])
-def test_hidden_rows_of_a_verifier(variant, impl, tmp_path):
+def test_hidden_rows_of_a_verifier(variant, load, tmp_path):
     write_tiny(tmp_path, variant, kind="ForTokenClassification")
-    model = load_model(tmp_path, torch.float32, impl)
+    model = load(tmp_path, torch.float32)
     seen = walk(model, VOCAB, output="hidden")
     trunk = hugging_face(tmp_path, auto=AutoModelForTokenClassification).model
     exact = expected(lambda ids: trunk(ids).last_hidden_state, seen)

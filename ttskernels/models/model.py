@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from ttskernels import _dispatch
+from ttskernels.errors import UnavailableError
 from ttskernels.kv.plan import Plan
+from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import Decoder, PythonDecoder
 from ttskernels.models.heads import ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
+from ttskernels.ops.sample import check_params
 
 Output = Literal["logits", "hidden"]
 
@@ -44,6 +47,12 @@ class Model:
     def flops_per_token(self, context: int, output: str | None = "logits") -> float:
         """See `DecoderConfig.flops_per_token`; the vocabulary head counts only if the model has one."""
         return self.config.flops_per_token(context, output if self.lm_head is not None else None)
+
+    @property
+    def heads(self) -> HeadShape:
+        """What `build_plan` needs to know about this model."""
+        c = self.config
+        return HeadShape(c.q_heads, c.kv_heads, c.head_dim, c.head_dim, c.dtype.itemsize)
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         """A KV page pool of this model's shape and dtype; `budget` may be shared with another model's pool."""
@@ -104,6 +113,7 @@ class Model:
         last = self._check_rows(ids, plan, pool)
         _check("keys", keys, (rows,), torch.int64)
         _check("params", params, (rows, 4), torch.float32)
+        check_params(params)
         _check("next_state", next_state, (next_state.shape[0], self.config.vocab), torch.int32)
         _check("states", states, (rows,), torch.int32)
         _check_index("states", states, next_state.shape[0])
@@ -152,7 +162,7 @@ def load_model(
     if impl not in _dispatch.IMPLS:
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
-        raise _dispatch.UnavailableError(f"impl {impl!r} is not available: {reason}")
+        raise UnavailableError(f"impl {impl!r} is not available: {reason}")
     checkpoint = load_checkpoint(source, dtype)
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
