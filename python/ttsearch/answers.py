@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
 
 def box_end(text: str, start: int) -> int | None:
-    """Index just behind the brace that closes the one before `start`; braces escaped by a backslash do not."""
+    """Index just behind the brace that closes the one before `start`; `\\{` and `\\}` are text."""
     depth, i = 1, start
     while i < len(text):
         if text[i] == "\\":

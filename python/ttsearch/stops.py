@@ -1,8 +1,8 @@
 """Where a step and a solution end, compiled to one integer table over tokens.
 
 The engine keeps one integer per branch and does `state = next_state[state, token]`: exact across token
-borders, no text below the line. A step ends at `\\n\\n` (once it has any visible text); a solution ends when
-a `\\boxed{...}` closes, or at an end-of-text id.
+borders, no text below the line. A step ends at `\\n\\n`, once it has any visible text; a box still open is
+then given up, as LaTeX does. A solution ends when a `\\boxed{...}` closes, or at an end-of-text id.
 """
 
 from __future__ import annotations
@@ -45,22 +45,23 @@ def _longest_prefix(text: bytes, patterns: Sequence[bytes]) -> bytes:
 def _advance(state: _State, byte: int, delimiters: Sequence[bytes]) -> _State | None:
     """The state after one more byte; None: the solution ended."""
     char = bytes([byte])
-    if state.depth:  # inside a box delimiters are text
-        if state.escaped:
-            return _State(True, depth=state.depth, ended=state.ended)
-        depth = state.depth + (char == b"{") - (char == b"}")
-        if depth == 0:
-            return None
-        if depth > MAX_DEPTH:
-            return _State(True, ended=state.ended)
-        return _State(True, depth=depth, escaped=char == b"\\", ended=state.ended)
-    box = state.box + char
-    if box == _BOX:
-        return _State(True, depth=1, ended=state.ended)
     visible, tail = state.visible or char not in _SPACE, state.tail + char
-    ended = state.ended or (visible and any(tail.endswith(d) for d in delimiters))
-    tail = b"" if ended else _longest_prefix(tail, delimiters)
-    return _State(visible, tail, _longest_prefix(box, [_BOX]), ended=ended)
+    if visible and any(tail.endswith(d) for d in delimiters):
+        return _State(True, ended=True)
+    tail = b"" if state.ended else _longest_prefix(tail, delimiters)
+    if not state.depth:
+        box = state.box + char
+        if box == _BOX:
+            return _State(True, tail, depth=1, ended=state.ended)
+        return _State(visible, tail, _longest_prefix(box, [_BOX]), ended=state.ended)
+    if state.escaped:
+        return _State(True, tail, depth=state.depth, ended=state.ended)
+    depth = state.depth + (char == b"{") - (char == b"}")
+    if depth == 0:
+        return None
+    if depth > MAX_DEPTH:
+        return _State(True, tail, ended=state.ended)
+    return _State(True, tail, depth=depth, escaped=char == b"\\", ended=state.ended)
 
 
 def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, int]:
