@@ -48,7 +48,8 @@ void AppendBias(std::vector<float>& bias, const void* part, int64_t n, DType dty
   for (int64_t i = 0; i < n; ++i) bias.push_back(part != nullptr ? ElementAsFloat(part, i, dtype) : 0.0f);
 }
 
-enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kOutAttended, kWorkspace, kAttention, kLogits, kCount };
+enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kOutAttended, kWorkspace, kAttention, kLogits,
+                        kRope, kCount };
 
 }  // namespace
 
@@ -138,6 +139,10 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
   char* act = Scratch<char>(kAct, std::max(rows, num_out) * s.intermediate * size);
   const std::vector<float> no_bias;
 
+  const int64_t pairs = s.head_dim / 2;
+  float* cos = Scratch<float>(kRope, 2 * rows * pairs);
+  float* sin = cos + rows * pairs;
+  RopeTable(PlanSection(plan, kFieldRowPos), rows, inv_freq_.data(), pairs, s.rope_scale, cos, sin);
   for (int64_t r = 0; r < rows; ++r) RowAsFloat(embed_.data(), ids[r], h, s.dtype, x + r * h);
   bool identity = num_out == rows;
   for (int64_t i = 0; identity && i < rows; ++i) identity = out_rows[i] == i;
@@ -153,12 +158,11 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     RopeAppendParams rope{};
     rope.q = qkv, rope.k = qkv + q, rope.v = qkv + q + kv, rope.q_out = rotated;
     rope.k_pages = k_pages, rope.v_pages = v_pages;
-    rope.positions = PlanSection(plan, kFieldRowPos), rope.slots = PlanSection(plan, kFieldRowSlot);
-    rope.inv_freq = inv_freq_.data(), rope.rope_scale = s.rope_scale, rope.eps = s.rms_eps;
+    rope.slots = PlanSection(plan, kFieldRowSlot), rope.cos = cos, rope.sin = sin, rope.eps = s.rms_eps;
     rope.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
     rope.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
     rope.rows = rows, rope.q_heads = s.q_heads, rope.kv_heads = s.kv_heads;
-    rope.head_dim = rope.v_dim = rope.rotary_dim = s.head_dim;
+    rope.head_dim = rope.v_dim = s.head_dim, rope.pairs = pairs;
     rope.q_stride = rope.k_stride = rope.v_stride = qkv_dim, rope.q_out_stride = q;
     rope.in_dtype = DType::kFloat32, rope.dtype = s.dtype;
     TTSK_SELECT(RopeAppend)(rope);
