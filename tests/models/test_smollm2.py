@@ -26,17 +26,6 @@ def prompts():
     return [tokenizer(t).input_ids for t in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)]
 
 
-@pytest.fixture(scope="module")
-def expected(prompts):
-    model = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
-    texts = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False)
-        texts.append(out[0, len(prompt) :].tolist())
-    return texts
-
-
 def greedy(model, prompts):
     """All prompts in one batch: a prefill of everything but the last ids, then one decode call."""
     common = next(i for i, ids in enumerate(zip(*prompts, strict=False)) if len(set(ids)) > 1)
@@ -69,7 +58,13 @@ def until_end(ids, eos):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
-def test_greedy_text(impl, prompts, expected):
+def test_greedy_text(impl, prompts):
+    """Every token is transformers' argmax after the same prefix, so by induction the texts are equal."""
     if reason := available(impl):
         pytest.skip(reason)
-    assert greedy(load_model(model_folder(), torch.float32, impl), prompts) == expected
+    texts = greedy(load_model(model_folder(), torch.float32, impl), prompts)
+    theirs = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32)
+    for prompt, text in zip(prompts, texts, strict=True):
+        with torch.no_grad():
+            logits = theirs(torch.tensor([prompt + text[:-1]])).logits[0, len(prompt) - 1 :]
+        assert text == logits.argmax(-1).tolist()
