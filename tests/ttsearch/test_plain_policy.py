@@ -26,7 +26,8 @@ def backend():
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.2, num_labels=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+        initializer_range=0.2, num_labels=2,
     )  # fmt: skip
     return PlainBackend(
         LlamaForCausalLM(config).eval(),
