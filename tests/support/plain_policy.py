@@ -1,4 +1,4 @@
-"""The slowest right policy: transformers, one branch at a time, every prefix read again. A model for real backends."""
+"""The slowest right policy: transformers, one branch at a time, every prefix read again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""All strategies over real (random) transformers models: prompts, stops, step text and scores fit together."""
+"""All strategies over real (random) transformers models: prompts, stops and scores fit together."""
 
 import pytest
 import torch
@@ -25,8 +25,9 @@ def backend():
     )
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-        num_key_value_heads=1, max_position_embeddings=128, initializer_range=0.2, num_labels=2,
+        vocab_size=len(tokens), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=128,
+        initializer_range=0.2, num_labels=2,
     )  # fmt: skip
     return PlainBackend(
         LlamaForCausalLM(config).eval(),

@@ -18,7 +18,7 @@ EOS = len(PIECES)
 
 
 def slow_scan(text: str) -> int:
-    """Definition: a box closed before a blank line ends the solution; a blank line behind visible text the step."""
+    """Definition: a box closed before a blank line ends the solution, a blank line behind text the step."""
     ended, i = False, 0
     while i < len(text):
         if text.startswith(BOX, i):
