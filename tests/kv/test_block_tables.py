@@ -46,7 +46,10 @@ def test_block_tables(seed, impl, request):
     plan = plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=impl)
     views = visible_slots(table, lens, queries, page_size)
     assert (plan.row_slot == -1).all() and (plan.num_rows == 0 or not plan.advance())
-    check_coverage(plan, [RowView(v, begins) for v, begins in zip(views, partial_starts(table, lens, queries, page_size))])
+    check_coverage(
+        plan,
+        [RowView(v, begins) for v, begins in zip(views, partial_starts(table, lens, queries, page_size))],
+    )
 
 
 def partial_starts(table, lens, queries, page_size):
@@ -56,7 +59,9 @@ def partial_starts(table, lens, queries, page_size):
     for b, q in enumerate(queries):
         borders = {0}
         for other in rows:
-            n = next((i for i, (x, y) in enumerate(zip(rows[b], other)) if x != y), min(len(rows[b]), len(other)))
+            n = next(
+                (i for i, (x, y) in enumerate(zip(rows[b], other)) if x != y), min(len(rows[b]), len(other))
+            )
             # a border where the two part: at a difference, or where the shorter ends and the longer goes on
             if n < len(rows[b]):
                 borders.add(n)
@@ -71,7 +76,10 @@ def partial_starts(table, lens, queries, page_size):
 @pytest.mark.parametrize("seed", range(40))
 def test_block_table_planners_agree(seed, cpu_extension):
     table, lens, queries, page_size = random_tables(seed)
-    a, b = (plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=i) for i in ("reference", "cpu"))
+    a, b = (
+        plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=i)
+        for i in ("reference", "cpu")
+    )
     assert np.array_equal(a.buffer[:32].numpy(), b.buffer[:32].numpy())
     for field in (at.ROW_POS, at.ROW_PERM, at.ITEMS, at.SEGS, at.MERGE_SLOTS):
         assert np.array_equal(a.section(field), b.section(field)), field
@@ -82,7 +90,13 @@ def test_block_tables_equal_parents():
     plan = plan_from_block_tables(table, [64, 48, 64], 16, HEADS)
     # sorted by pages: [5 6 7 3], [5 6 7 8], [5 6 9]
     parents = plan_from_parents(
-        [-1, 0, 1, 1, 0], [32, 16, 16, 16, 16], [0, 2, 3, 4, 5, 6], [5, 6, 7, 3, 8, 9], [3, 4, 2], [63, 47, 63], HEADS
+        [-1, 0, 1, 1, 0],
+        [32, 16, 16, 16, 16],
+        [0, 2, 3, 4, 5, 6],
+        [5, 6, 7, 3, 8, 9],
+        [3, 4, 2],
+        [63, 47, 63],
+        HEADS,
     )
     for field in (at.ROW_POS, at.ROW_PERM, at.ITEMS, at.MERGE_SLOTS):
         assert np.array_equal(plan.section(field), parents.section(field)), field
@@ -90,10 +104,14 @@ def test_block_tables_equal_parents():
 
 def test_block_tables_invalid():
     table = np.zeros((2, 3), np.int32)
-    with pytest.raises(ValueError, match=r"seq_lens and query_lens \[sequences\], got \(2, 3\), \(1,\), \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"seq_lens and query_lens \[sequences\], got \(2, 3\), \(1,\), \(1,\)"
+    ):
         plan_from_block_tables(table, [5], 16, HEADS)
     for lens in ([5, 0], [5, 49]):
-        with pytest.raises(ValueError, match=rf"sequence 1: seq_lens must be in 1..48 .* got {lens[1]} and 1; leave padding"):
+        with pytest.raises(
+            ValueError, match=rf"sequence 1: seq_lens must be in 1..48 .* got {lens[1]} and 1; leave padding"
+        ):
             plan_from_block_tables(table, lens, 16, HEADS)
     with pytest.raises(ValueError, match="got 5 and 6"):
         plan_from_block_tables(table, [5, 5], 16, HEADS, query_lens=[6, 1])

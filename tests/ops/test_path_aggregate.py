@@ -56,7 +56,9 @@ def test_fork_by_index(impl):
     new = torch.rand(3)
     children = path_aggregate(parents[[1, 1, 0]], new, torch.tensor([0, 1, 2, 3]).int(), impl=impl)
     path = torch.cat([scores[3:], new[1:2]])
-    assert torch.equal(children[1], path_aggregate(empty_state(1), path, torch.tensor([0, 3]).int(), impl=impl)[0])
+    assert torch.equal(
+        children[1], path_aggregate(empty_state(1), path, torch.tensor([0, 3]).int(), impl=impl)[0]
+    )
 
 
 def test_zero_negative_and_nan(impl):
@@ -76,8 +78,14 @@ def test_path_aggregate_opcheck(cpu_extension):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"state": torch.zeros(2, 4)}, r"state must be float32 \[paths, 5\], got torch.float32 \(2, 4\); see empty_state"),
-        ({"scores": torch.zeros(5).double()}, r"scores must be float32 \[n\], got torch.float64 \(5,\); pass scores.float"),
+        (
+            {"state": torch.zeros(2, 4)},
+            r"state must be float32 \[paths, 5\], got torch.float32 \(2, 4\); see empty_state",
+        ),
+        (
+            {"scores": torch.zeros(5).double()},
+            r"scores must be float32 \[n\], got torch.float64 \(5,\); pass scores.float",
+        ),
         ({"indptr": torch.tensor([0, 5]).int()}, r"indptr must be int32 \[3\], got torch.int32 \(2,\)"),
         ({"indptr": torch.tensor([0, 2, 4]).int()}, "indptr must rise from 0 to 5"),
         ({"indptr": torch.tensor([0, 6, 5]).int()}, "indptr must rise from 0 to 5"),

@@ -9,7 +9,18 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SQUASHES = ["softmax", "sigmoid", "none", "difference"]
 
 
-def make(n, dim, *, dtype=torch.float32, weight_dtype=torch.float32, labels=2, inner=0, norm=True, bias=True, tokens=40):
+def make(
+    n,
+    dim,
+    *,
+    dtype=torch.float32,
+    weight_dtype=torch.float32,
+    labels=2,
+    inner=0,
+    norm=True,
+    bias=True,
+    tokens=40,
+):
     hidden = torch.randn(tokens, dim).to(dtype)
     rows = torch.randint(tokens, (n,), dtype=torch.int32)
     heads = {"weight": (torch.randn(labels, inner or dim) / 4).to(weight_dtype)}
@@ -37,7 +48,9 @@ def test_step_score(isa, n, dim, labels, squash, inner):
     hidden, rows, heads = make(n, dim, labels=labels, inner=inner)
     exact = in_float64(hidden, rows, heads, squash, label=1)
     low = step_score(hidden, rows, squash=squash, label=1, impl="reference", **heads)
-    assert_within_budget(step_score(hidden, rows, squash=squash, label=1, impl="cpu", **heads), exact, low, factor=4)
+    assert_within_budget(
+        step_score(hidden, rows, squash=squash, label=1, impl="cpu", **heads), exact, low, factor=4
+    )
 
 
 @pytest.mark.parametrize("weight_dtype", DTYPES)
@@ -89,7 +102,12 @@ def test_extreme_logits(isa):
     """A label that is certain: no overflow on either side."""
     hidden, rows = torch.tensor([[1.0], [-1.0]]), torch.tensor([0, 1], dtype=torch.int32)
     weight = torch.tensor([[0.0], [500.0]])
-    for squash, expected in (("softmax", [1, 0]), ("sigmoid", [1, 0]), ("difference", [1, -1]), ("none", [500, -500])):
+    for squash, expected in (
+        ("softmax", [1, 0]),
+        ("sigmoid", [1, 0]),
+        ("difference", [1, -1]),
+        ("none", [500, -500]),
+    ):
         scores = step_score(hidden, rows, weight, squash=squash, label=1, impl="cpu")
         assert scores.tolist() == expected
 
@@ -105,26 +123,49 @@ def test_hidden_not_finite(impl, bad, inner, request):
     rows = torch.tensor([3, 4, 17, 5], dtype=torch.int32)
     with pytest.raises(ValueError, match=r"hidden row 17 \(rows\[2\]\) has no finite score"):
         step_score(hidden, rows, impl=impl, squash="sigmoid", **heads)
-    assert step_score(hidden, rows[:2], impl=impl, **heads).isfinite().all()  # a row that is not read does no harm
+    assert (
+        step_score(hidden, rows[:2], impl=impl, **heads).isfinite().all()
+    )  # a row that is not read does no harm
 
 
 @pytest.mark.parametrize("inner", [False, True])
 def test_step_score_opcheck(cpu_extension, inner):
     hidden, rows, heads = make(4, 32, inner=8 if inner else 0)
     get = heads.get
-    args = (hidden, rows, get("norm_weight"), 1e-6, get("inner_weight"), get("inner_bias"), get("weight"), get("bias"))
+    args = (
+        hidden,
+        rows,
+        get("norm_weight"),
+        1e-6,
+        get("inner_weight"),
+        get("inner_bias"),
+        get("weight"),
+        get("bias"),
+    )
     torch.library.opcheck(torch.ops.ttskernels.step_score.default, (*args, "softmax", 1))
 
 
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda a: {"hidden": a["hidden"][0]}, r"hidden must be floating point \[tokens, dim\], got torch.float32 \(8,\)"),
-        (lambda a: {"rows": a["rows"].long()}, r"rows must be int32 \[n\], got torch.int64 \(3,\); pass rows.to"),
+        (
+            lambda a: {"hidden": a["hidden"][0]},
+            r"hidden must be floating point \[tokens, dim\], got torch.float32 \(8,\)",
+        ),
+        (
+            lambda a: {"rows": a["rows"].long()},
+            r"rows must be int32 \[n\], got torch.int64 \(3,\); pass rows.to",
+        ),
         (lambda a: {"rows": a["rows"] + 40}, r"rows must be in 0..39, got \d+..\d+"),
         (lambda a: {"weight": a["weight"][:, :3]}, r"weight must be \[labels, 4\], got \(2, 3\)"),
-        (lambda a: {"inner_weight": a["inner_weight"][:, :7]}, r"inner_weight must be \[inner, 8\], got \(4, 7\)"),
-        (lambda a: {"inner_weight": a["inner_weight"].half()}, "inner_weight must have weight's dtype torch.float32"),
+        (
+            lambda a: {"inner_weight": a["inner_weight"][:, :7]},
+            r"inner_weight must be \[inner, 8\], got \(4, 7\)",
+        ),
+        (
+            lambda a: {"inner_weight": a["inner_weight"].half()},
+            "inner_weight must have weight's dtype torch.float32",
+        ),
         (lambda a: {"inner_weight": None}, "inner_bias needs inner_weight"),
         (lambda a: {"norm_weight": a["norm_weight"][:3]}, r"norm_weight must be \[8\], got \(3,\)"),
         (lambda a: {"bias": a["bias"][:1]}, r"bias must be \[2\], got \(1,\)"),

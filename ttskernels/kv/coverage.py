@@ -31,7 +31,9 @@ def expected_of_path(slots: Sequence[np.ndarray], last: int) -> RowView:
     return RowView(every, np.array([b for b in begins if b <= last], np.int64))
 
 
-def expected_of_rows(forest: Forest, rows: Sequence[tuple[Node, int, int]], page_size: int = 16) -> list[RowView]:
+def expected_of_rows(
+    forest: Forest, rows: Sequence[tuple[Node, int, int]], page_size: int = 16
+) -> list[RowView]:
     """The views of `build_plan`'s rows."""
     views = []
     for node, first, count in rows:
@@ -89,7 +91,9 @@ def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
     perm = plan.section(at.ROW_PERM)
     assert np.array_equal(np.sort(perm), np.arange(rows)), "row_perm is no permutation"
     queues = plan.section(at.WORKER_INDPTR)
-    assert queues[0] == 0 and (np.diff(queues) >= 0).all() and queues[-1] == len(plan.section(at.ITEMS)), "queues"
+    assert queues[0] == 0 and (np.diff(queues) >= 0).all() and queues[-1] == len(plan.section(at.ITEMS)), (
+        "queues"
+    )
     indptr, merge = plan.section(at.MERGE_INDPTR), plan.section(at.MERGE_SLOTS)
     assert indptr[0] == 0 and (np.diff(indptr) >= 0).all() and indptr[-1] == len(merge), "merge_indptr"
     owner: dict[int, int] = {}
@@ -103,5 +107,7 @@ def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
         slots = [s for key in order for s in seen[key][0]]
         begins = [b for key in order for b in seen[key][1]]
         assert slots == want.slots.tolist(), f"row {perm[r]}: reads {slots}, expected {want.slots.tolist()}"
-        assert begins == want.begins.tolist(), f"row {perm[r]}: partials at {begins}, expected {want.begins.tolist()}"
+        assert begins == want.begins.tolist(), (
+            f"row {perm[r]}: partials at {begins}, expected {want.begins.tolist()}"
+        )
     assert len(owner) == plan.buffer[at.NUM_SLOTS], "a slot has no merge"

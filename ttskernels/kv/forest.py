@@ -90,7 +90,9 @@ class Forest:
         """
         counts = [tokens] * len(nodes) if isinstance(tokens, int) else tokens
         if len(counts) != len(nodes):
-            raise ValueError(f"tokens must be one number or one per node, got {len(counts)} for {len(nodes)} nodes")
+            raise ValueError(
+                f"tokens must be one number or one per node, got {len(counts)} for {len(nodes)} nodes"
+            )
         if len(set(nodes)) != len(nodes):
             raise ValueError("reserve: a node occurs twice in nodes; pass it once with the larger count")
         need = []
@@ -98,7 +100,9 @@ class Forest:
             if node.released:
                 self._raise_released(node, "reserve")
             if count < 0 or (count > 0 and node.sealed):
-                raise ValueError(f"reserve: {count} more tokens asked of {node}; fork it and reserve for the children")
+                raise ValueError(
+                    f"reserve: {count} more tokens asked of {node}; fork it and reserve for the children"
+                )
             slots = node.first_offset + len(node.ids) + count
             need.append(max(0, (slots + PAGE_SIZE - 1) // PAGE_SIZE - len(node.pages)))
         total = sum(need)
@@ -134,7 +138,9 @@ class Forest:
             if node.released:
                 self._raise_released(node, "mark_cached")
             if node.capacity < len(node.ids):
-                raise ValueError(f"mark_cached: {node} has {node.capacity} slots reserved; call reserve first")
+                raise ValueError(
+                    f"mark_cached: {node} has {node.capacity} slots reserved; call reserve first"
+                )
         for node in nodes:
             node.cached = len(node.ids)
 
@@ -267,7 +273,9 @@ class Forest:
                 children[parent] = children.get(parent, 0) + 1
             assert 0 <= node.first_offset < PAGE_SIZE and (node.pages or node.first_offset == 0), node
             if node._lender is not None:
-                assert node._lender in self._live and node._lender._borrower is node and node.first_offset > 0, node
+                assert (
+                    node._lender in self._live and node._lender._borrower is node and node.first_offset > 0
+                ), node
                 assert node.pages[0] == node._lender.pages[-1], node
             if node._borrower is not None:
                 assert node._borrower._lender is node and node.sealed, node

@@ -41,7 +41,9 @@ class HeadShape:
         if min(self.q_heads, self.kv_heads, self.head_dim, self.v_dim, self.kv_bytes) <= 0:
             raise ValueError(f"every field of HeadShape must be positive, got {self}")
         if self.q_heads % self.kv_heads:
-            raise ValueError(f"q_heads must be a multiple of kv_heads, got {self.q_heads} and {self.kv_heads}")
+            raise ValueError(
+                f"q_heads must be a multiple of kv_heads, got {self.q_heads} and {self.kv_heads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,9 @@ class Machine:
 
     workers: int = 2  # cores or thread blocks that run items at the same time
     queues: int = 1  # item lists: 1 if workers pull from one counter, `workers` if each has its own list
-    flops_per_second: float = 345e9  # of all workers, at full tiles of `tile_rows` (row, query head of a group) rows
+    flops_per_second: float = (
+        345e9  # of all workers, at full tiles of `tile_rows` (row, query head of a group) rows
+    )
     bytes_per_second: float = 21e9  # KV reads of all workers
     partial_bytes_per_second: float = 40e9  # partial results, written and read back, mostly in cache
     item_us: float = 2.0  # fixed cost of an item, all its heads
@@ -158,7 +162,17 @@ def capacities(need: Sizes) -> Sizes:
 
 def section_offsets(cap: Sizes, queues: int) -> tuple[list[int], int]:
     """Offset of each section from ROW_POS on, each a multiple of 16 int32 (64 bytes), and the buffer's size."""
-    sizes = (cap.rows, cap.rows, cap.rows, 4 * cap.rows, 8 * cap.items, 4 * cap.segs, cap.rows + 1, cap.merges, queues + 1)
+    sizes = (
+        cap.rows,
+        cap.rows,
+        cap.rows,
+        4 * cap.rows,
+        8 * cap.items,
+        4 * cap.segs,
+        cap.rows + 1,
+        cap.merges,
+        queues + 1,
+    )
     offsets, at = [], HEADER_INTS
     for size in sizes:
         offsets.append(at)

@@ -35,16 +35,26 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
     `aggregate(state, "product")` shows: products are for scores in [0, 1].
     """
     if state.ndim != 2 or state.shape[1] != 5 or state.dtype != torch.float32:
-        raise ValueError(f"state must be float32 [paths, 5], got {state.dtype} {tuple(state.shape)}; see empty_state")
+        raise ValueError(
+            f"state must be float32 [paths, 5], got {state.dtype} {tuple(state.shape)}; see empty_state"
+        )
     if scores.ndim != 1 or scores.dtype != torch.float32:
-        raise ValueError(f"scores must be float32 [n], got {scores.dtype} {tuple(scores.shape)}; pass scores.float()")
+        raise ValueError(
+            f"scores must be float32 [n], got {scores.dtype} {tuple(scores.shape)}; pass scores.float()"
+        )
     if indptr.shape != (len(state) + 1,) or indptr.dtype != torch.int32:
         raise ValueError(f"indptr must be int32 [{len(state) + 1}], got {indptr.dtype} {tuple(indptr.shape)}")
     bounds = indptr.tolist()
-    if bounds[0] != 0 or bounds[-1] != len(scores) or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+    if (
+        bounds[0] != 0
+        or bounds[-1] != len(scores)
+        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+    ):
         raise ValueError(f"indptr must rise from 0 to {len(scores)}, the number of scores")
     if resolve(impl, state) == "cpu":
-        return torch.ops.ttskernels.path_aggregate(state.contiguous(), scores.contiguous(), indptr.contiguous())
+        return torch.ops.ttskernels.path_aggregate(
+            state.contiguous(), scores.contiguous(), indptr.contiguous()
+        )
     return reference.path_aggregate(state, scores, indptr)
 
 

@@ -69,7 +69,9 @@ def _vector(t: Tensor | None) -> Tensor | None:
 
 def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, label) -> None:
     if hidden.ndim != 2 or not hidden.is_floating_point():
-        raise ValueError(f"hidden must be floating point [tokens, dim], got {hidden.dtype} {tuple(hidden.shape)}")
+        raise ValueError(
+            f"hidden must be floating point [tokens, dim], got {hidden.dtype} {tuple(hidden.shape)}"
+        )
     if rows.ndim != 1 or rows.dtype != torch.int32:
         raise ValueError(
             f"rows must be int32 [n], got {rows.dtype} {tuple(rows.shape)}; pass rows.to(torch.int32)"
@@ -92,11 +94,17 @@ def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, sq
     if weight.ndim != 2 or weight.shape[1] != width or weight.shape[0] == 0:
         raise ValueError(f"weight must be [labels, {width}], got {tuple(weight.shape)}")
     labels = weight.shape[0]
-    for name, vector, size in (("norm_weight", norm_weight, dim), ("inner_bias", inner_bias, width), ("bias", bias, labels)):
+    for name, vector, size in (
+        ("norm_weight", norm_weight, dim),
+        ("inner_bias", inner_bias, width),
+        ("bias", bias, labels),
+    ):
         if vector is not None and vector.shape != (size,):
             raise ValueError(f"{name} must be [{size}], got {tuple(vector.shape)}")
     if squash not in SQUASHES:
         raise ValueError(f"squash must be one of {SQUASHES}, got {squash!r}")
     lowest = 1 if squash == "difference" else 0
     if not lowest <= label < labels:
-        raise ValueError(f"label must be in {lowest}..{labels - 1} for squash {squash!r} of {labels} labels, got {label}")
+        raise ValueError(
+            f"label must be in {lowest}..{labels - 1} for squash {squash!r} of {labels} labels, got {label}"
+        )

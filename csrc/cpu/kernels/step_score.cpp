@@ -8,6 +8,8 @@
 namespace ttsk::TTSK_ISA {
 namespace {
 
+constexpr int64_t kParallelWork = 1 << 19;  // multiply-adds, some 20 us: less is not worth waking a team
+
 // Widens one row to float32 and applies the norm. False if a value is not finite.
 template <typename T>
 bool NormRow(const T* x, const float* norm_weight, float eps, int64_t dim, float* y) {
@@ -77,7 +79,7 @@ void DotsOf(int rows, const float* x, int64_t stride, const W* w0, const W* w1, 
 template <typename W>
 void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
   const W* weight = static_cast<const W*>(p.inner_weight);
-#pragma omp parallel for schedule(static) num_threads(NumThreads()) if (p.num_rows * p.inner * p.dim > 65536)
+#pragma omp parallel for schedule(static) num_threads(NumThreads()) if (p.num_rows * p.inner * p.dim > kParallelWork)
   for (int64_t j = 0; j < p.inner; j += 2) {
     const int64_t next = j + 1 < p.inner ? j + 1 : j;
     for (int64_t r = 0; r < p.num_rows; r += 4) {
@@ -130,10 +132,8 @@ template <typename T, typename W>
 void Run(const StepScoreParams& p) {
   float* const x = p.scratch;
   float* const y = p.scratch + p.num_rows * p.dim;
-  const int64_t work = p.num_rows * p.dim * (p.inner > 0 ? 1 : p.labels);
-  const bool parallel = work > 16384;
   if (p.inner == 0) {
-#pragma omp parallel for num_threads(NumThreads()) if (parallel)
+#pragma omp parallel for num_threads(NumThreads()) if (p.num_rows * p.dim * p.labels > kParallelWork)
     for (int64_t r = 0; r < p.num_rows; ++r) {
       float* const row = x + r * p.dim;
       const bool finite =
