@@ -1,7 +1,8 @@
-"""Forking n branches off a long prefix until they can decode: fork, reserve, first ids, plan; then releasing them.
+"""Forking n branches off a long prefix until they can decode: fork, reserve, first ids, plan; then release.
 
-Beside it, what transformers' cache does for the same: DynamicCache.batch_repeat_interleave (expand) and reorder_cache
-(each beam step), which copy KV. Theirs is one layer of 28, ours is all layers (KV does not move, so layers are free).
+Beside it, what transformers' cache does for the same: DynamicCache.batch_repeat_interleave (expand) and
+reorder_cache (each beam step), which copy KV. Theirs is one layer of 28, ours is all layers (KV does not
+move, so layers are free).
 Goal: fork 256 + reserve + plan off 4,096 tokens under 1 ms.
 """
 

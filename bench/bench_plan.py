@@ -1,7 +1,7 @@
 """Planning: C++ and NumPy planners, a whole build_plan call, and advance, over a step-search tree.
 
-The tree is a prompt with `leaves` open leaves below a few levels of steps. Goals for 256 leaves: C++ build 50 us,
-advance 5 us, NumPy build 3 ms.
+The tree is a prompt with `leaves` open leaves below a few levels of steps. For 256 leaves the goals are
+C++ build 50 us, advance 5 us, NumPy build 3 ms.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ needs_cpp = pytest.mark.skipif(_dispatch.load_extension() is not None, reason="n
 
 
 def step_tree(leaves: int, prompt: int = 1024, fan_out: int = 4, step: int = 80):
-    """Beam search after its last fork: fan_out children per node, steps of about `step` tokens, leaves of one token."""
+    """Beam search after its last fork: fan_out children per node, steps of about `step` tokens."""
     rng = random.Random(0)
     forest = Forest(PagePool(1, 4, 128, 1 << 14, torch.bfloat16))
     level = [forest.add(None, range(prompt))]
@@ -83,7 +83,7 @@ def bench_advance(benchmark, leaves, impl):
 
 @pytest.mark.parametrize("impl", [pytest.param("cpu", marks=needs_cpp), "reference"])
 def bench_block_tables(benchmark, impl):
-    """64 sequences of 2,048 tokens in pages of 16, 1,024 tokens shared by all, 512 more by groups of eight."""
+    """64 sequences of 2,048 tokens in pages of 16, 1,024 tokens shared by all, 512 more by eights."""
     table = torch.empty(64, 128, dtype=torch.int32)
     table[:, :64] = torch.arange(64)
     table[:, 64:96] = 64 + torch.arange(8).repeat_interleave(8)[:, None] * 32 + torch.arange(32)

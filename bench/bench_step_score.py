@@ -1,7 +1,7 @@
-"""step_score against plain torch: a two-label head as two LM-head rows, and a Qwen2.5-Math-PRM head (inner layer).
+"""step_score against plain torch: two LM-head rows as labels, and a Qwen2.5-Math-PRM head (inner layer).
 
-Bytes counted: the hidden rows read, and each weight once. "full" is what serving stacks do for an LM-head PRM: the head
-over every token (here over a 32k vocabulary, 512 tokens), then a pick.
+Bytes counted: the hidden rows read, and each weight once. "full" is what serving stacks do for an LM-head
+PRM: the head over every token (here over a 32k vocabulary, 512 tokens), then a pick.
 """
 
 import pytest

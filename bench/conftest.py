@@ -4,8 +4,8 @@
     pytest bench/bench_plan.py --benchmark-only          one
     pytest bench --benchmark-disable                     once each, as a test (CI)
 
-Run on an idle machine. Each benchmark's extra_info says the bytes it must move, GB/s at the median and percent of the
-measured read rate; machine_info has the commit, instruction-set level, versions and peaks.
+Run on an idle machine. Each benchmark's extra_info says the bytes it must move, GB/s at the median and
+percent of the measured read rate; machine_info has the commit, instruction-set level, versions and peaks.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def best_seconds(work, runs: int = 5) -> float:
 
 @pytest.fixture
 def annotate(benchmark):
-    """`annotate(bytes=..., flops=...)` after the run: rates at the median, and percent of this machine's peaks."""
+    """`annotate(bytes=..., flops=...)` after the run: rates at the median and percent of the peaks."""
 
     def add(*, num_bytes: float = 0, flops: float = 0, **extra):
         benchmark.extra_info.update(extra)

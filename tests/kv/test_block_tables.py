@@ -30,7 +30,7 @@ def random_tables(seed):
 
 def visible_slots(table, lens, queries, page_size):
     views = []
-    for b, (n, q) in enumerate(zip(lens, queries)):
+    for b, (n, q) in enumerate(zip(lens, queries, strict=False)):
         token = np.arange(n)
         slots = table[b, token // page_size].astype(np.int64) * page_size + token % page_size
         views += [slots[: p + 1] for p in range(n - q, n)]
@@ -48,19 +48,23 @@ def test_block_tables(seed, impl, request):
     assert (plan.row_slot == -1).all() and (plan.num_rows == 0 or not plan.advance())
     check_coverage(
         plan,
-        [RowView(v, begins) for v, begins in zip(views, partial_starts(table, lens, queries, page_size))],
+        [
+            RowView(v, begins)
+            for v, begins in zip(views, partial_starts(table, lens, queries, page_size), strict=False)
+        ],
     )
 
 
 def partial_starts(table, lens, queries, page_size):
-    """Nodes by brute force: a sequence's node borders are the page counts it shares with other sequences, and its ends."""
+    """Nodes by brute force: a node ends where a sequence parts from another, or another ends."""
     num_pages = [-(-n // page_size) for n in lens]
     rows = [table[b, :n].tolist() for b, n in enumerate(num_pages)]
     for b, q in enumerate(queries):
         borders = {0}
         for other in rows:
             n = next(
-                (i for i, (x, y) in enumerate(zip(rows[b], other)) if x != y), min(len(rows[b]), len(other))
+                (i for i, (x, y) in enumerate(zip(rows[b], other, strict=False)) if x != y),
+                min(len(rows[b]), len(other)),
             )
             # a border where the two part: at a difference, or where the shorter ends and the longer goes on
             if n < len(rows[b]):
@@ -68,7 +72,7 @@ def partial_starts(table, lens, queries, page_size):
         borders = sorted(borders)
         for p in range(lens[b] - q, lens[b]):
             starts = []
-            for lo, hi in zip(borders, [*borders[1:], len(rows[b])]):
+            for lo, hi in zip(borders, [*borders[1:], len(rows[b])], strict=False):
                 starts += range(lo * page_size, hi * page_size, 512)
             yield np.array([s for s in starts if s <= p], np.int64)
 

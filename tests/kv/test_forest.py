@@ -71,7 +71,7 @@ class Walk:
         except OutOfPagesError:
             assert [n.pages for n in nodes] == before
         else:
-            assert all(n.capacity >= len(n.ids) + t for n, t in zip(nodes, tokens))
+            assert all(n.capacity >= len(n.ids) + t for n, t in zip(nodes, tokens, strict=False))
             self.forest.mark_cached(nodes)
 
     def append(self, node):

@@ -15,7 +15,7 @@ HEADS = [
     HeadShape(8, 8, 32, 64, 4),
     HeadShape(7, 1, 80, 80, 2),
 ]
-# Cheap items: much is separated and cut. Dear items and partials: much is pushed down. Many workers with own queues.
+# Cheap items: much is separated and cut. Dear ones: much is pushed down. Many workers with own queues.
 MACHINES = [
     Machine(),
     Machine(
@@ -26,7 +26,8 @@ MACHINES = [
         workers=132, queues=132, flops_per_second=6e14, bytes_per_second=3e12, tile_rows=16, min_piece_us=0.01
     ),
 ]
-SECTIONS = (at.ROW_POS, at.ROW_SLOT, at.ROW_PERM, at.ROW_LEAF, at.ITEMS, at.SEGS, at.MERGE_INDPTR, at.MERGE_SLOTS, at.WORKER_INDPTR)  # fmt: skip
+SECTIONS = (at.ROW_POS, at.ROW_SLOT, at.ROW_PERM, at.ROW_LEAF, at.ITEMS, at.SEGS,
+            at.MERGE_INDPTR, at.MERGE_SLOTS, at.WORKER_INDPTR)  # fmt: skip
 IMPLS = ["reference", "cpu"]
 
 
@@ -85,7 +86,7 @@ def test_advance_equals_rebuild(seed, impl):
         rows = decode_rows(leaves)
         fresh = build_plan(forest, rows, heads, machine=machine, impl=impl)
         assert np.array_equal(plan.row_pos, fresh.row_pos) and np.array_equal(plan.row_slot, fresh.row_slot)
-        assert all(s // 16 in leaf.pages for s, leaf in zip(plan.row_slot, leaves))
+        assert all(s // 16 in leaf.pages for s, leaf in zip(plan.row_slot, leaves, strict=False))
     check_coverage(plan, expected_of_rows(forest, rows))
 
 
@@ -115,7 +116,7 @@ def test_split_and_row_order_keep_coverage(seed, impl):
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     rows = [rows[i] for i in order]
     views = expected_of_rows(forest, rows)
-    assert all(np.array_equal(v.slots, plain[i].slots) for v, i in zip(views, order))
+    assert all(np.array_equal(v.slots, plain[i].slots) for v, i in zip(views, order, strict=False))
     check_coverage(build_plan(forest, rows, heads, machine=machine, impl=impl), views)
 
 
@@ -157,7 +158,8 @@ def test_reuse_and_growth(impl):
 
 
 def shared_prefix(prefix, leaves, suffix):
-    """plan_from_parents arguments: one root of `prefix` tokens, `leaves` children of `suffix` tokens, 16-token pages."""
+    """plan_from_parents arguments: one root of `prefix` tokens, `leaves` children of `suffix` tokens,
+    16-token pages."""
     root, each = -(-prefix // 16), -(-suffix // 16)
     indptr = [0, *range(root, root + leaves * each + 1, each)]
     parent, length = [-1] + [0] * leaves, [prefix] + [suffix] * leaves

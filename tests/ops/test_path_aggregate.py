@@ -33,8 +33,11 @@ def test_reference_against_a_list(impl):
     state = path_aggregate(empty_state(3), scores, indptr, impl=impl)
     for path, values in ((0, scores[:4].tolist()), (2, scores[4:].tolist())):
         expected = {
-            "min": min(values), "last": values[-1], "mean": math.fsum(values) / len(values), "product": math.prod(values)
-        }  # fmt: skip
+            "min": min(values),
+            "last": values[-1],
+            "mean": math.fsum(values) / len(values),
+            "product": math.prod(values),
+        }
         for how in HOWS:
             assert aggregate(state, how)[path].item() == pytest.approx(expected[how], rel=1e-5)
     assert all(aggregate(state, how)[1].isnan() for how in HOWS)

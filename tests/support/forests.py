@@ -10,7 +10,7 @@ from ttskernels.kv import Forest, PagePool
 def random_forest(
     rng: random.Random, *, lengths=(0, 1, 5, 16, 17, 60, 200), depth=4, fan_out=4, roots=2, num_pages=16384
 ):
-    """A forest and its leaves: unsealed nodes with at least one id, the last one not cached, and slack reserved."""
+    """A forest and its leaves: open nodes with at least one id, the last not cached, and slack."""
     forest = Forest(PagePool(1, 1, 2, num_pages, torch.float32))
     pages = forest.pool.take(num_pages)
     rng.shuffle(pages)

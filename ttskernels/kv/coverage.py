@@ -1,5 +1,6 @@
-"""Proof that a plan reads what it must: every (row, visible token) exactly once, in order, with partials where the
-numerics contract puts them. Pure NumPy and independent of both planners; for tests and for debugging an integration."""
+"""Proof that a plan reads what it must: every (row, visible token) exactly once, in order, with partials
+where the numerics contract puts them. Pure NumPy and independent of both planners; for tests and for
+debugging an integration."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from ttskernels.kv.plan import Plan
 
 
 class RowView(NamedTuple):
-    """What one row must read: the slot (page * page_size + offset) of each visible token from the root on, and the
-    positions at which its partials begin."""
+    """What one row must read: the slot (page * page_size + offset) of each visible token from the root on,
+    and the positions at which its partials begin."""
 
     slots: np.ndarray
     begins: np.ndarray
@@ -46,7 +47,7 @@ def expected_of_rows(
 
 
 def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
-    """Per plan row: key -> (slots read, positions at which partials begin). The key is a partial slot, or -1."""
+    """Per plan row: key -> (slots read, positions at which partials begin). The key is a slot or -1."""
     perm, pos = plan.section(at.ROW_PERM), plan.row_pos
     items, segs = plan.section(at.ITEMS), plan.section(at.SEGS)
     page_size = int(plan.buffer[at.PAGE_SIZE_AT])
@@ -83,8 +84,9 @@ def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
 def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
     """Assert that row i of the plan (caller's order) reads exactly `expected[i]`.
 
-    Every token once, merged from the root to the leaf; a partial begins at each node's start and each 512th token of
-    a node; partial slots are disjoint, all merged, and below the header's count; queues cover the items.
+    Every token once, merged from the root to the leaf; a partial begins at each node's start and each 512th
+    token of a node; partial slots are disjoint, all merged, and below the header's count; queues cover the
+    items.
     """
     rows = plan.num_rows
     assert rows == len(expected), f"{rows} rows, {len(expected)} expected"

@@ -1,7 +1,7 @@
-"""Plans: which query rows read which KV together. Built when the tree changes, advanced once per decode iteration.
+"""Plans: which query rows read which KV together. Built when the tree changes, advanced once per iteration.
 
-The buffer is defined in csrc/include/ttskernels/plan.h (NumPy twin: plan_layout.py). The C++ planner serves when the
-extension is built, the NumPy one (plan_reference.py) otherwise; their plans are equal.
+The buffer is defined in csrc/include/ttskernels/plan.h (NumPy twin: plan_layout.py). The C++ planner serves
+when the extension is built, the NumPy one (plan_reference.py) otherwise; their plans are equal.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Plan:
 
     @property
     def row_slot(self) -> np.ndarray:
-        """`[rows]` int32 view: page * page_size + slot where the row's K, V go, -1 if they are there already."""
+        """`[rows]` int32 view: page * page_size + slot where the row's K, V go; -1: they are there."""
         return at.section(self._array, at.ROW_SLOT)
 
     def section(self, field: int) -> np.ndarray:
@@ -68,8 +68,8 @@ class Plan:
     def advance(self) -> bool:
         """One token further: row_pos += 1, row_slot moves on, in place.
 
-        Only rows at the end of a leaf of their own can move. False, and nothing changed, if some row cannot, because
-        its reserved slots are used up: reserve and build a new plan.
+        Only rows at the end of a leaf of their own can move. False, and nothing changed, if some row cannot,
+        because its reserved slots are used up: reserve and build a new plan.
         """
         if self._impl == "cpu":
             return _library().ttsk_plan_advance(self._address) == 0
@@ -96,12 +96,12 @@ def build_plan(
     """Plan the attention of query rows over the paths of their nodes.
 
     Args:
-        rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count]. Slots for
-            them must be reserved. Every token without KV on a path must have a row here.
+        rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count].
+            Slots for them must be reserved. Every token without KV on a path must have a row here.
         reuse: a plan whose buffer is written again if the new plan fits it (same address: graph-safe).
         impl: "cpu" (C++), "reference" (NumPy) or "auto".
     Raises:
-        ValueError: a row outside its node or its reserved slots, or a token on a path with neither KV nor a row.
+        ValueError: a row outside its node or its reserved slots, or a token on a path without KV or row.
         ReleasedNodeError: a row's node was released.
     """
     index: dict[Node, int] = {}
@@ -242,7 +242,8 @@ def _check_tree(a: dict[str, np.ndarray], page_size: int) -> None:
     if bad.size:
         v = bad[0]
         raise ValueError(
-            f"node {v}: {length[v]} tokens from slot {offset[v]} on need pages of {page_size}, got {per_node[v]} pages"
+            f"node {v}: {length[v]} tokens from slot {offset[v]} on need pages of {page_size}, "
+            f"got {per_node[v]} pages"
         )
     pos0 = np.zeros(nodes, np.int64)
     for v in range(nodes):

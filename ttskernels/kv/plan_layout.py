@@ -1,4 +1,4 @@
-"""The plan buffer's layout, the NumPy twin of csrc/include/ttskernels/plan.h, and what goes into and out of a planner."""
+"""The plan buffer's layout, NumPy twin of csrc/include/ttskernels/plan.h, and a planner's input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ HEADER_INTS = 32
 FOLD = 1  # PlanItem.flags
 
 (
-    MAGIC_AT, VERSION_AT, TOTAL_INTS, PAGE_SIZE_AT, NUM_ROWS, NUM_ITEMS, NUM_SEGS, NUM_SLOTS, NUM_MERGES, NUM_WORKERS,
-    CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES, ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR,
-    MERGE_SLOTS, WORKER_INDPTR,
+    MAGIC_AT, VERSION_AT, TOTAL_INTS, PAGE_SIZE_AT,
+    NUM_ROWS, NUM_ITEMS, NUM_SEGS, NUM_SLOTS, NUM_MERGES, NUM_WORKERS,
+    CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES,
+    ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR, MERGE_SLOTS, WORKER_INDPTR,
 ) = range(23)  # fmt: skip
 
 ITEM_DTYPE = np.dtype(
@@ -107,9 +108,9 @@ def cost_constants(heads: HeadShape, machine: Machine) -> Costs:
 
 
 class TreeSpec(NamedTuple):
-    """A planner's input: nodes in topological order (a parent before its children), int32, packed in `packed`.
+    """A planner's input: nodes in topological order (a parent before its children), packed int32.
 
-    `length` tokens of a node are readable by the rows below it; `capacity` slots by its own rows as they advance.
+    The rows below a node read its `length` tokens; its own row may advance through its `capacity` slots.
     """
 
     packed: np.ndarray
@@ -138,7 +139,7 @@ def unpack_spec(packed: np.ndarray) -> TreeSpec:
 
 
 class PlanStats(NamedTuple):
-    """`modelled_us` is the planner's estimate for the attention of one layer, `flat_us` for one path per row."""
+    """`modelled_us` is the planner's estimate for one layer's attention, `flat_us` for one path per row."""
 
     items: int
     partial_slots: int
@@ -156,12 +157,12 @@ class Sizes(NamedTuple):
 
 
 def capacities(need: Sizes) -> Sizes:
-    """Capacities of a new buffer: powers of two, 16 at least, so that a growing tree rarely needs another buffer."""
+    """Capacities of a new buffer: powers of two from 16 on, so that a growing tree rarely needs another."""
     return Sizes(*(1 << max(4, (n - 1).bit_length()) for n in need))
 
 
 def section_offsets(cap: Sizes, queues: int) -> tuple[list[int], int]:
-    """Offset of each section from ROW_POS on, each a multiple of 16 int32 (64 bytes), and the buffer's size."""
+    """Offset of each section from ROW_POS on, each a multiple of 16 int32, and the buffer's size."""
     sizes = (
         cap.rows,
         cap.rows,

@@ -1,12 +1,13 @@
-"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in without a compiler.
+"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in.
 
 Both make the same choices from the same float64 arithmetic in the same order, so their buffers are equal.
 
-1. Rows in DFS order, so that the rows at or below a node are one interval. A node's own rows come first, by position.
-2. Bottom up, each node is either read once for all rows below it (separate) or pushed down to be read by the item of
-   each child. Own rows count as one more child with no tokens. A path pushed down to the root is flat decoding; a
-   tree whose chosen cost is above its flat cost is planned flat.
-3. Every separate node, and every node with own rows that is pushed, ends a chain: itself and the pushed nodes above.
+1. Rows in DFS order, so that the rows at or below a node are one interval. Own rows come first, by position.
+2. Bottom up, each node is either read once for all rows below it (separate) or pushed down to be read by the
+   item of each child. Own rows count as one more child with no tokens. A path pushed down to the root is
+   flat decoding; a tree whose chosen cost is above its flat cost is planned flat.
+3. Every separate node, and every node with own rows that is pushed, ends a chain of itself and the pushed
+   nodes above.
    A chain is an item per block of rows, cut at partial starts while there are too few tasks.
 """
 
@@ -119,11 +120,12 @@ class Tree:
 
 
 def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
-    """pushed[node], the modelled cost of the choice and that of flat decoding (microseconds of one worker)."""
+    """pushed[node], the modelled cost of the choice and that of flat decoding (us of one worker)."""
     nodes = len(tree.parent)
     pushed = [True] * nodes
-    # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open rows
-    # (those that end at a separate node, so that even a fold from the root is a partial), and flat decoding's rate.
+    # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open
+    # rows (those that end at a separate node, so that even a fold from the root is a partial), and flat
+    # decoding's rate.
     front_cost, rate, empty, records = [0.0] * nodes, [0.0] * nodes, [0] * nodes, [0] * nodes
     open_rows, flat_rate = [0] * nodes, [0.0] * nodes
     done, flat = [0.0] * nodes, [0.0] * nodes
@@ -262,7 +264,7 @@ def split_items(tree: Tree, items: list[Item], segs: list[int], costs: Costs) ->
 def assign_slots(
     items: list[Item], segs: list[int], rows: int
 ) -> tuple[list[int], list[int], list[int], int]:
-    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items are in root-to-leaf order."""
+    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
     change = [0] * (rows + 1)
     for item in items:
         change[item.row_lo] += 1
@@ -286,7 +288,7 @@ def assign_slots(
 
 
 def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]:
-    """Order of the items (most expensive first, longest processing time first over queues) and the queues' bounds."""
+    """Items' order (dearest first; longest processing time first over queues) and queues' bounds."""
     order = sorted(range(len(items)), key=lambda i: -items[i].cost)
     lists: list[list[int]] = [[] for _ in range(queues)]
     heap = [(0.0, q) for q in range(queues)]

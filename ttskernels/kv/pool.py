@@ -42,8 +42,8 @@ class PagePool:
         budget: shared with other pools; a page is free only if its bytes are free there too.
         v_dim: value dimension, `head_dim` if not given.
 
-    `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim, f]` with
-    f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
+    `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
+    f]` with f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
     """
 
     page_size = PAGE_SIZE

@@ -22,8 +22,8 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
     """Fold new step scores into each path's (count, min, last, sum, log-product).
 
     Args:
-        state: `[paths, 5]` float32, from `empty_state` or an earlier call; not modified. Indexing it with the parents of
-            forked paths gives the children's state.
+        state: `[paths, 5]` float32, from `empty_state` or an earlier call; not modified. Indexing it with the
+            parents of forked paths gives the children's state.
         scores: `[n]` float32, the new scores of path p at `indptr[p] : indptr[p + 1]`, in step order.
         indptr: `[paths + 1]` int32, from 0 to n.
     Returns:
@@ -31,8 +31,8 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
     Raises:
         ValueError: shape or dtype mismatch, or indptr that does not rise from 0 to n.
 
-    Scores may be unbounded. A zero makes the log-product -inf (product 0); a negative one makes it NaN, which only
-    `aggregate(state, "product")` shows: products are for scores in [0, 1].
+    Scores may be unbounded. A zero makes the log-product -inf (product 0); a negative one makes it NaN, which
+    only `aggregate(state, "product")` shows: products are for scores in [0, 1].
     """
     if state.ndim != 2 or state.shape[1] != 5 or state.dtype != torch.float32:
         raise ValueError(
@@ -59,7 +59,8 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
 
 
 def aggregate(state: Tensor, how: How) -> Tensor:
-    """`[paths]` path scores from a state; NaN for a path without steps (and, for "product", with a negative score)."""
+    """`[paths]` path scores from a state; NaN for a path without steps (and, for "product", with a negative
+    score)."""
     if how not in HOWS:
         raise ValueError(f"how must be one of {HOWS}, got {how!r}")
     count, least, last, total, log_product = state.unbind(-1)

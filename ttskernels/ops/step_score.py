@@ -26,7 +26,8 @@ def step_score(
     label: int = 0,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Scores of the steps that end at `rows`: gather, RMS norm, optional inner layer with ReLU, head, squash; one pass.
+    """Scores of the steps that end at `rows`: gather, RMS norm, optional inner layer with ReLU, head, squash;
+    one pass.
 
     Args:
         hidden: `[tokens, dim]`, fp32 / fp16 / bf16, before the final norm; not modified.
@@ -34,8 +35,8 @@ def step_score(
         weight: `[labels, dim]` (`[labels, inner]` with an inner layer), any of the three dtypes.
         norm_weight: `[dim]` of the final norm; None if `hidden` is normed already.
         inner_weight: `[inner, dim]`, dtype of `weight`.
-        squash: "softmax": probability of `label`; "difference": that minus the probability of label 0; "sigmoid": of
-            logit `label`; "none": logit `label`, unbounded.
+        squash: "softmax": probability of `label`; "difference": that minus the probability of label 0;
+            "sigmoid": of logit `label`; "none": logit `label`, unbounded.
     Returns:
         `[n]` float32; a row's score has the same bits in any batch. Empty `rows` gives an empty tensor.
     Raises:
@@ -43,22 +44,28 @@ def step_score(
     Source: Lightman et al. 2023, arXiv:2305.20050.
     """
     _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, label)
-    args = (hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label)
     if resolve(impl, hidden) == "cpu":
-        args = (
-            hidden if hidden.stride(1) == 1 else hidden.contiguous(), rows.contiguous(), _vector(norm_weight), eps,
-            None if inner_weight is None else inner_weight.contiguous(), _vector(inner_bias), weight.contiguous(),
-            _vector(bias), squash, label,
-        )  # fmt: skip
-        scores = torch.ops.ttskernels.step_score(*args)
+        scores = torch.ops.ttskernels.step_score(
+            hidden if hidden.stride(1) == 1 else hidden.contiguous(),
+            rows.contiguous(),
+            _vector(norm_weight),
+            eps,
+            None if inner_weight is None else inner_weight.contiguous(),
+            _vector(inner_bias),
+            weight.contiguous(),
+            _vector(bias),
+            squash,
+            label,
+        )
     else:
+        args = (hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label)
         scores = reference.step_score(*args)
     finite = scores.isfinite()
     if not finite.all():
         i = int(finite.logical_not().nonzero()[0])
         raise ValueError(
-            f"hidden row {int(rows[i])} (rows[{i}]) has no finite score: its hidden states or logits are not finite; "
-            "check the model's dtype (fp16 overflows) and inputs"
+            f"hidden row {int(rows[i])} (rows[{i}]) has no finite score: "
+            "its hidden states or logits are not finite; check the model's dtype (fp16 overflows) and inputs"
         )
     return scores
 
