@@ -30,7 +30,7 @@ def random_tables(seed):
 
 def visible_slots(table, lens, queries, page_size):
     views = []
-    for b, (n, q) in enumerate(zip(lens, queries)):
+    for b, (n, q) in enumerate(zip(lens, queries, strict=False)):
         token = np.arange(n)
         slots = table[b, token // page_size].astype(np.int64) * page_size + token % page_size
         views += [slots[: p + 1] for p in range(n - q, n)]
@@ -46,24 +46,33 @@ def test_block_tables(seed, impl, request):
     plan = plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=impl)
     views = visible_slots(table, lens, queries, page_size)
     assert (plan.row_slot == -1).all() and (plan.num_rows == 0 or not plan.advance())
-    check_coverage(plan, [RowView(v, begins) for v, begins in zip(views, partial_starts(table, lens, queries, page_size))])
+    check_coverage(
+        plan,
+        [
+            RowView(v, begins)
+            for v, begins in zip(views, partial_starts(table, lens, queries, page_size), strict=False)
+        ],
+    )
 
 
 def partial_starts(table, lens, queries, page_size):
-    """Nodes by brute force: a sequence's node borders are the page counts it shares with other sequences, and its ends."""
+    """Nodes by brute force: a node ends where a sequence parts from another, or another ends."""
     num_pages = [-(-n // page_size) for n in lens]
     rows = [table[b, :n].tolist() for b, n in enumerate(num_pages)]
     for b, q in enumerate(queries):
         borders = {0}
         for other in rows:
-            n = next((i for i, (x, y) in enumerate(zip(rows[b], other)) if x != y), min(len(rows[b]), len(other)))
+            n = next(
+                (i for i, (x, y) in enumerate(zip(rows[b], other, strict=False)) if x != y),
+                min(len(rows[b]), len(other)),
+            )
             # a border where the two part: at a difference, or where the shorter ends and the longer goes on
             if n < len(rows[b]):
                 borders.add(n)
         borders = sorted(borders)
         for p in range(lens[b] - q, lens[b]):
             starts = []
-            for lo, hi in zip(borders, [*borders[1:], len(rows[b])]):
+            for lo, hi in zip(borders, [*borders[1:], len(rows[b])], strict=False):
                 starts += range(lo * page_size, hi * page_size, 512)
             yield np.array([s for s in starts if s <= p], np.int64)
 
@@ -71,7 +80,10 @@ def partial_starts(table, lens, queries, page_size):
 @pytest.mark.parametrize("seed", range(40))
 def test_block_table_planners_agree(seed, cpu_extension):
     table, lens, queries, page_size = random_tables(seed)
-    a, b = (plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=i) for i in ("reference", "cpu"))
+    a, b = (
+        plan_from_block_tables(table, lens, page_size, HEADS, query_lens=queries, impl=i)
+        for i in ("reference", "cpu")
+    )
     assert np.array_equal(a.buffer[:32].numpy(), b.buffer[:32].numpy())
     for field in (at.ROW_POS, at.ROW_PERM, at.ITEMS, at.SEGS, at.MERGE_SLOTS):
         assert np.array_equal(a.section(field), b.section(field)), field
@@ -82,7 +94,13 @@ def test_block_tables_equal_parents():
     plan = plan_from_block_tables(table, [64, 48, 64], 16, HEADS)
     # sorted by pages: [5 6 7 3], [5 6 7 8], [5 6 9]
     parents = plan_from_parents(
-        [-1, 0, 1, 1, 0], [32, 16, 16, 16, 16], [0, 2, 3, 4, 5, 6], [5, 6, 7, 3, 8, 9], [3, 4, 2], [63, 47, 63], HEADS
+        [-1, 0, 1, 1, 0],
+        [32, 16, 16, 16, 16],
+        [0, 2, 3, 4, 5, 6],
+        [5, 6, 7, 3, 8, 9],
+        [3, 4, 2],
+        [63, 47, 63],
+        HEADS,
     )
     for field in (at.ROW_POS, at.ROW_PERM, at.ITEMS, at.MERGE_SLOTS):
         assert np.array_equal(plan.section(field), parents.section(field)), field
@@ -90,10 +108,14 @@ def test_block_tables_equal_parents():
 
 def test_block_tables_invalid():
     table = np.zeros((2, 3), np.int32)
-    with pytest.raises(ValueError, match=r"seq_lens and query_lens \[sequences\], got \(2, 3\), \(1,\), \(1,\)"):
+    with pytest.raises(
+        ValueError, match=r"seq_lens and query_lens \[sequences\], got \(2, 3\), \(1,\), \(1,\)"
+    ):
         plan_from_block_tables(table, [5], 16, HEADS)
     for lens in ([5, 0], [5, 49]):
-        with pytest.raises(ValueError, match=rf"sequence 1: seq_lens must be in 1..48 .* got {lens[1]} and 1; leave padding"):
+        with pytest.raises(
+            ValueError, match=rf"sequence 1: seq_lens must be in 1..48 .* got {lens[1]} and 1; leave padding"
+        ):
             plan_from_block_tables(table, lens, 16, HEADS)
     with pytest.raises(ValueError, match="got 5 and 6"):
         plan_from_block_tables(table, [5, 5], 16, HEADS, query_lens=[6, 1])

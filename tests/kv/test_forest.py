@@ -29,7 +29,9 @@ class Walk:
         return [self.random.randrange(1000) for _ in range(self.random.choice([0, 1, 3, 15, 16, 17, 40]))]
 
     def step(self):
-        verb = self.random.choice(["add", "fork", "reserve", "append", "truncate", "split", "evict", "retain", "release"])
+        verb = self.random.choice(
+            ["add", "fork", "reserve", "append", "truncate", "split", "evict", "retain", "release"]
+        )
         nodes = self.held(
             {
                 "append": lambda n: not n.sealed,
@@ -69,7 +71,7 @@ class Walk:
         except OutOfPagesError:
             assert [n.pages for n in nodes] == before
         else:
-            assert all(n.capacity >= len(n.ids) + t for n, t in zip(nodes, tokens))
+            assert all(n.capacity >= len(n.ids) + t for n, t in zip(nodes, tokens, strict=False))
             self.forest.mark_cached(nodes)
 
     def append(self, node):
@@ -110,7 +112,11 @@ class Walk:
     def release(self, node):
         self.forest.release(node)
         self.model[node][2] -= 1
-        while node is not None and self.model[node][2] == 0 and not any(p is node for p, _, _ in self.model.values()):
+        while (
+            node is not None
+            and self.model[node][2] == 0
+            and not any(p is node for p, _, _ in self.model.values())
+        ):
             parent = self.model.pop(node)[0]
             self.slots.pop(node, None)
             assert node.released
@@ -205,7 +211,9 @@ def test_release_long_chain():
 def test_reserve_is_all_or_nothing():
     forest = make_forest(num_pages=4)
     nodes = forest.fork(forest.add(None, [7]), 16)
-    message = r"reserve\(16 nodes, 64 tokens\) needs 64 pages, 4 of 4 are free; release nodes or raise num_pages"
+    message = (
+        r"reserve\(16 nodes, 64 tokens\) needs 64 pages, 4 of 4 are free; release nodes or raise num_pages"
+    )
     with pytest.raises(OutOfPagesError, match=message):
         forest.reserve(nodes, 64)
     assert forest.pool.used_pages == 0 and not any(n.pages for n in nodes)

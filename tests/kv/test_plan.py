@@ -9,15 +9,25 @@ from ttskernels.kv import HeadShape, Machine, build_plan, plan_from_parents
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv.coverage import RowView, check_coverage, expected_of_rows
 
-HEADS = [HeadShape(4, 2, 64, 64, 2), HeadShape(28, 4, 128, 128, 2), HeadShape(8, 8, 32, 64, 4), HeadShape(7, 1, 80, 80, 2)]
-# Cheap items: much is separated and cut. Dear items and partials: much is pushed down. Many workers with own queues.
+HEADS = [
+    HeadShape(4, 2, 64, 64, 2),
+    HeadShape(28, 4, 128, 128, 2),
+    HeadShape(8, 8, 32, 64, 4),
+    HeadShape(7, 1, 80, 80, 2),
+]
+# Cheap items: much is separated and cut. Dear ones: much is pushed down. Many workers with own queues.
 MACHINES = [
     Machine(),
-    Machine(item_us=1e-4, partial_bytes_per_second=1e15, min_piece_us=1e-6, tasks_per_worker=64, block_rows=16),
+    Machine(
+        item_us=1e-4, partial_bytes_per_second=1e15, min_piece_us=1e-6, tasks_per_worker=64, block_rows=16
+    ),
     Machine(item_us=5.0, partial_bytes_per_second=1e9),
-    Machine(workers=132, queues=132, flops_per_second=6e14, bytes_per_second=3e12, tile_rows=16, min_piece_us=0.01),
+    Machine(
+        workers=132, queues=132, flops_per_second=6e14, bytes_per_second=3e12, tile_rows=16, min_piece_us=0.01
+    ),
 ]
-SECTIONS = (at.ROW_POS, at.ROW_SLOT, at.ROW_PERM, at.ROW_LEAF, at.ITEMS, at.SEGS, at.MERGE_INDPTR, at.MERGE_SLOTS, at.WORKER_INDPTR)  # fmt: skip
+SECTIONS = (at.ROW_POS, at.ROW_SLOT, at.ROW_PERM, at.ROW_LEAF, at.ITEMS, at.SEGS,
+            at.MERGE_INDPTR, at.MERGE_SLOTS, at.WORKER_INDPTR)  # fmt: skip
 IMPLS = ["reference", "cpu"]
 
 
@@ -76,7 +86,7 @@ def test_advance_equals_rebuild(seed, impl):
         rows = decode_rows(leaves)
         fresh = build_plan(forest, rows, heads, machine=machine, impl=impl)
         assert np.array_equal(plan.row_pos, fresh.row_pos) and np.array_equal(plan.row_slot, fresh.row_slot)
-        assert all(s // 16 in leaf.pages for s, leaf in zip(plan.row_slot, leaves))
+        assert all(s // 16 in leaf.pages for s, leaf in zip(plan.row_slot, leaves, strict=False))
     check_coverage(plan, expected_of_rows(forest, rows))
 
 
@@ -106,7 +116,7 @@ def test_split_and_row_order_keep_coverage(seed, impl):
     order = random.Random(seed).sample(range(len(rows)), len(rows))
     rows = [rows[i] for i in order]
     views = expected_of_rows(forest, rows)
-    assert all(np.array_equal(v.slots, plain[i].slots) for v, i in zip(views, order))
+    assert all(np.array_equal(v.slots, plain[i].slots) for v, i in zip(views, order, strict=False))
     check_coverage(build_plan(forest, rows, heads, machine=machine, impl=impl), views)
 
 
@@ -148,7 +158,8 @@ def test_reuse_and_growth(impl):
 
 
 def shared_prefix(prefix, leaves, suffix):
-    """plan_from_parents arguments: one root of `prefix` tokens, `leaves` children of `suffix` tokens, 16-token pages."""
+    """plan_from_parents arguments: one root of `prefix` tokens, `leaves` children of `suffix` tokens,
+    16-token pages."""
     root, each = -(-prefix // 16), -(-suffix // 16)
     indptr = [0, *range(root, root + leaves * each + 1, each)]
     parent, length = [-1] + [0] * leaves, [prefix] + [suffix] * leaves
@@ -164,14 +175,20 @@ def test_choices(impl):
     flat = plan_from_parents(*shared_prefix(16, 2, 4096), heads, machine=Machine(item_us=50.0), impl=impl)
     assert (flat.section(at.ITEMS)["row_n"] == 1).all()
     alone = plan_from_parents(*shared_prefix(700, 1, 20), heads, machine=Machine(min_piece_us=1e9), impl=impl)
-    assert alone.stats().items == 1 and alone.stats().partial_slots == 0 and len(alone.section(at.MERGE_SLOTS)) == 0
+    assert (
+        alone.stats().items == 1
+        and alone.stats().partial_slots == 0
+        and len(alone.section(at.MERGE_SLOTS)) == 0
+    )
     split = plan_from_parents(*shared_prefix(8192, 1, 20), heads, impl=impl)
     assert split.stats().items > 1  # one long path alone is cut for the second worker
 
 
 def test_prefill_reads_only_what_its_rows_see(impl):
     tokens = 2000
-    plan = plan_from_parents([-1], [tokens], [0, 125], range(125), [0] * tokens, range(tokens), HEADS[1], cached=[0], impl=impl)
+    plan = plan_from_parents(
+        [-1], [tokens], [0, 125], range(125), [0] * tokens, range(tokens), HEADS[1], cached=[0], impl=impl
+    )
     items = plan.section(at.ITEMS)
     assert (items["tokens"] <= items["row_lo"] + items["row_n"] + 15).all()
     assert np.array_equal(plan.row_slot, np.arange(tokens))
@@ -224,7 +241,14 @@ def test_build_plan_invalid():
     ],
 )
 def test_plan_from_parents_invalid(change, message):
-    tree = {"parent": [-1, 0], "length": [20, 8], "page_indptr": [0, 2, 3], "pages": [0, 1, 2], "row_node": [1], "row_pos": [27]}
+    tree = {
+        "parent": [-1, 0],
+        "length": [20, 8],
+        "page_indptr": [0, 2, 3],
+        "pages": [0, 1, 2],
+        "row_node": [1],
+        "row_pos": [27],
+    }
     plan_from_parents(**tree, heads=HEADS[0])
     with pytest.raises(ValueError, match=message):
         plan_from_parents(**(tree | change), heads=HEADS[0])

@@ -26,7 +26,9 @@ def test_take_and_give():
     pool.give([1])
     assert sorted(pool.take(3)) == [1, 3, 4]  # a used page first
     assert pool.peak_pages == 5 and budget.used_bytes == 5 * pool.page_bytes
-    with pytest.raises(OutOfPagesError, match=r"take\(4\) needs 4 pages, 3 of 8 are free; release nodes or raise"):
+    with pytest.raises(
+        OutOfPagesError, match=r"take\(4\) needs 4 pages, 3 of 8 are free; release nodes or raise"
+    ):
         pool.take(4)
     pool.give(range(5))
     assert pool.num_free == 8 and budget.used_bytes == 0 and pool.peak_bytes == 5 * pool.page_bytes

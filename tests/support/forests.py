@@ -7,8 +7,10 @@ import torch
 from ttskernels.kv import Forest, PagePool
 
 
-def random_forest(rng: random.Random, *, lengths=(0, 1, 5, 16, 17, 60, 200), depth=4, fan_out=4, roots=2, num_pages=16384):
-    """A forest and its leaves: unsealed nodes with at least one id, the last one not cached, and slack reserved."""
+def random_forest(
+    rng: random.Random, *, lengths=(0, 1, 5, 16, 17, 60, 200), depth=4, fan_out=4, roots=2, num_pages=16384
+):
+    """A forest and its leaves: open nodes with at least one id, the last not cached, and slack."""
     forest = Forest(PagePool(1, 1, 2, num_pages, torch.float32))
     pages = forest.pool.take(num_pages)
     rng.shuffle(pages)
@@ -44,7 +46,9 @@ def mixed_rows(rng: random.Random, forest, leaves):
     for leaf in leaves:
         count = rng.randrange(1, len(leaf.ids) + 1) if rng.random() < 0.4 else 1
         rows.append((leaf, len(leaf.ids) - count, count))
-    inner = sorted({n for leaf in leaves for n in forest.path(leaf)[:-1] if n.ids}, key=lambda n: (n.pos0, n.pages))
+    inner = sorted(
+        {n for leaf in leaves for n in forest.path(leaf)[:-1] if n.ids}, key=lambda n: (n.pos0, n.pages)
+    )
     for node in inner:
         if rng.random() < 0.3:
             first = rng.randrange(len(node.ids))

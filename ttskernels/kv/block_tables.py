@@ -24,9 +24,10 @@ def plan_from_block_tables(
 
     Args:
         block_table: `[sequences, max_pages]` int32 page ids; entries past a sequence's pages are ignored.
-        seq_lens: `[sequences]` tokens with KV, the last page partly used; the engine has written the KV of the query
-            tokens, so every row_slot is -1 and the plan does not advance.
-        query_lens: `[sequences]` query rows, the last tokens of each sequence (1 each). Rows are in sequence order.
+        seq_lens: `[sequences]` tokens with KV, the last page partly used; the engine has written the KV of
+            the query tokens, so every row_slot is -1 and the plan does not advance.
+        query_lens: `[sequences]` query rows, the last tokens of each sequence (1 each). Rows are in sequence
+            order.
     Raises:
         ValueError: shapes, or a length that the table's width does not hold.
     """
@@ -52,7 +53,7 @@ def plan_from_block_tables(
 
 
 def tree_reference(table: np.ndarray, lens: np.ndarray, queries: np.ndarray, page_size: int) -> np.ndarray:
-    """The packed TreeSpec: sequences sorted by their pages, then a node for each run of pages that a range shares."""
+    """The packed TreeSpec: sequences sorted by pages, a node for each run that a range shares."""
     count = len(lens)
     num_pages = (-(-lens // page_size)).tolist()
     order = sorted(range(count), key=lambda b: table[b, : num_pages[b]].tolist())

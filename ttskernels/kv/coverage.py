@@ -1,5 +1,6 @@
-"""Proof that a plan reads what it must: every (row, visible token) exactly once, in order, with partials where the
-numerics contract puts them. Pure NumPy and independent of both planners; for tests and for debugging an integration."""
+"""Proof that a plan reads what it must: every (row, visible token) exactly once, in order, with partials
+where the numerics contract puts them. Pure NumPy and independent of both planners; for tests and for
+debugging an integration."""
 
 from __future__ import annotations
 
@@ -14,8 +15,8 @@ from ttskernels.kv.plan import Plan
 
 
 class RowView(NamedTuple):
-    """What one row must read: the slot (page * page_size + offset) of each visible token from the root on, and the
-    positions at which its partials begin."""
+    """What one row must read: the slot (page * page_size + offset) of each visible token from the root on,
+    and the positions at which its partials begin."""
 
     slots: np.ndarray
     begins: np.ndarray
@@ -31,7 +32,9 @@ def expected_of_path(slots: Sequence[np.ndarray], last: int) -> RowView:
     return RowView(every, np.array([b for b in begins if b <= last], np.int64))
 
 
-def expected_of_rows(forest: Forest, rows: Sequence[tuple[Node, int, int]], page_size: int = 16) -> list[RowView]:
+def expected_of_rows(
+    forest: Forest, rows: Sequence[tuple[Node, int, int]], page_size: int = 16
+) -> list[RowView]:
     """The views of `build_plan`'s rows."""
     views = []
     for node, first, count in rows:
@@ -44,7 +47,7 @@ def expected_of_rows(forest: Forest, rows: Sequence[tuple[Node, int, int]], page
 
 
 def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
-    """Per plan row: key -> (slots read, positions at which partials begin). The key is a partial slot, or -1."""
+    """Per plan row: key -> (slots read, positions at which partials begin). The key is a slot or -1."""
     perm, pos = plan.section(at.ROW_PERM), plan.row_pos
     items, segs = plan.section(at.ITEMS), plan.section(at.SEGS)
     page_size = int(plan.buffer[at.PAGE_SIZE_AT])
@@ -81,15 +84,18 @@ def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
 def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
     """Assert that row i of the plan (caller's order) reads exactly `expected[i]`.
 
-    Every token once, merged from the root to the leaf; a partial begins at each node's start and each 512th token of
-    a node; partial slots are disjoint, all merged, and below the header's count; queues cover the items.
+    Every token once, merged from the root to the leaf; a partial begins at each node's start and each 512th
+    token of a node; partial slots are disjoint, all merged, and below the header's count; queues cover the
+    items.
     """
     rows = plan.num_rows
     assert rows == len(expected), f"{rows} rows, {len(expected)} expected"
     perm = plan.section(at.ROW_PERM)
     assert np.array_equal(np.sort(perm), np.arange(rows)), "row_perm is no permutation"
     queues = plan.section(at.WORKER_INDPTR)
-    assert queues[0] == 0 and (np.diff(queues) >= 0).all() and queues[-1] == len(plan.section(at.ITEMS)), "queues"
+    assert queues[0] == 0 and (np.diff(queues) >= 0).all() and queues[-1] == len(plan.section(at.ITEMS)), (
+        "queues"
+    )
     indptr, merge = plan.section(at.MERGE_INDPTR), plan.section(at.MERGE_SLOTS)
     assert indptr[0] == 0 and (np.diff(indptr) >= 0).all() and indptr[-1] == len(merge), "merge_indptr"
     owner: dict[int, int] = {}
@@ -103,5 +109,7 @@ def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
         slots = [s for key in order for s in seen[key][0]]
         begins = [b for key in order for b in seen[key][1]]
         assert slots == want.slots.tolist(), f"row {perm[r]}: reads {slots}, expected {want.slots.tolist()}"
-        assert begins == want.begins.tolist(), f"row {perm[r]}: partials at {begins}, expected {want.begins.tolist()}"
+        assert begins == want.begins.tolist(), (
+            f"row {perm[r]}: partials at {begins}, expected {want.begins.tolist()}"
+        )
     assert len(owner) == plan.buffer[at.NUM_SLOTS], "a slot has no merge"

@@ -11,8 +11,8 @@ from ttskernels.kv.pool import PAGE_SIZE, PagePool
 class Node:
     """A run of tokens with a parent. Read its fields; change it through its forest only.
 
-    `refs` counts handles (retain / release); children keep a node alive as well. `released` is True once the node is
-    gone. `pages[0]` is used from slot `first_offset` on, which is 0 except below a split.
+    `refs` counts handles (retain / release); children keep a node alive as well. `released` is True once the
+    node is gone. `pages[0]` is used from slot `first_offset` on, which is 0 except below a split.
     """
 
     __slots__ = (
@@ -43,15 +43,16 @@ class Node:
 
     def __repr__(self) -> str:
         state = "released" if self.released else "sealed" if self.sealed else "open"
-        return f"Node({len(self.ids)} ids at {self.pos0}, {self.cached} cached, {len(self.pages)} pages, {state})"
+        held = f"{self.cached} cached, {len(self.pages)} pages"
+        return f"Node({len(self.ids)} ids at {self.pos0}, {held}, {state})"
 
 
 class Forest:
     """All live nodes over one page pool.
 
-    Every node a verb returns holds one handle for the caller, who releases it. `add`, `fork`, `split`, `append`,
-    `truncate` and `release` need a held handle; the other verbs take any live node (such as one of `path(leaf)`).
-    A verb that raises has changed nothing.
+    Every node a verb returns holds one handle for the caller, who releases it. `add`, `fork`, `split`,
+    `append`, `truncate` and `release` need a held handle; the other verbs take any live node (such as one of
+    `path(leaf)`). A verb that raises has changed nothing.
     """
 
     def __init__(self, pool: PagePool):
@@ -87,7 +88,7 @@ class Forest:
         return children
 
     def reserve(self, nodes: Sequence[Node], tokens: int | Sequence[int]) -> None:
-        """Slots for every id of `nodes` and `tokens` more each (one number, or one per node): all of them or none.
+        """Slots for every id of `nodes` and `tokens` more each (a number, or one per node), all or none.
 
         Raises:
             OutOfPagesError: too few free pages; nothing has changed.
@@ -95,7 +96,9 @@ class Forest:
         """
         counts = [tokens] * len(nodes) if isinstance(tokens, int) else tokens
         if len(counts) != len(nodes):
-            raise ValueError(f"tokens must be one number or one per node, got {len(counts)} for {len(nodes)} nodes")
+            raise ValueError(
+                f"tokens must be one number or one per node, got {len(counts)} for {len(nodes)} nodes"
+            )
         if len(set(nodes)) != len(nodes):
             raise ValueError("reserve: a node occurs twice in nodes; pass it once with the larger count")
         need = []
@@ -103,15 +106,17 @@ class Forest:
             if node.released:
                 self._raise_released(node, "reserve")
             if count < 0 or (count > 0 and node.sealed):
-                raise ValueError(f"reserve: {count} more tokens asked of {node}; fork it and reserve for the children")
+                raise ValueError(
+                    f"reserve: {count} more tokens asked of {node}; fork it and reserve for the children"
+                )
             slots = node.first_offset + len(node.ids) + count
             need.append(max(0, (slots + PAGE_SIZE - 1) // PAGE_SIZE - len(node.pages)))
         total = sum(need)
         if total > self.pool.num_free:
             most = max(counts, default=0)
             raise OutOfPagesError(
-                f"reserve({len(nodes)} nodes, {most} tokens) needs {total} pages, {self.pool.describe_free()}; "
-                "release nodes or raise num_pages"
+                f"reserve({len(nodes)} nodes, {most} tokens) needs {total} pages, "
+                f"{self.pool.describe_free()}; release nodes or raise num_pages"
             )
         pages = self.pool.take(total)
         at = 0
@@ -139,7 +144,9 @@ class Forest:
             if node.released:
                 self._raise_released(node, "mark_cached")
             if node.capacity < len(node.ids):
-                raise ValueError(f"mark_cached: {node} has {node.capacity} slots reserved; call reserve first")
+                raise ValueError(
+                    f"mark_cached: {node} has {node.capacity} slots reserved; call reserve first"
+                )
         for node in nodes:
             node.cached = len(node.ids)
 
@@ -154,10 +161,10 @@ class Forest:
         self._trim(leaf)
 
     def split(self, node: Node, at: int) -> Node:
-        """Cut `node` before its id `at`; returns the new upper half, of which `node`, the lower half, is the child.
+        """Cut `node` before its id `at`; returns the new upper half. `node` stays the lower half.
 
-        No KV moves: if the cut is inside a page, that page belongs to the upper half and the lower half reads it from
-        its offset on. Results after a split agree with those before it within rounding.
+        No KV moves: if the cut is inside a page, that page belongs to the upper half and the lower half reads
+        it from its offset on. Results after a split agree with those before it within rounding.
         """
         self._need_handle(node, "split")
         if not 0 < at < len(node.ids):
@@ -183,7 +190,8 @@ class Forest:
             lender._borrower = upper
         upper.pages = pages[: cut + (offset > 0)]
         lower.pages = pages[cut:]
-        # A node may hold fewer slots than ids (added, not reserved): a cut past its pages leaves the lower half none.
+        # A node may hold fewer slots than ids (added, not reserved): a cut past its pages leaves
+        # the lower half none.
         if not lower.pages:
             lower.first_offset, lower._lender = 0, None
             return
@@ -207,7 +215,7 @@ class Forest:
         node.refs += 1
 
     def release(self, node: Node) -> None:
-        """Give up one handle. A node with no handle and no child is gone: its pages, and its hold on its parent."""
+        """Give up one handle. A node without handle and child is gone, and so is its hold on its parent."""
         self._need_handle(node, "release")
         node.refs -= 1
         pages: list[int] = []
@@ -246,7 +254,7 @@ class Forest:
         return node.pos0 + len(node.ids)
 
     def memory_stats(self) -> dict[str, int]:
-        """Nodes, tokens with a slot (`live_slots`), slots of the pages in use, and bytes now and at the peak."""
+        """Nodes, tokens with a slot (`live_slots`), slots of the pages in use, bytes now and at peak."""
         pool = self.pool
         return {
             "nodes": len(self._live),
@@ -272,7 +280,9 @@ class Forest:
                 children[parent] = children.get(parent, 0) + 1
             assert 0 <= node.first_offset < PAGE_SIZE and (node.pages or node.first_offset == 0), node
             if node._lender is not None:
-                assert node._lender in self._live and node._lender._borrower is node and node.first_offset > 0, node
+                assert (
+                    node._lender in self._live and node._lender._borrower is node and node.first_offset > 0
+                ), node
                 assert node.pages[0] == node._lender.pages[-1], node
             if node._borrower is not None:
                 assert node._borrower._lender is node and node.sealed, node

@@ -1,7 +1,7 @@
-"""Plans: which query rows read which KV together. Built when the tree changes, advanced once per decode iteration.
+"""Plans: which query rows read which KV together. Built when the tree changes, advanced once per iteration.
 
-The buffer is defined in csrc/include/ttskernels/plan.h (NumPy twin: plan_layout.py). The C++ planner serves when the
-extension is built, the NumPy one (plan_reference.py) otherwise; their plans are equal.
+The buffer is defined in csrc/include/ttskernels/plan.h (NumPy twin: plan_layout.py). The C++ planner serves
+when the extension is built, the NumPy one (plan_reference.py) otherwise; their plans are equal.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from ttskernels import _dispatch
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv import plan_reference
 from ttskernels.kv.forest import Forest, Node
-from ttskernels.kv.plan_layout import HeadShape, Machine, PlanStats, Sizes, capacities, cost_constants, section_offsets
+from ttskernels.kv.plan_layout import (
+    HeadShape,
+    Machine,
+    PlanStats,
+    Sizes,
+    capacities,
+    cost_constants,
+    section_offsets,
+)
 from ttskernels.kv.pool import PAGE_SIZE
 
 CPU = Machine()
@@ -50,7 +58,7 @@ class Plan:
 
     @property
     def row_slot(self) -> np.ndarray:
-        """`[rows]` int32 view: page * page_size + slot where the row's K, V go, -1 if they are there already."""
+        """`[rows]` int32 view: page * page_size + slot where the row's K, V go; -1: they are there."""
         return at.section(self._array, at.ROW_SLOT)
 
     def section(self, field: int) -> np.ndarray:
@@ -60,8 +68,8 @@ class Plan:
     def advance(self) -> bool:
         """One token further: row_pos += 1, row_slot moves on, in place.
 
-        Only rows at the end of a leaf of their own can move. False, and nothing changed, if some row cannot, because
-        its reserved slots are used up: reserve and build a new plan.
+        Only rows at the end of a leaf of their own can move. False, and nothing changed, if some row cannot,
+        because its reserved slots are used up: reserve and build a new plan.
         """
         if self._impl == "cpu":
             return _library().ttsk_plan_advance(self._address) == 0
@@ -88,12 +96,12 @@ def build_plan(
     """Plan the attention of query rows over the paths of their nodes.
 
     Args:
-        rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count]. Slots for
-            them must be reserved. Every token without KV on a path must have a row here.
+        rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count].
+            Slots for them must be reserved. Every token without KV on a path must have a row here.
         reuse: a plan whose buffer is written again if the new plan fits it (same address: graph-safe).
         impl: "cpu" (C++), "reference" (NumPy) or "auto".
     Raises:
-        ValueError: a row outside its node or its reserved slots, or a token on a path with neither KV nor a row.
+        ValueError: a row outside its node or its reserved slots, or a token on a path without KV or row.
         ReleasedNodeError: a row's node was released.
     """
     index: dict[Node, int] = {}
@@ -125,11 +133,17 @@ def build_plan(
         if node.released:
             forest.path(node)  # raises
         if first < 0 or count < 1 or first + count > length[at_node]:
-            raise ValueError(f"rows: {count} rows from {first} are not within the {length[at_node]} ids of {node}")
+            raise ValueError(
+                f"rows: {count} rows from {first} are not within the {length[at_node]} ids of {node}"
+            )
         if first > ready[at_node]:
-            raise ValueError(f"rows: ids {ready[at_node]}..{first - 1} of {node} have no KV and no row before this one")
+            raise ValueError(
+                f"rows: ids {ready[at_node]}..{first - 1} of {node} have no KV and no row before this one"
+            )
         if first + count > node.capacity:
-            raise ValueError(f"rows: {node} has {node.capacity} slots for {first + count} ids; call reserve first")
+            raise ValueError(
+                f"rows: {node} has {node.capacity} slots for {first + count} ids; call reserve first"
+            )
         if first + count > ready[at_node]:
             ready[at_node] = first + count
         start = node.pos0 + first
@@ -142,7 +156,9 @@ def build_plan(
     for v in set(parent):
         if v >= 0 and ready[v] < length[v]:
             node = next(n for n, i in index.items() if i == v)
-            raise ValueError(f"rows: ids {ready[v]}..{length[v] - 1} of {node}, on a row's path, have neither KV nor a row")
+            raise ValueError(
+                f"rows: ids {ready[v]}..{length[v] - 1} of {node}, on a row's path, have neither KV nor a row"
+            )
     sizes = [len(parent), len(row_node), len(pages), PAGE_SIZE]
     flat = sizes + parent + length + capacity + cached + offset + indptr + pages + row_node + row_pos
     return _build(np.frombuffer(array("i", flat), np.int32), heads, machine, reuse, impl)
@@ -198,10 +214,18 @@ def plan_from_parents(
 
 def _check_tree(a: dict[str, np.ndarray], page_size: int) -> None:
     nodes, rows = len(a["parent"]), len(a["row_node"])
-    sizes = {"length": nodes, "first_offset": nodes, "cached": nodes, "page_indptr": nodes + 1, "row_pos": rows}
+    sizes = {
+        "length": nodes,
+        "first_offset": nodes,
+        "cached": nodes,
+        "page_indptr": nodes + 1,
+        "row_pos": rows,
+    }
     for name, size in sizes.items():
         if len(a[name]) != size:
-            raise ValueError(f"{name} must have {size} entries for {nodes} nodes and {rows} rows, got {len(a[name])}")
+            raise ValueError(
+                f"{name} must have {size} entries for {nodes} nodes and {rows} rows, got {len(a[name])}"
+            )
     if page_size < 1:
         raise ValueError(f"page_size must be positive, got {page_size}")
     order = np.arange(nodes)
@@ -212,11 +236,14 @@ def _check_tree(a: dict[str, np.ndarray], page_size: int) -> None:
     if a["page_indptr"][0] != 0 or (per_node < 0).any() or a["page_indptr"][-1] != len(a["pages"]):
         raise ValueError(f"page_indptr must rise from 0 to len(pages) = {len(a['pages'])}")
     offset, length = a["first_offset"], a["length"]
-    bad = np.flatnonzero((length < 0) | (offset < 0) | (offset >= page_size) | (offset + length > per_node * page_size))
+    bad = np.flatnonzero(
+        (length < 0) | (offset < 0) | (offset >= page_size) | (offset + length > per_node * page_size)
+    )
     if bad.size:
         v = bad[0]
         raise ValueError(
-            f"node {v}: {length[v]} tokens from slot {offset[v]} on need pages of {page_size}, got {per_node[v]} pages"
+            f"node {v}: {length[v]} tokens from slot {offset[v]} on need pages of {page_size}, "
+            f"got {per_node[v]} pages"
         )
     pos0 = np.zeros(nodes, np.int64)
     for v in range(nodes):

@@ -1,4 +1,4 @@
-"""The plan buffer's layout, the NumPy twin of csrc/include/ttskernels/plan.h, and what goes into and out of a planner."""
+"""The plan buffer's layout, NumPy twin of csrc/include/ttskernels/plan.h, and a planner's input."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ HEADER_INTS = 32
 FOLD = 1  # PlanItem.flags
 
 (
-    MAGIC_AT, VERSION_AT, TOTAL_INTS, PAGE_SIZE_AT, NUM_ROWS, NUM_ITEMS, NUM_SEGS, NUM_SLOTS, NUM_MERGES, NUM_WORKERS,
-    CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES, ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR,
-    MERGE_SLOTS, WORKER_INDPTR,
+    MAGIC_AT, VERSION_AT, TOTAL_INTS, PAGE_SIZE_AT,
+    NUM_ROWS, NUM_ITEMS, NUM_SEGS, NUM_SLOTS, NUM_MERGES, NUM_WORKERS,
+    CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES,
+    ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR, MERGE_SLOTS, WORKER_INDPTR,
 ) = range(23)  # fmt: skip
 
 ITEM_DTYPE = np.dtype(
@@ -41,7 +42,9 @@ class HeadShape:
         if min(self.q_heads, self.kv_heads, self.head_dim, self.v_dim, self.kv_bytes) <= 0:
             raise ValueError(f"every field of HeadShape must be positive, got {self}")
         if self.q_heads % self.kv_heads:
-            raise ValueError(f"q_heads must be a multiple of kv_heads, got {self.q_heads} and {self.kv_heads}")
+            raise ValueError(
+                f"q_heads must be a multiple of kv_heads, got {self.q_heads} and {self.kv_heads}"
+            )
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,9 @@ class Machine:
 
     workers: int = 2  # cores or thread blocks that run items at the same time
     queues: int = 1  # item lists: 1 if workers pull from one counter, `workers` if each has its own list
-    flops_per_second: float = 345e9  # of all workers, at full tiles of `tile_rows` (row, query head of a group) rows
+    flops_per_second: float = (
+        345e9  # of all workers, at full tiles of `tile_rows` (row, query head of a group) rows
+    )
     bytes_per_second: float = 21e9  # KV reads of all workers
     partial_bytes_per_second: float = 40e9  # partial results, written and read back, mostly in cache
     item_us: float = 2.0  # fixed cost of an item, all its heads
@@ -103,9 +108,9 @@ def cost_constants(heads: HeadShape, machine: Machine) -> Costs:
 
 
 class TreeSpec(NamedTuple):
-    """A planner's input: nodes in topological order (a parent before its children), int32, packed in `packed`.
+    """A planner's input: nodes in topological order (a parent before its children), packed int32.
 
-    `length` tokens of a node are readable by the rows below it; `capacity` slots by its own rows as they advance.
+    The rows below a node read its `length` tokens; its own row may advance through its `capacity` slots.
     """
 
     packed: np.ndarray
@@ -134,7 +139,7 @@ def unpack_spec(packed: np.ndarray) -> TreeSpec:
 
 
 class PlanStats(NamedTuple):
-    """`modelled_us` is the planner's estimate for the attention of one layer, `flat_us` for one path per row."""
+    """`modelled_us` is the planner's estimate for one layer's attention, `flat_us` for one path per row."""
 
     items: int
     partial_slots: int
@@ -152,13 +157,23 @@ class Sizes(NamedTuple):
 
 
 def capacities(need: Sizes) -> Sizes:
-    """Capacities of a new buffer: powers of two, 16 at least, so that a growing tree rarely needs another buffer."""
+    """Capacities of a new buffer: powers of two from 16 on, so that a growing tree rarely needs another."""
     return Sizes(*(1 << max(4, (n - 1).bit_length()) for n in need))
 
 
 def section_offsets(cap: Sizes, queues: int) -> tuple[list[int], int]:
-    """Offset of each section from ROW_POS on, each a multiple of 16 int32 (64 bytes), and the buffer's size."""
-    sizes = (cap.rows, cap.rows, cap.rows, 4 * cap.rows, 8 * cap.items, 4 * cap.segs, cap.rows + 1, cap.merges, queues + 1)
+    """Offset of each section from ROW_POS on, each a multiple of 16 int32, and the buffer's size."""
+    sizes = (
+        cap.rows,
+        cap.rows,
+        cap.rows,
+        4 * cap.rows,
+        8 * cap.items,
+        4 * cap.segs,
+        cap.rows + 1,
+        cap.merges,
+        queues + 1,
+    )
     offsets, at = [], HEADER_INTS
     for size in sizes:
         offsets.append(at)

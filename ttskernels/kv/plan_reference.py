@@ -1,18 +1,21 @@
-"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in without a compiler.
+"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in.
 
 Both make the same choices from the same float64 arithmetic in the same order, so their buffers are equal.
 
-1. Rows in DFS order, so that the rows at or below a node are one interval. A node's own rows come first, by position.
-2. Bottom up, each node is either read once for all rows below it (separate) or pushed down to be read by the item of
-   each child. Own rows count as one more child with no tokens. A path pushed down to the root is flat decoding; a
-   tree whose chosen cost is above its flat cost is planned flat.
-3. Every separate node, and every node with own rows that is pushed, ends a chain: itself and the pushed nodes above.
+1. Rows in DFS order, so that the rows at or below a node are one interval. Own rows come first, by position.
+2. Bottom up, each node is either read once for all rows below it (separate) or pushed down to be read by the
+   item of each child. Own rows count as one more child with no tokens. A path pushed down to the root is
+   flat decoding; a tree whose chosen cost is above its flat cost is planned flat.
+3. Every separate node, and every node with own rows that is pushed, ends a chain of itself and the pushed
+   nodes above.
    A chain is an item per block of rows, cut at partial starts while there are too few tasks.
 """
 
 from __future__ import annotations
 
+import functools
 import heapq
+import itertools
 import math
 from typing import NamedTuple
 
@@ -47,6 +50,7 @@ class Built(NamedTuple):
     stats: PlanStats
 
 
+@functools.lru_cache(maxsize=4096)
 def row_rate(rows: int, costs: Costs) -> float:
     """Microseconds per token of `rows` rows, in even blocks of at most block_rows."""
     blocks = -(-rows // costs.block_rows)
@@ -55,6 +59,7 @@ def row_rate(rows: int, costs: Costs) -> float:
     return (blocks - 1) * block_rate(size, costs) + block_rate(last, costs)
 
 
+@functools.lru_cache(maxsize=4096)
 def block_rate(rows: int, costs: Costs) -> float:
     padded = -(-rows * costs.group // costs.tile_rows) * costs.tile_rows
     return max(costs.byte_us, costs.flop_us * padded)
@@ -115,11 +120,12 @@ class Tree:
 
 
 def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
-    """pushed[node], the modelled cost of the choice and that of flat decoding (microseconds of one worker)."""
+    """pushed[node], the modelled cost of the choice and that of flat decoding (us of one worker)."""
     nodes = len(tree.parent)
     pushed = [True] * nodes
-    # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open rows
-    # (those that end at a separate node, so that even a fold from the root is a partial), and flat decoding's rate.
+    # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open
+    # rows (those that end at a separate node, so that even a fold from the root is a partial), and flat
+    # decoding's rate.
     front_cost, rate, empty, records = [0.0] * nodes, [0.0] * nodes, [0] * nodes, [0] * nodes
     open_rows, flat_rate = [0] * nodes, [0.0] * nodes
     done, flat = [0.0] * nodes, [0.0] * nodes
@@ -146,7 +152,13 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
             if once + extra < push:
                 pushed[v] = False
                 done[v] += front_cost[v] + records[v] * costs.partial_us
-                front_cost[v], rate[v], empty[v], records[v], open_rows[v] = once, once_rate, 0, rows * groups, rows
+                front_cost[v], rate[v], empty[v], records[v], open_rows[v] = (
+                    once,
+                    once_rate,
+                    0,
+                    rows * groups,
+                    rows,
+                )
             else:
                 front_cost[v] += push
                 empty[v] = 0
@@ -180,7 +192,9 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
     return pushed, modelled, flat_total
 
 
-def block_items(tree: Tree, pushed: list[bool], costs: Costs) -> tuple[list[Item], list[int], dict[int, tuple[int, int]]]:
+def block_items(
+    tree: Tree, pushed: list[bool], costs: Costs
+) -> tuple[list[Item], list[int], dict[int, tuple[int, int]]]:
     """One item per chain and block of rows; the segments; and the segment range of each growing node."""
     items: list[Item] = []
     segs: list[int] = []
@@ -206,13 +220,13 @@ def block_items(tree: Tree, pushed: list[bool], costs: Costs) -> tuple[list[Item
         size = -(-rows // blocks)
         for lo in range(tree.row_lo[v], tree.row_lo[v] + rows, size):
             hi = min(lo + size, tree.row_lo[v] + rows)
-            last = tree.pos[hi - 1]
+            last, growing = tree.pos[hi - 1], tree.growing[v]
             end, n = tree.pos0[v] + tree.extent[v], seg_hi - seg_lo
-            while not tree.growing[v] and n > 1 and end - segs[(seg_lo + n) * 4 - 2] > last:
+            while not growing and n > 1 and end - segs[(seg_lo + n) * 4 - 2] > last:
                 n -= 1  # the block's last row sees nothing of this segment
                 end -= segs[(seg_lo + n) * 4 + 2]
             cost = costs.item_us + min(end - pos0, last + 1 - pos0) * block_rate(hi - lo, costs)
-            items.append(Item(lo, hi - lo, seg_lo, n, pos0, end - pos0, cost, tree.growing[v]))
+            items.append(Item(lo, hi - lo, seg_lo, n, pos0, end - pos0, cost, growing))
     return items, segs, grows
 
 
@@ -247,16 +261,19 @@ def split_items(tree: Tree, items: list[Item], segs: list[int], costs: Costs) ->
     return out
 
 
-def assign_slots(items: list[Item], segs: list[int], rows: int) -> tuple[list[int], list[int], list[int], int]:
-    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items are in root-to-leaf order."""
-    parts = [0] * rows
+def assign_slots(
+    items: list[Item], segs: list[int], rows: int
+) -> tuple[list[int], list[int], list[int], int]:
+    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
+    change = [0] * (rows + 1)
     for item in items:
-        for r in range(item.row_lo, item.row_lo + item.row_n):
-            parts[r] += 1
+        change[item.row_lo] += 1
+        change[item.row_lo + item.row_n] -= 1
+    parts = list(itertools.accumulate(change))  # items of each row
     merges: list[list[int]] = [[] for _ in range(rows)]
     slots, used = [], 0
     for item in items:
-        if item.pos0 == 0 and all(n == 1 for n in parts[item.row_lo : item.row_lo + item.row_n]):
+        if item.pos0 == 0 and max(parts[item.row_lo : item.row_lo + item.row_n]) == 1:
             slots.append(-1)
             continue
         groups = 1 if item.pos0 == 0 else sum(segs[item.seg_lo * 4 + 3 : (item.seg_lo + item.seg_n) * 4 : 4])
@@ -271,7 +288,7 @@ def assign_slots(items: list[Item], segs: list[int], rows: int) -> tuple[list[in
 
 
 def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]:
-    """Order of the items (most expensive first, longest processing time first over queues) and the queues' bounds."""
+    """Items' order (dearest first; longest processing time first over queues) and queues' bounds."""
     order = sorted(range(len(items)), key=lambda i: -items[i].cost)
     lists: list[list[int]] = [[] for _ in range(queues)]
     heap = [(0.0, q) for q in range(queues)]
@@ -285,14 +302,18 @@ def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]
     return [i for part in lists for i in part], indptr
 
 
-def row_targets(spec: TreeSpec, tree: Tree, segs: list[int], grows: dict[int, tuple[int, int]]) -> tuple[list[int], list[int]]:
+def row_targets(
+    spec: TreeSpec, tree: Tree, segs: list[int], grows: dict[int, tuple[int, int]]
+) -> tuple[list[int], list[int]]:
     """row_slot and row_leaf of every row, caller's order."""
     slots, leaves = [], []
     cached = spec.cached.tolist()
     for v, pos in zip(spec.row_node.tolist(), spec.row_pos.tolist(), strict=True):
         token = pos - tree.pos0[v]
         page, offset = divmod(tree.offset[v] + token, tree.page_size)
-        slots.append(-1 if token < cached[v] else tree.pages[tree.page_indptr[v] + page] * tree.page_size + offset)
+        slots.append(
+            -1 if token < cached[v] else tree.pages[tree.page_indptr[v] + page] * tree.page_size + offset
+        )
         if not tree.growing[v]:
             leaves += (-1, 0, -1, 0)
             continue
@@ -317,7 +338,9 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
     for i in order:
         item = items[i]
         flags = FOLD if item.pos0 == 0 else 0
-        packed.append((item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, slots[i], flags, item.tokens))
+        packed.append(
+            (item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, slots[i], flags, item.tokens)
+        )
     stats = PlanStats(
         items=len(items),
         partial_slots=num_slots,
@@ -327,5 +350,14 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
         flat_us=flat / costs.workers,
     )
     return Built(
-        row_slot, tree.perm, row_leaf, packed, segs, merge_indptr, merge_slots, num_slots, worker_indptr, stats
+        row_slot,
+        tree.perm,
+        row_leaf,
+        packed,
+        segs,
+        merge_indptr,
+        merge_slots,
+        num_slots,
+        worker_indptr,
+        stats,
     )

@@ -42,8 +42,8 @@ class PagePool:
         budget: shared with other pools; a page is free only if its bytes are free there too.
         v_dim: value dimension, `head_dim` if not given.
 
-    `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim, f]` with
-    f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
+    `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
+    f]` with f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
     """
 
     page_size = PAGE_SIZE
@@ -70,7 +70,9 @@ class PagePool:
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
         if head_dim % pack:
-            raise ValueError(f"head_dim must be even for bfloat16 pages, got {head_dim}; pad the heads or use float32")
+            raise ValueError(
+                f"head_dim must be even for bfloat16 pages, got {head_dim}; pad the heads or use float32"
+            )
         self.layers, self.kv_heads, self.head_dim, self.v_dim = layers, kv_heads, head_dim, v_dim
         self.num_pages, self.dtype, self.budget = num_pages, dtype, budget
         k_shape = (layers, num_pages, kv_heads, head_dim // pack, PAGE_SIZE, pack)
@@ -79,7 +81,9 @@ class PagePool:
         self.v = torch.empty(v_shape, dtype=dtype, device=device)
         self.page_bytes = layers * kv_heads * (head_dim + v_dim) * PAGE_SIZE * self.k.element_size()
         self.peak_pages = 0
-        self._returned: list[int] = []  # free pages that were used before: reused first, their memory is committed
+        self._returned: list[
+            int
+        ] = []  # free pages that were used before: reused first, their memory is committed
         self._fresh = 0  # pages from here on were never taken
         self._used = bytearray(num_pages)
 
@@ -105,7 +109,9 @@ class PagePool:
         if n < 0:
             raise ValueError(f"take(n) needs n >= 0, got {n}")
         if n > self.num_free:
-            raise OutOfPagesError(f"take({n}) needs {n} pages, {self.describe_free()}; release nodes or raise num_pages")
+            raise OutOfPagesError(
+                f"take({n}) needs {n} pages, {self.describe_free()}; release nodes or raise num_pages"
+            )
         pages = self._returned[len(self._returned) - min(n, len(self._returned)) :]
         del self._returned[len(self._returned) - len(pages) :]
         fresh = n - len(pages)
@@ -127,7 +133,9 @@ class PagePool:
             if not (0 <= page < self.num_pages and used[page]):
                 for back in pages[:i]:
                     used[back] = 1
-                raise ValueError(f"give: page {page} is not in use (given twice, or not of this pool of {self.num_pages})")
+                raise ValueError(
+                    f"give: page {page} is not in use (given twice, or not of this pool of {self.num_pages})"
+                )
             used[page] = 0
         self._returned.extend(pages)
         if self.budget is not None:

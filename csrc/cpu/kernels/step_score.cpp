@@ -1,0 +1,171 @@
+#include "ttskernels/step_score.h"
+
+#include <math.h>
+
+#include "ttskernels/threads.h"
+#include "vec.h"
+
+namespace ttsk::TTSK_ISA {
+namespace {
+
+constexpr int64_t kParallelWork = 1 << 19;  // multiply-adds, some 20 us: less is not worth waking a team
+
+// Widens one row to float32 and applies the norm. False if a value is not finite.
+template <typename T>
+bool NormRow(const T* x, const float* norm_weight, float eps, int64_t dim, float* y) {
+  const int64_t body = dim / kLanes * kLanes;
+  const int tail = static_cast<int>(dim - body);
+  Vec sum = Zero(), bad = Zero();  // bad: 0 * x summed, NaN if some x is infinite or NaN
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    const Vec v = i < body ? LoadAs(x + i) : LoadTail(x + i, tail);
+    sum = Fma(v, v, sum);
+    bad = Fma(v, Zero(), bad);
+    i < body ? StoreAs(y + i, v) : StoreTail(y + i, v, tail);
+  }
+  if (ReduceAdd(bad) != 0.0f) return false;
+  if (norm_weight == nullptr) return true;
+  const Vec scale = Broadcast(1.0f / sqrtf(ReduceAdd(sum) / static_cast<float>(dim) + eps));
+  for (int64_t i = 0; i < dim; i += kLanes) {
+    if (i < body) {
+      StoreAs(y + i, Mul(Mul(LoadAs(y + i), scale), LoadAs(norm_weight + i)));
+    } else {
+      StoreTail(y + i, Mul(Mul(LoadTail(y + i, tail), scale), LoadTail(norm_weight + i, tail)), tail);
+    }
+  }
+  return true;
+}
+
+// Dot products of R rows (x, `stride` apart) with two weight rows; each has an accumulator and an order of its own,
+// the same for every R. w1 may be w0.
+template <int R, typename W>
+void Dots(const float* x, int64_t stride, const W* w0, const W* w1, int64_t dim, float out[2][4]) {
+  const int64_t body = dim / kLanes * kLanes;
+  const int tail = static_cast<int>(dim - body);
+  Vec acc0[R], acc1[R];
+  for (int r = 0; r < R; ++r) acc0[r] = acc1[r] = Zero();
+  for (int64_t i = 0; i < body; i += kLanes) {
+    const Vec a = LoadAs(w0 + i), b = LoadAs(w1 + i);
+    for (int r = 0; r < R; ++r) {
+      const Vec v = Load(x + r * stride + i);
+      acc0[r] = Fma(v, a, acc0[r]);
+      acc1[r] = Fma(v, b, acc1[r]);
+    }
+  }
+  if (tail > 0) {
+    const Vec a = LoadTail(w0 + body, tail), b = LoadTail(w1 + body, tail);
+    for (int r = 0; r < R; ++r) {
+      const Vec v = LoadTail(x + r * stride + body, tail);
+      acc0[r] = Fma(v, a, acc0[r]);
+      acc1[r] = Fma(v, b, acc1[r]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    out[0][r] = ReduceAdd(acc0[r]);
+    out[1][r] = ReduceAdd(acc1[r]);
+  }
+}
+
+template <typename W>
+void DotsOf(int rows, const float* x, int64_t stride, const W* w0, const W* w1, int64_t dim, float out[2][4]) {
+  switch (rows) {
+    case 1: return Dots<1>(x, stride, w0, w1, dim, out);
+    case 2: return Dots<2>(x, stride, w0, w1, dim, out);
+    case 3: return Dots<3>(x, stride, w0, w1, dim, out);
+    default: return Dots<4>(x, stride, w0, w1, dim, out);
+  }
+}
+
+// y[row][j] = relu(x[row] . w[j] + bias[j]); NaN stays NaN.
+template <typename W>
+void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
+  const W* weight = static_cast<const W*>(p.inner_weight);
+#pragma omp parallel for schedule(static) num_threads(NumThreads()) if (p.num_rows * p.inner * p.dim > kParallelWork)
+  for (int64_t j = 0; j < p.inner; j += 2) {
+    const int64_t next = j + 1 < p.inner ? j + 1 : j;
+    for (int64_t r = 0; r < p.num_rows; r += 4) {
+      const int rows = static_cast<int>(p.num_rows - r < 4 ? p.num_rows - r : 4);
+      float out[2][4];
+      DotsOf(rows, x + r * p.dim, p.dim, weight + j * p.dim, weight + next * p.dim, p.dim, out);
+      for (int k = 0; k < 2; ++k) {
+        const int64_t unit = k == 0 ? j : next;
+        const float b = p.inner_bias != nullptr ? p.inner_bias[unit] : 0.0f;
+        for (int i = 0; i < rows; ++i) {
+          const float z = out[k][i] + b;
+          y[(r + i) * p.inner + unit] = z < 0.0f ? 0.0f : z;
+        }
+      }
+    }
+  }
+}
+
+template <typename W>
+float Logit(const StepScoreParams& p, const float* x, int64_t dim, int64_t label) {
+  const W* w = static_cast<const W*>(p.weight) + label * dim;
+  float out[2][4];
+  Dots<1>(x, dim, w, w, dim, out);
+  return out[0][0] + (p.bias != nullptr ? p.bias[label] : 0.0f);
+}
+
+template <typename W>
+float ScoreRow(const StepScoreParams& p, const float* x, int64_t dim) {
+  const float wanted = Logit<W>(p, x, dim, p.label);
+  if (!isfinite(wanted)) return NAN;
+  if (p.squash == Squash::kNone) return wanted;
+  if (p.squash == Squash::kSigmoid) return 1.0f / (1.0f + expf(-wanted));
+  const float first = p.squash == Squash::kDifference ? Logit<W>(p, x, dim, 0) : 0.0f;
+  if (p.squash == Squash::kDifference && p.labels == 2) return tanhf(0.5f * (wanted - first));
+  float top = -INFINITY, sum = 0.0f;  // online softmax: sum of exp(logit - top)
+  for (int64_t c = 0; c < p.labels; ++c) {
+    const float z = c == p.label ? wanted : Logit<W>(p, x, dim, c);
+    if (!isfinite(z)) return NAN;
+    if (z > top) {
+      sum *= expf(top - z);
+      top = z;
+    }
+    sum += expf(z - top);
+  }
+  const float probability = expf(wanted - top) / sum;
+  return p.squash == Squash::kSoftmax ? probability : probability - expf(first - top) / sum;
+}
+
+template <typename T, typename W>
+void Run(const StepScoreParams& p) {
+  float* const x = p.scratch;
+  float* const y = p.scratch + p.num_rows * p.dim;
+  if (p.inner == 0) {
+#pragma omp parallel for num_threads(NumThreads()) if (p.num_rows * p.dim * p.labels > kParallelWork)
+    for (int64_t r = 0; r < p.num_rows; ++r) {
+      float* const row = x + r * p.dim;
+      const bool finite =
+          NormRow(static_cast<const T*>(p.hidden) + p.rows[r] * p.hidden_stride, p.norm_weight, p.eps, p.dim, row);
+      p.scores[r] = finite ? ScoreRow<W>(p, row, p.dim) : NAN;
+    }
+    return;
+  }
+  for (int64_t r = 0; r < p.num_rows; ++r) {
+    const bool finite =
+        NormRow(static_cast<const T*>(p.hidden) + p.rows[r] * p.hidden_stride, p.norm_weight, p.eps, p.dim, x + r * p.dim);
+    p.scores[r] = finite ? 0.0f : NAN;
+  }
+  InnerLayer<W>(p, x, y);
+  for (int64_t r = 0; r < p.num_rows; ++r) {
+    if (!isnan(p.scores[r])) p.scores[r] = ScoreRow<W>(p, y + r * p.inner, p.inner);
+  }
+}
+
+template <typename T>
+void RunWeights(const StepScoreParams& p) {
+  if (p.weight_dtype == DType::kFloat32) return Run<T, float>(p);
+  if (p.weight_dtype == DType::kFloat16) return Run<T, Fp16>(p);
+  Run<T, Bf16>(p);
+}
+
+}  // namespace
+
+void StepScore(const StepScoreParams& p) {
+  if (p.hidden_dtype == DType::kFloat32) return RunWeights<float>(p);
+  if (p.hidden_dtype == DType::kFloat16) return RunWeights<Fp16>(p);
+  RunWeights<Bf16>(p);
+}
+
+}  // namespace ttsk::TTSK_ISA
