@@ -12,7 +12,7 @@ from ttskernels.engine.residency import Residency, missing, uncached_rows
 from ttskernels.engine.work import Branch, StepEnd
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
-from ttskernels.kv.plan import HeadShape, build_plan
+from ttskernels.kv.plan import build_plan
 from ttskernels.ops.sample import sample
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
@@ -30,7 +30,7 @@ class PolicyRunner:
                 f"{tuple(next_state.shape)}; compile it with the policy's own tokenizer"
             )
         self.model, self.forest, self.residency, self.next_state = model, forest, residency, next_state.contiguous()
-        self.heads = HeadShape.of(model.config)
+        self.heads = model.config.heads
         self.branches: list[Branch] = []
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed

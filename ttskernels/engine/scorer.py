@@ -10,7 +10,7 @@ from ttskernels.engine.residency import Residency, missing, uncached_rows
 from ttskernels.engine.work import ScoreJob, Session
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
-from ttskernels.kv.plan import HeadShape, build_plan
+from ttskernels.kv.plan import build_plan
 from ttskernels.ops.step_score import step_score
 
 BATCH_ROWS = 2048  # query rows of one forward
@@ -26,7 +26,7 @@ class ScoreRunner:
                 "token classifier or a Skywork checkpoint"
             )
         self.model, self.forest, self.residency = model, forest, residency
-        self.heads = HeadShape.of(model.config)
+        self.heads = model.config.heads
         self.jobs: list[ScoreJob] = []
 
     @property

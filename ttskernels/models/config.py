@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ttskernels.kv.plan_layout import HeadShape
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -35,6 +37,11 @@ class DecoderConfig:
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
     model_type: str
+
+    @property
+    def heads(self) -> HeadShape:
+        """What the planner needs to know."""
+        return HeadShape(self.q_heads, self.kv_heads, self.head_dim, self.head_dim, self.dtype.itemsize)
 
     @property
     def kv_bytes_per_token(self) -> int:
