@@ -109,12 +109,25 @@ class Tree:
 
     def segments(self, v: int) -> list[int]:
         """[page, offset, count, begin] of each page piece of the node, cut where a partial begins."""
-        out: list[int] = []
-        token, end, page_size, first = 0, self.extent[v], self.page_size, self.page_indptr[v]
+        end, page_size = self.extent[v], self.page_size
+        pages = self.pages[self.page_indptr[v] : self.page_indptr[v + 1]]
+        if (
+            self.offset[v] == 0 and PARTIAL_TOKENS % page_size == 0
+        ):  # every piece is a page: the common case, faster
+            used = -(-end // page_size)
+            out = [0] * (4 * used)
+            out[::4] = pages[:used]
+            out[2::4] = [page_size] * used
+            out[3 :: 4 * PARTIAL_TOKENS // page_size] = [1] * -(-end // PARTIAL_TOKENS)
+            if used:
+                out[-2] = end - (used - 1) * page_size
+            return out
+        out = []
+        token = 0
         while token < end:
             page, offset = divmod(self.offset[v] + token, page_size)
             count = min(page_size - offset, end - token, PARTIAL_TOKENS - token % PARTIAL_TOKENS)
-            out += (self.pages[first + page], offset, count, int(token % PARTIAL_TOKENS == 0))
+            out += (pages[page], offset, count, int(token % PARTIAL_TOKENS == 0))
             token += count
         return out
 

@@ -28,12 +28,16 @@ double PeakFmaGflops() {
     const double start = omp_get_wtime();
 #pragma omp parallel num_threads(NumThreads())
     {
-      // Twelve chains cover latency 4 x 2 issues; values stay 1.
-      Vec a0 = Broadcast(1.0f), a1 = a0, a2 = a0, a3 = a0, a4 = a0, a5 = a0, a6 = a0, a7 = a0, a8 = a0, a9 = a0;
-      Vec a10 = a0, a11 = a0;
-      Vec one = Broadcast(1.0f), zero = Zero();
+      // Twelve chains cover latency 4 x 2 issues; values stay 1. Kept apart, or they would be merged into one.
+      Vec a[12], one = Broadcast(1.0f), zero = Zero();
       Keep(one);
       Keep(zero);
+      for (Vec& v : a) {
+        v = one;
+        Keep(v);
+      }
+      Vec a0 = a[0], a1 = a[1], a2 = a[2], a3 = a[3], a4 = a[4], a5 = a[5], a6 = a[6], a7 = a[7], a8 = a[8], a9 = a[9];
+      Vec a10 = a[10], a11 = a[11];
       for (int64_t i = 0; i < kFmaLoops; ++i) {
         a0 = Fma(a0, one, zero), a1 = Fma(a1, one, zero), a2 = Fma(a2, one, zero), a3 = Fma(a3, one, zero);
         a4 = Fma(a4, one, zero), a5 = Fma(a5, one, zero), a6 = Fma(a6, one, zero), a7 = Fma(a7, one, zero);

@@ -35,63 +35,72 @@ bool NormRow(const T* x, const float* norm_weight, float eps, int64_t dim, float
   return true;
 }
 
-// Dot products of R rows (x, `stride` apart) with two weight rows; each has an accumulator and an order of its own,
-// the same for every R. w1 may be w0.
-template <int R, typename W>
-void Dots(const float* x, int64_t stride, const W* w0, const W* w1, int64_t dim, float out[2][4]) {
+// Dot products of R rows (x, `stride` apart) with U weight rows. Each has an accumulator and an order of its own, the
+// same for every R and U, so neither shows in the result.
+template <int R, int U, typename W>
+void Dots(const float* x, int64_t stride, const W* const* w, int64_t dim, float out[U][R]) {
   const int64_t body = dim / kLanes * kLanes;
   const int tail = static_cast<int>(dim - body);
-  Vec acc0[R], acc1[R];
-  for (int r = 0; r < R; ++r) acc0[r] = acc1[r] = Zero();
+  Vec acc[U][R];
+  for (int u = 0; u < U; ++u)
+    for (int r = 0; r < R; ++r) acc[u][r] = Zero();
   for (int64_t i = 0; i < body; i += kLanes) {
-    const Vec a = LoadAs(w0 + i), b = LoadAs(w1 + i);
-    for (int r = 0; r < R; ++r) {
-      const Vec v = Load(x + r * stride + i);
-      acc0[r] = Fma(v, a, acc0[r]);
-      acc1[r] = Fma(v, b, acc1[r]);
+    Vec v[R];
+    for (int r = 0; r < R; ++r) v[r] = Load(x + r * stride + i);
+    for (int u = 0; u < U; ++u) {
+      const Vec a = LoadAs(w[u] + i);
+      for (int r = 0; r < R; ++r) acc[u][r] = Fma(v[r], a, acc[u][r]);
     }
   }
   if (tail > 0) {
-    const Vec a = LoadTail(w0 + body, tail), b = LoadTail(w1 + body, tail);
-    for (int r = 0; r < R; ++r) {
-      const Vec v = LoadTail(x + r * stride + body, tail);
-      acc0[r] = Fma(v, a, acc0[r]);
-      acc1[r] = Fma(v, b, acc1[r]);
+    for (int u = 0; u < U; ++u) {
+      const Vec a = LoadTail(w[u] + body, tail);
+      for (int r = 0; r < R; ++r) acc[u][r] = Fma(LoadTail(x + r * stride + body, tail), a, acc[u][r]);
     }
   }
-  for (int r = 0; r < R; ++r) {
-    out[0][r] = ReduceAdd(acc0[r]);
-    out[1][r] = ReduceAdd(acc1[r]);
+  for (int u = 0; u < U; ++u)
+    for (int r = 0; r < R; ++r) out[u][r] = ReduceAdd(acc[u][r]);
+}
+
+#if defined(__AVX512F__)
+constexpr int kUnits = 4;  // 16 accumulators of 32 registers
+#else
+constexpr int kUnits = 2;
+#endif
+constexpr int kUnitBlock = 16;  // weight rows that stay in L2 while all rows pass; four rows of x stay in L1
+
+// relu(x . w + bias) of R rows and units [first, first + kUnits) (fewer at `end`); NaN stays NaN.
+template <int R, typename W>
+void InnerTile(const StepScoreParams& p, const float* x, int64_t first, int64_t end, float* y) {
+  const W* w[kUnits];
+  for (int u = 0; u < kUnits; ++u) {
+    w[u] = static_cast<const W*>(p.inner_weight) + (first + u < end ? first + u : first) * p.dim;
+  }
+  float out[kUnits][R];
+  Dots<R, kUnits>(x, p.dim, w, p.dim, out);
+  for (int u = 0; u < kUnits && first + u < end; ++u) {
+    const float b = p.inner_bias != nullptr ? p.inner_bias[first + u] : 0.0f;
+    for (int r = 0; r < R; ++r) {
+      const float z = out[u][r] + b;
+      y[r * p.inner + first + u] = z < 0.0f ? 0.0f : z;
+    }
   }
 }
 
-template <typename W>
-void DotsOf(int rows, const float* x, int64_t stride, const W* w0, const W* w1, int64_t dim, float out[2][4]) {
-  switch (rows) {
-    case 1: return Dots<1>(x, stride, w0, w1, dim, out);
-    case 2: return Dots<2>(x, stride, w0, w1, dim, out);
-    case 3: return Dots<3>(x, stride, w0, w1, dim, out);
-    default: return Dots<4>(x, stride, w0, w1, dim, out);
-  }
-}
-
-// y[row][j] = relu(x[row] . w[j] + bias[j]); NaN stays NaN.
 template <typename W>
 void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
-  const W* weight = static_cast<const W*>(p.inner_weight);
 #pragma omp parallel for schedule(static) num_threads(NumThreads()) if (p.num_rows * p.inner * p.dim > kParallelWork)
-  for (int64_t j = 0; j < p.inner; j += 2) {
-    const int64_t next = j + 1 < p.inner ? j + 1 : j;
+  for (int64_t lo = 0; lo < p.inner; lo += kUnitBlock) {
+    const int64_t hi = lo + kUnitBlock < p.inner ? lo + kUnitBlock : p.inner;
     for (int64_t r = 0; r < p.num_rows; r += 4) {
-      const int rows = static_cast<int>(p.num_rows - r < 4 ? p.num_rows - r : 4);
-      float out[2][4];
-      DotsOf(rows, x + r * p.dim, p.dim, weight + j * p.dim, weight + next * p.dim, p.dim, out);
-      for (int k = 0; k < 2; ++k) {
-        const int64_t unit = k == 0 ? j : next;
-        const float b = p.inner_bias != nullptr ? p.inner_bias[unit] : 0.0f;
-        for (int i = 0; i < rows; ++i) {
-          const float z = out[k][i] + b;
-          y[(r + i) * p.inner + unit] = z < 0.0f ? 0.0f : z;
+      for (int64_t unit = lo; unit < hi; unit += kUnits) {
+        const float* from = x + r * p.dim;
+        float* to = y + r * p.inner;
+        switch (p.num_rows - r) {
+          case 1: InnerTile<1, W>(p, from, unit, hi, to); break;
+          case 2: InnerTile<2, W>(p, from, unit, hi, to); break;
+          case 3: InnerTile<3, W>(p, from, unit, hi, to); break;
+          default: InnerTile<4, W>(p, from, unit, hi, to);
         }
       }
     }
@@ -101,8 +110,8 @@ void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
 template <typename W>
 float Logit(const StepScoreParams& p, const float* x, int64_t dim, int64_t label) {
   const W* w = static_cast<const W*>(p.weight) + label * dim;
-  float out[2][4];
-  Dots<1>(x, dim, w, w, dim, out);
+  float out[1][1];
+  Dots<1, 1>(x, dim, &w, dim, out);
   return out[0][0] + (p.bias != nullptr ? p.bias[label] : 0.0f);
 }
 
