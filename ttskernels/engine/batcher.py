@@ -44,6 +44,7 @@ class Engine:
         self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
         residency.forests.append(self.policy_forest)
         self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
+        residency.busy_before = self._policy.busy_before
         self.verifier_forest = self._scorer = None
         if verifier is not None:
             self.verifier_forest = Forest(verifier.new_pool(self._pages(verifier), self.budget))

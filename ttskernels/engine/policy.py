@@ -35,6 +35,10 @@ class PolicyRunner:
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed
 
+    def busy_before(self, order: int) -> set[Node]:
+        """Nodes that the resident branches of problems older than `order` read."""
+        return {n for b in self.branches if b.session.order < order and b.node.cached for n in self.forest.path(b.node)}
+
     def add(self, branch: Branch) -> None:
         self.branches.append(branch)
 

@@ -1,12 +1,12 @@
 """Which nodes have their KV in memory. Two forests draw on one byte budget; the oldest problem always advances.
 
-When pages run out, victims are nodes no pinned branch reads: of the youngest problem first, deepest first. An evicted
-node keeps its ids and is recomputed, bit for bit, when a branch needs it again.
+When pages run out, victims are nodes that no earlier branch reads: of the youngest problem first, deepest first. An
+evicted node keeps its ids and is recomputed, bit for bit, when a branch needs it again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from ttskernels.engine.work import Session
 from ttskernels.errors import OutOfPagesError
@@ -18,11 +18,12 @@ class Residency:
         self.sessions = sessions  # by age
         self.epoch = 0  # evictions so far: a path that was whole at this epoch is still whole
         self.forests: list[Forest] = []  # policy's, verifier's
+        self.busy_before: Callable[[int], set[Node]] = lambda order: set()  # nodes of decoding problems older than one
 
     def reserve(self, forest: Forest, needs: dict[Node, int], pinned: set[Node], session: Session) -> bool:
         """Make room for `needs` (node -> tokens beyond its ids), evicting what `session` may evict if necessary.
 
-        Nodes in `pinned` keep their pages, and so does every problem older than `session`.
+        Nodes in `pinned` keep their pages, and so do the decoding branches of problems older than `session`.
         Returns False, with nothing reserved, when no victim is left.
         """
         while True:
@@ -30,13 +31,11 @@ class Residency:
                 forest.reserve(list(needs), list(needs.values()))
                 return True
             except OutOfPagesError:
-                if not self._evict_one(pinned, session.order):
+                if not self._evict_one(pinned | self.busy_before(session.order)):
                     return False
 
-    def _evict_one(self, pinned: set[Node], oldest: int) -> bool:
+    def _evict_one(self, pinned: set[Node]) -> bool:
         for order in sorted(self.sessions, reverse=True):
-            if order < oldest:
-                return False
             session = self.sessions[order]
             for forest, nodes in zip(self.forests, (session.policy_nodes, session.verifier_nodes), strict=False):
                 nodes.difference_update([n for n in nodes if n.released])
