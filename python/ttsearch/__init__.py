@@ -9,6 +9,6 @@ from .strategies import STRATEGIES
 from .types import Cost, ModelCost, Problem, SearchNode, SearchResult
 
 __all__ = [
-    "STRATEGIES", "Backend", "Budget", "Cost", "Limits", "ModelCost", "Policy", "Problem", "Progress", "SearchNode",
-    "SearchResult", "load_backend", "search", "solve", "solve_many",
+    "STRATEGIES", "Backend", "Budget", "Cost", "Limits", "ModelCost", "Policy", "Problem", "Progress",
+    "SearchNode", "SearchResult", "load_backend", "search", "solve", "solve_many",
 ]  # fmt: skip

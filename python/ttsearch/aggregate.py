@@ -1,4 +1,4 @@
-"""Path score from step scores. Scores only compare with each other under the same rule; product is kept as a logarithm."""
+"""Path score from step scores; a product is kept as its logarithm."""
 
 from __future__ import annotations
 
@@ -49,7 +49,9 @@ def path_score(node: SearchNode, aggregate: str | None) -> float:
         )
     for score in scores:
         if math.isnan(score):
-            raise ValueError(f"a step of path {node.path_key} scored NaN; the verifier is broken (check its dtype)")
+            raise ValueError(
+                f"a step of path {node.path_key} scored NaN; the verifier is broken (check its dtype)"
+            )
     return float(_RULES[aggregate](scores))
 
 

@@ -1,6 +1,8 @@
-"""Final answers in text: where they are, and one canonical key for each, so that equal answers are grouped by a lookup.
+"""Final answers in text: where they are, and one canonical key for each, so that equal answers are grouped by
+a lookup.
 
-Grouping by key instead of comparing pairs symbolically costs no accuracy in published ports and is far faster.
+Grouping by key instead of comparing pairs symbolically costs no accuracy in published ports and is far
+faster.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?(?:/\d+)?|-?\.\d+")
 
 
 def box_end(text: str, start: int) -> int | None:
-    """Index just behind the brace that closes the one before `start`; braces escaped by a backslash do not count."""
+    """Index just behind the brace that closes the one before `start`; `\\{` and `\\}` are text."""
     depth, i = 1, start
     while i < len(text):
         if text[i] == "\\":
@@ -49,7 +51,10 @@ def extract_answer(text: str) -> str | None:
 
 
 _WRAPPERS = re.compile(r"\\(?:text|textbf|mathrm|mathbf|mbox|textit)\s*\{([^{}]*)\}")
-_DROPPED = re.compile(r"\\(?:left|right|displaystyle|[!,;:>]|quad|qquad)(?![a-zA-Z])|\\ |\$|~|\^\s*\{?\s*\\circ\s*\}?|\\%|%|\\\$")
+_DROPPED = re.compile(
+    r"\\(?:left|right|displaystyle|[!,;:>]|quad|qquad)(?![a-zA-Z])"
+    r"|\\ |\$|~|\^\s*\{?\s*\\circ\s*\}?|\\%|%|\\\$"
+)
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|([^\s{}\\]))\s*(?:\{([^{}]*)\}|([^\s{}\\]))")
 _THOUSANDS = re.compile(r"-?\d{1,3}(?:(?:,|\{,\})\d{3})+(?:\.\d+)?")
 _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
@@ -58,9 +63,9 @@ _PLAIN_NUMBER = re.compile(r"[+-]?(?:\d+(?:\.\d*)?|\.\d+)(?:/\d+)?")
 def answer_key(answer: str) -> str:
     """A canonical form: answers with one key are the same answer.
 
-    Removes LaTeX spacing, dollar and percent signs, degrees, `\\left`, `\\text{}` and a final full stop; writes every
-    rational number as `p/q` in lowest terms (`0.50`, `\\frac12` and `1/2` are one). Anything else stays text: unequal keys
-    may still be equal mathematically, which grading decides.
+    Removes LaTeX spacing, dollar and percent signs, degrees, `\\left`, `\\text{}` and a final full stop;
+    writes every rational number as `p/q` in lowest terms (`0.50`, `\\frac12` and `1/2` are one). Anything
+    else stays text: unequal keys may still be equal mathematically, which grading decides.
     """
     text = _WRAPPERS.sub(r"\1", answer.strip())
     text = _DROPPED.sub("", text).strip().rstrip(".").strip()
@@ -77,7 +82,9 @@ def answer_key(answer: str) -> str:
 
 def _plain_fraction(match: re.Match) -> str:
     top, bottom = match.group(1) or match.group(2) or "", match.group(3) or match.group(4) or ""
-    top, bottom = (part if re.fullmatch(r"\w+", part) else f"({part})" for part in (top.strip(), bottom.strip()))
+    top, bottom = (
+        part if re.fullmatch(r"\w+", part) else f"({part})" for part in (top.strip(), bottom.strip())
+    )
     top = f"-{top[2:-1]}" if re.fullmatch(r"\(-\w+\)", top) else top
     return f"{top}/{bottom}"
 

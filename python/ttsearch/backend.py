@@ -21,7 +21,8 @@ def load_backend(
 
     Args:
         policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
-        verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
+        verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no
+            verifier.
         prm_family: which text the verifier reads (`ttsearch.verifiers.FAMILIES`). None: seen in its config.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
@@ -39,7 +40,9 @@ def load_backend(
     try:
         from .policies.local import LocalBackend
     except ModuleNotFoundError as error:
-        raise ValueError(f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels") from error
+        raise ValueError(
+            f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels"
+        ) from error
     return LocalBackend.load(
         policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
         kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,

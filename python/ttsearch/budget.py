@@ -11,7 +11,7 @@ from .vote import VOTES
 
 @dataclass(frozen=True)
 class Limits:
-    """When decoding of one path stops by itself. A path cut by a token limit is finished, with reason "length"."""
+    """When decoding of one path stops by itself; a token limit finishes it, with reason "length"."""
 
     max_steps: int
     max_tokens: int  # generated on the whole path
@@ -28,8 +28,10 @@ class Budget:
         max_steps, max_tokens, max_step_tokens: per path, see `Limits`.
         temperature, top_k, top_p, min_p: sampling, applied in that order; 0, 0, 1, 0 switch them off.
         seed: same seed, same tree.
-        aggregate: path score from step scores: "product", "min", "mean" or "last". None: the strategy needs none.
-        vote: how paths become an answer: "max", "weighted", "softmax" or "majority". None: the strategy needs none.
+        aggregate: path score from step scores: "product", "min", "mean" or "last". None: the strategy needs
+            none.
+        vote: how paths become an answer: "max", "weighted", "softmax" or "majority". None: the strategy needs
+            none.
     Raises:
         ValueError: a number out of range or an unknown rule.
     """
@@ -53,7 +55,9 @@ class Budget:
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
         if not self.temperature >= 0:
-            raise ValueError(f"temperature must be >= 0 (0: always the likeliest token), got {self.temperature!r}")
+            raise ValueError(
+                f"temperature must be >= 0 (0: always the likeliest token), got {self.temperature!r}"
+            )
         if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k must be an integer >= 0 (0: off), got {self.top_k!r}")
         if not 0 < self.top_p <= 1:
@@ -73,7 +77,9 @@ class Budget:
         if self.n % self.width:
             lower, upper = self.n - self.n % self.width, self.n + self.width - self.n % self.width
             nearest = f"{lower} or {upper}" if lower else f"{upper}"
-            raise ValueError(f"n must be a multiple of width={self.width}, got {self.n}; use n={nearest}, or another width")
+            raise ValueError(
+                f"n must be a multiple of width={self.width}, got {self.n}; use n={nearest}, or another width"
+            )
         return self.n // self.width
 
     @property
@@ -85,7 +91,9 @@ class Budget:
         for rule in rules:
             if getattr(self, rule) is None:
                 choices = ", ".join({"aggregate": AGGREGATES, "vote": VOTES}[rule])
-                raise ValueError(f"{strategy} needs {rule}, got None; pass Budget({rule}=...), one of {choices}")
+                raise ValueError(
+                    f"{strategy} needs {rule}, got None; pass Budget({rule}=...), one of {choices}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -29,16 +29,26 @@ out, err = Console(), Console(stderr=True)
 Strategy = Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")]
 N = Annotated[int, typer.Option("--n", help="Budget: paths kept alive per problem.")]
 Width = Annotated[int, typer.Option(help="Beam width M: children per survivor.")]
-Policy = Annotated[str | None, typer.Option(help="Policy: checkpoint folder or hub id [default: the demo policy].")]
-Verifier = Annotated[str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')]
-PrmFamily = Annotated[str | None, typer.Option(help="What text the verifier reads [default: seen in its config].")]
-PromptStyle = Annotated[str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")]
+Policy = Annotated[
+    str | None, typer.Option(help="Policy: checkpoint folder or hub id [default: the demo policy].")
+]
+Verifier = Annotated[
+    str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
+]
+PrmFamily = Annotated[
+    str | None, typer.Option(help="What text the verifier reads [default: seen in its config].")
+]
+PromptStyle = Annotated[
+    str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
+]
 Limit = Annotated[int | None, typer.Option(help="Only the first problems of the file.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same tree.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
-MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")]
+MinP = Annotated[
+    float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+]
 Aggregate = Annotated[str, typer.Option(help="Path score from step scores: product, min, mean or last.")]
 Vote = Annotated[str, typer.Option(help="Answer from paths: max, weighted, softmax or majority.")]
 MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
@@ -69,7 +79,9 @@ def _is_expected(error: RuntimeError) -> bool:
 
 @app.command()
 def solve(
-    problem: Annotated[str | None, typer.Argument(help="Problem text [default: a problem of the demo task].")] = None,
+    problem: Annotated[
+        str | None, typer.Argument(help="Problem text [default: a problem of the demo task].")
+    ] = None,
     strategy: Strategy = "beam_search",
     n: N = 16,
     width: Width = 4,
@@ -77,7 +89,9 @@ def solve(
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
     prompt_style: PromptStyle = None,
-    problem_file: Annotated[str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")] = None,
+    problem_file: Annotated[
+        str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")
+    ] = None,
     limit: Limit = None,
     seed: Seed = 0,
     temperature: Temperature = 0.7,
@@ -108,17 +122,28 @@ def solve(
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens,
             max_step_tokens=max_step_tokens, max_steps=max_steps,
         )  # fmt: skip
-        get_strategy(strategy).prepare(Budget(n, width, aggregate=aggregate, vote=vote, **sampling))  # or say why not
+        get_strategy(strategy).prepare(
+            Budget(n, width, aggregate=aggregate, vote=vote, **sampling)
+        )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
-        backend = load_backend(policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib)
+        backend = load_backend(
+            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+        )
         records, interrupted = [], False
         try:
             for item in problems:
                 with _live(not as_json) as progress:
                     result = solve_problem(
-                        item, backend=backend, strategy=strategy, n=n, width=width, aggregate=aggregate, vote=vote,
-                        progress=progress, **sampling,
-                    )  # fmt: skip
+                        item,
+                        backend=backend,
+                        strategy=strategy,
+                        n=n,
+                        width=width,
+                        aggregate=aggregate,
+                        vote=vote,
+                        progress=progress,
+                        **sampling,
+                    )
                 records.append(result.to_dict())
                 interrupted = result.interrupted
                 if plot is not None:
@@ -168,7 +193,9 @@ def _print_json(document) -> None:
 def strategies(as_json: AsJson = False) -> None:
     """List the strategies."""
     if as_json:
-        _print_json([{"name": s.name, "description": s.description, "source": s.source} for s in STRATEGIES.values()])
+        _print_json(
+            [{"name": s.name, "description": s.description, "source": s.source} for s in STRATEGIES.values()]
+        )
         return
     table = Table("strategy", "what it does", "verifier", "source")
     for s in STRATEGIES.values():
@@ -199,7 +226,9 @@ def evaluate(
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
     concurrency: Concurrency = 8,
-    results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path("runs/evaluate"),
+    results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
+        "runs/evaluate"
+    ),
     as_json: AsJson = False,
 ) -> None:
     """Accuracy with a 95 % interval and mean cost, for every strategy at every N."""
@@ -210,13 +239,28 @@ def evaluate(
 
     with friendly_errors():
         budget = Budget(
-            n[0], width, max_steps, max_tokens, max_step_tokens, temperature, top_k, top_p, min_p, seed, aggregate, vote
+            n[0],
+            width,
+            max_steps,
+            max_tokens,
+            max_step_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            aggregate,
+            vote,
         )
         problems = load_problems(problem_file, limit)
-        backend = load_backend(policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib)
+        backend = load_backend(
+            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+        )
 
         def progress(name: str, count: int, done: int, total: int) -> None:
-            err.print(f"{name} N={count}: {done} of {total}", end="\r" if err.is_terminal else "\n", highlight=False)
+            err.print(
+                f"{name} N={count}: {done} of {total}", end="\r" if err.is_terminal else "\n", highlight=False
+            )
 
         try:
             summaries = sweep(
@@ -254,9 +298,10 @@ def compare(
         return
     verdict = "they differ" if found.differs else "no difference shown"
     out.print(
-        f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f}) on {found.problems} "
-        f"problems; solved by a alone {found.only_a}, by b alone {found.only_b}: {verdict}", highlight=False,
-    )  # fmt: skip
+        f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f}) "
+        f"on {found.problems} problems; only a solves {found.only_a}, only b {found.only_b}: {verdict}",
+        highlight=False,
+    )
 
 
 def main() -> None:

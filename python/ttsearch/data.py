@@ -16,10 +16,12 @@ ID_FIELDS = ("id", "unique_id", "url")
 
 
 def load_problems(source: str | Path, limit: int | None = None, split: str = "test") -> list[Problem]:
-    """Problems of a JSONL file, or of a dataset on the hub ("HuggingFaceH4/MATH-500"; needs `pip install datasets`).
+    """Problems of a JSONL file, or of a dataset on the hub ("HuggingFaceH4/MATH-500"; needs `pip install
+    datasets`).
 
-    A record needs `problem` or `question`; its answer is read from `answer` (GSM8K's `#### 42` too), else from
-    `extracted_groundtruth`, else from a boxed `solution`. A missing or repeated id is replaced by a hash of the prompt.
+    A record needs `problem` or `question`; its answer is read from `answer` (GSM8K's `#### 42` too), else
+    from `extracted_groundtruth`, else from a boxed `solution`. A missing or repeated id is replaced by a hash
+    of the prompt.
 
     Raises:
         ValueError: no such file or dataset, or a record without a question, with its line.
@@ -30,7 +32,9 @@ def load_problems(source: str | Path, limit: int | None = None, split: str = "te
     if path.exists():
         records = _read_jsonl(path)
     elif path.suffix in (".jsonl", ".json") or "/" not in str(source):
-        raise ValueError(f"problem file {str(source)!r} does not exist; pass a JSONL file or a hub dataset like owner/name")
+        raise ValueError(
+            f"problem file {str(source)!r} does not exist; pass a JSONL file or a hub dataset like owner/name"
+        )
     else:
         records = _read_hub(str(source), split)
     problems: list[Problem] = []
@@ -46,16 +50,20 @@ def load_problems(source: str | Path, limit: int | None = None, split: str = "te
 def parse_record(record: dict[str, Any], where: str = "record") -> Problem:
     prompt = next((record[f] for f in PROMPT_FIELDS if record.get(f)), None)
     if not isinstance(prompt, str):
-        raise ValueError(f"{where}: needs a text field {' or '.join(PROMPT_FIELDS)}, got fields {sorted(record)}")
+        raise ValueError(
+            f"{where}: needs a text field {' or '.join(PROMPT_FIELDS)}, got fields {sorted(record)}"
+        )
     answer = next((record[f] for f in ANSWER_FIELDS if record.get(f) is not None), None)
     if isinstance(answer, float) and answer.is_integer():
         answer = int(answer)
     identity = next((str(record[f]) for f in ID_FIELDS if record.get(f)), "")
-    return Problem(prompt, None if answer is None else gold_answer(str(answer)), identity, record.get("level"))
+    return Problem(
+        prompt, None if answer is None else gold_answer(str(answer)), identity, record.get("level")
+    )
 
 
 def _with_unique_ids(problems: list[Problem]) -> list[Problem]:
-    """Ids seed the sampling and name results, so they may not repeat; the same problem twice gets a suffix."""
+    """Ids seed the sampling and name results, so they may not repeat; a repeated one gets a suffix."""
     seen: set[str] = set()
     unique = []
     for problem in problems:
@@ -80,7 +88,9 @@ def _read_jsonl(path: Path) -> Iterable[tuple[dict, str]]:
             try:
                 record = json.loads(line)
             except json.JSONDecodeError as error:
-                raise ValueError(f"{where}: not JSON ({error}); the file must hold one JSON object a line") from None
+                raise ValueError(
+                    f"{where}: not JSON ({error}); the file must hold one JSON object a line"
+                ) from None
             if not isinstance(record, dict):
                 raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
             yield record, where

@@ -24,14 +24,18 @@ def evaluate(
     concurrency: int = 8,
     progress: Callable[[int, int, dict[str, Any]], None] | None = None,
 ) -> tuple[Summary | None, list[dict[str, Any]]]:
-    """Accuracy and mean cost of one strategy. After Ctrl-C the summary covers the finished problems (None: there are none).
+    """Accuracy and mean cost of one strategy. After Ctrl-C the summary covers the finished problems (None:
+    there are none).
 
     Raises:
         ValueError: a problem without an answer to grade by.
     """
     missing = [problem.id for problem in problems if problem.answer is None]
     if missing:
-        raise ValueError(f"evaluate needs an answer for every problem; {len(missing)} have none, the first is {missing[0]!r}")
+        raise ValueError(
+            f"evaluate needs an answer for every problem; {len(missing)} have none, "
+            f"the first is {missing[0]!r}"
+        )
     records = solve_many(
         problems, backend, strategy, budget, concurrency=concurrency, results=results, progress=progress
     )
@@ -49,7 +53,7 @@ def sweep(
     concurrency: int = 8,
     progress: Callable[[str, int, int, int], None] | None = None,
 ) -> list[Summary]:
-    """Every strategy at every N, one results file each in `folder`; greedy runs once. Run again to continue."""
+    """Every strategy at every N (greedy once), a results file each in `folder`. Run again to continue."""
     summaries, ns = [], list(ns)
     for strategy in strategies:
         for n in ns[:1] if strategy == "greedy" else ns:

@@ -1,4 +1,4 @@
-"""Is an answer right? By canonical key first; else math-verify, in a process of its own that a time limit can end."""
+"""Is an answer right? By canonical key first; else math-verify, in a process that a time limit can end."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gold_answer(text: str) -> str:
 
 
 def is_correct(answer: str | None, gold: str, *, time_limit_s: float = TIME_LIMIT_SECONDS) -> bool:
-    """Whether `answer` equals `gold` mathematically; None is wrong, and so is what takes longer than the limit."""
+    """Whether `answer` equals `gold` mathematically; None is wrong, and so is what exceeds the time limit."""
     if answer is None:
         return False
     gold = gold_answer(gold)
@@ -42,7 +42,7 @@ def _is_number(key: str) -> bool:
 
 
 class _Worker:
-    """One child process that runs math-verify: some expressions never end, or take all memory, and must be killed."""
+    """One child process for math-verify: some expressions never end or take all memory, and are killed."""
 
     def __init__(self):
         self._process: subprocess.Popen | None = None

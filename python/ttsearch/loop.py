@@ -1,4 +1,4 @@
-"""Run a coroutine from synchronous code, in a notebook's running loop too, and let Ctrl-C cancel it cleanly."""
+"""Run a coroutine from synchronous code, in a notebook's running loop too; Ctrl-C cancels it cleanly."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def run_sync(coroutine: Coroutine[Any, Any, Any]) -> Any:
-    """The coroutine's result. Ctrl-C cancels it; if it answers a cancellation with a result, that is returned."""
+    """The coroutine's result. Ctrl-C cancels it; a result it answers the cancellation with is returned."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -57,7 +57,7 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
 
 @contextmanager
 def _plain_sigint():
-    """Let Ctrl-C raise KeyboardInterrupt: under asyncio.run it would only cancel the caller's task, which we block."""
+    """Let Ctrl-C raise KeyboardInterrupt: asyncio.run would only cancel the caller's task, which we block."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

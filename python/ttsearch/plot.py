@@ -22,7 +22,8 @@ def layout(root: SearchNode) -> dict[SearchNode, tuple[float, float]]:
 
 
 def plot_tree(result: SearchResult, path: str | Path, *, size: tuple[float, float] | None = None) -> Path:
-    """Steps from left to right, coloured by score; pruned branches faint, the best path wide, answers at its leaves.
+    """Steps from left to right, coloured by score; pruned branches faint, the best path wide, answers at its
+    leaves.
 
     The file's ending chooses the format. Returns the path written.
     """
@@ -38,7 +39,9 @@ def plot_tree(result: SearchResult, path: str | Path, *, size: tuple[float, floa
     kept = {node for leaf in result.candidates for node in leaf.path()}
     rows = max(-y for _, y in at.values()) + 1
     columns = max(x for x, _ in at.values())
-    figure = Figure(figsize=size or (min(2 + 1.3 * columns, 24), min(0.8 + 0.22 * rows, 24)), layout="constrained")
+    figure = Figure(
+        figsize=size or (min(2 + 1.3 * columns, 24), min(0.8 + 0.22 * rows, 24)), layout="constrained"
+    )
     axes = figure.add_subplot()
     axes.axis("off")
     for node in at:
@@ -59,9 +62,16 @@ def plot_tree(result: SearchResult, path: str | Path, *, size: tuple[float, floa
         if nodes:
             values = [0.5 if node.step_score is None else node.step_score for node in nodes]
             dots = axes.scatter(
-                *zip(*(at[node] for node in nodes), strict=True), c=values, cmap="RdYlGn", norm=scale, s=46, zorder=3,
-                alpha=alpha, edgecolors="#24292f", linewidths=[1.4 if node in best else 0.5 for node in nodes],
-            )  # fmt: skip
+                *zip(*(at[node] for node in nodes), strict=True),
+                c=values,
+                cmap="RdYlGn",
+                norm=scale,
+                s=46,
+                zorder=3,
+                alpha=alpha,
+                edgecolors="#24292f",
+                linewidths=[1.4 if node in best else 0.5 for node in nodes],
+            )
     axes.plot(*at[result.root], marker="s", color="#24292f", markersize=7, zorder=3)
     _write_answers(axes, at, result, best)
     if scored:
@@ -77,6 +87,11 @@ def _write_answers(axes, at, result: SearchResult, best: set[SearchNode]) -> Non
         answer = extract_answer(leaf.path_text()) if leaf.solved else None
         if answer is not None:
             axes.annotate(
-                answer.replace("$", r"\$"), at[leaf], xytext=(8, 0), textcoords="offset points", va="center", fontsize=8,
+                answer.replace("$", r"\$"),
+                at[leaf],
+                xytext=(8, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
                 weight="bold" if leaf in best else "normal",
-            )  # fmt: skip
+            )

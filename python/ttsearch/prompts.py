@@ -1,4 +1,4 @@
-"""What the policy reads before its first step. After that, branches continue on ids and no text is templated again."""
+"""What the policy reads before its first step; after it, branches continue on ids, never on templates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LLAMA_SYSTEM = (
 
 @dataclass(frozen=True)
 class PromptStyle:
-    """`system` is the system turn, `suffix` is appended to the user turn; "plain" uses the problem text as it is."""
+    """`system` is the system turn, `suffix` ends the user turn; "plain" is the problem text as it is."""
 
     name: str
     chat: bool
@@ -41,7 +41,7 @@ STYLES = {
 
 
 def detect_style(tokenizer, model_type: str = "", name: str = "") -> PromptStyle:
-    """"plain" without a chat template; else by the model's type and name, "qwen" if nothing fits."""
+    """ "plain" without a chat template; else by the model's type and name, "qwen" if nothing fits."""
     if not getattr(tokenizer, "chat_template", None):
         return STYLES["plain"]
     if "r1" in name.lower().replace("_", "-").split("/")[-1].split("-"):
@@ -58,7 +58,9 @@ class TextPolicy:
                 raise ValueError(f"prompt style must be one of {', '.join(STYLES)}, got {style!r}")
             style = STYLES[style]
         if style.chat and not getattr(tokenizer, "chat_template", None):
-            raise ValueError(f'prompt style {style.name!r} needs a chat template, this tokenizer has none; use "plain"')
+            raise ValueError(
+                f'prompt style {style.name!r} needs a chat template, this tokenizer has none; use "plain"'
+            )
         self.tokenizer, self.style = tokenizer, style
         self.eos_ids = frozenset(eos_ids)
         self.next_state = compile_stops(tokenizer, self.eos_ids, vocab_size)
@@ -76,7 +78,7 @@ class TextPolicy:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def finish_reason(self, state: int, last_id: int) -> str:
-        """Why a row ended: `state` is the stop table's last entry (-1, -2), or >= 0 if a token limit cut it."""
+        """Why a row ended; `state` is its last stop-table entry, >= 0 where a token limit cut it."""
         if state >= 0:
             return "length"
         return "step" if state == -1 else "eos" if last_id in self.eos_ids else "boxed"

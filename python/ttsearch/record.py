@@ -26,20 +26,32 @@ def conclude(
 ) -> SearchResult:
     """The result of a search: let the candidates vote, count duplicates, show the best path.
 
-    If no candidate has an answer, `best` is the best-scored unfinished one (the first one if there are no scores).
+    If no candidate has an answer, `best` is the best-scored unfinished one (the first one if there are no
+    scores).
     """
     candidates = sorted(candidates, key=lambda node: node.path_key)
     election = elect(candidates, aggregate, vote)
     best = election.best or _best_unfinished(candidates, aggregate)
     duplicates = len(candidates) - len({node.path_text() for node in candidates})
     return SearchResult(
-        problem, strategy, budget, election.answer, best, candidates, election.votes, election.num_voted, duplicates,
-        cost=policy.cost(), root=policy.root,
-    )  # fmt: skip
+        problem,
+        strategy,
+        budget,
+        election.answer,
+        best,
+        candidates,
+        election.votes,
+        election.num_voted,
+        duplicates,
+        cost=policy.cost(),
+        root=policy.root,
+    )
 
 
 def _best_unfinished(candidates: Sequence[SearchNode], aggregate: str | None) -> SearchNode | None:
-    scored = [node for node in candidates if node.finish_reason != "refused" and None not in node.step_scores()]
+    scored = [
+        node for node in candidates if node.finish_reason != "refused" and None not in node.step_scores()
+    ]
     if aggregate is None or not scored:
         return candidates[0] if candidates else None
     return min(scored, key=lambda node: (-path_score(node, aggregate), node.path_key))
@@ -75,7 +87,11 @@ def cost_to_dict(cost) -> dict[str, Any]:
 
 def _candidate(node: SearchNode, aggregate: str | None) -> dict[str, Any]:
     scores = node.step_scores()
-    score = path_score(node, aggregate) if aggregate and (None not in scores or node.finish_reason == "refused") else None
+    score = (
+        path_score(node, aggregate)
+        if aggregate and (None not in scores or node.finish_reason == "refused")
+        else None
+    )
     return {
         "path": list(node.path_key),
         "text": node.path_text(),

@@ -51,7 +51,9 @@ def summarise(records: Sequence[dict[str, Any]]) -> Summary:
         raise ValueError("records must not be empty")
     ungraded = [record["id"] for record in records if "correct" not in record]
     if ungraded:
-        raise ValueError(f"{len(ungraded)} records have no gold answer to grade by, the first is {ungraded[0]!r}")
+        raise ValueError(
+            f"{len(ungraded)} records have no gold answer to grade by, the first is {ungraded[0]!r}"
+        )
     correct, total = sum(record["correct"] for record in records), len(records)
     ran = [record for record in records if "cost" in record]
 
@@ -92,26 +94,42 @@ def compare(
     a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], samples: int = 10_000, seed: int = 0
 ) -> Comparison:
     """Resample problems, not runs: both results of a problem stay together, so its difficulty cancels out."""
-    right_a, right_b = ({r["id"]: bool(r["correct"]) for r in records if "correct" in r} for records in (a, b))
+    right_a, right_b = (
+        {r["id"]: bool(r["correct"]) for r in records if "correct" in r} for records in (a, b)
+    )
     shared = sorted(right_a.keys() & right_b.keys())
     if not shared:
         raise ValueError(f"the two runs share no graded problem ({len(right_a)} and {len(right_b)} graded)")
     delta = np.array([int(right_b[i]) - int(right_a[i]) for i in shared])
     rng = np.random.default_rng(seed)
-    # A resample's sum depends only on how often +1, 0, -1 are drawn: a multinomial, not a [samples, problems] array.
+    # A resample's sum depends only on how often +1, 0, -1 come up: one multinomial draw.
     gains, losses = int((delta > 0).sum()), int((delta < 0).sum())
     total = len(shared)
-    draws = rng.multinomial(total, [gains / total, losses / total, 1 - (gains + losses) / total], size=samples)
+    draws = rng.multinomial(
+        total, [gains / total, losses / total, 1 - (gains + losses) / total], size=samples
+    )
     low, high = np.quantile((draws[:, 0] - draws[:, 1]) / total, [0.025, 0.975])
     return Comparison(total, float(delta.mean()), float(low), float(high), losses, gains)
 
 
-HEADER = ("strategy", "N", "problems", "accuracy", "95 % interval", "voted", "tokens", "PRM tokens", "GFLOP", "seconds")
+HEADER = (
+    "strategy",
+    "N",
+    "problems",
+    "accuracy",
+    "95 % interval",
+    "voted",
+    "tokens",
+    "PRM tokens",
+    "GFLOP",
+    "seconds",
+)
 
 
 def row(summary: Summary) -> tuple[str, ...]:
+    errors = f" ({summary.errors} errors)" if summary.errors else ""
     return (
-        summary.strategy, str(summary.n), str(summary.problems) + (f" ({summary.errors} errors)" if summary.errors else ""),
+        summary.strategy, str(summary.n), f"{summary.problems}{errors}",
         f"{100 * summary.accuracy:.1f} %", f"{100 * summary.low:.1f} to {100 * summary.high:.1f}",
         f"{summary.num_voted:.1f}", f"{summary.tokens_decoded:,.0f}", f"{summary.tokens_verified:,.0f}",
         f"{summary.flops / 1e9:.3g}", f"{summary.seconds:.2f}",

@@ -1,4 +1,4 @@
-"""Results on disk: one JSON record a line, appended as they come, so that a run can be stopped and continued."""
+"""Results on disk: one JSON record a line, appended as they come; a stopped run can be continued."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .budget import Budget
 
 
 class ResultsFile:
-    """Records of one strategy and one budget. A last line cut short by a crash is removed; its problem runs again."""
+    """Records of one strategy and budget. A last line cut by a crash is removed; its problem runs again."""
 
     def __init__(self, path: str | Path | None, strategy: str, budget: Budget):
         self.path = Path(path) if path is not None else None
@@ -23,7 +23,8 @@ class ResultsFile:
         for record in self.records.values():
             if (record["strategy"], record["budget"]) != (strategy, budget.to_dict()):
                 raise ValueError(
-                    f"{self.path} holds results of {record['strategy']} with {_difference(record['budget'], budget)}; "
+                    f"{self.path} holds results of {record['strategy']} with "
+                    f"{_difference(record['budget'], budget)}; "
                     "choose another file, or the same strategy and budget to continue it"
                 )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,4 +62,6 @@ def _cut_partial_line(path: Path) -> None:
 def _difference(found: dict[str, Any], budget: Budget) -> str:
     now = budget.to_dict()
     names = [name for name in now if found.get(name) != now[name]]
-    return ", ".join(f"{name}={found.get(name)!r} (now {now[name]!r})" for name in names) or "another strategy"
+    return (
+        ", ".join(f"{name}={found.get(name)!r} (now {now[name]!r})" for name in names) or "another strategy"
+    )

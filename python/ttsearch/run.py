@@ -31,11 +31,13 @@ class Progress:
 
 
 def check(backend: Backend, strategy: str, budget: Budget) -> tuple[Strategy, Budget]:
-    """The strategy and the budget it will really use; every reason it cannot run is raised here, before any decoding."""
+    """The strategy and the budget it will really use; whatever it cannot run with is raised here."""
     chosen = get_strategy(strategy)
     budget = chosen.prepare(budget)
     if chosen.needs_verifier and not backend.has_verifier:
-        raise ValueError(f'strategy {strategy!r} needs a verifier; pass verifier=..., or use "majority" or "greedy"')
+        raise ValueError(
+            f'strategy {strategy!r} needs a verifier; pass verifier=..., or use "majority" or "greedy"'
+        )
     return chosen, budget
 
 
@@ -89,7 +91,9 @@ def measure(problem: Problem, policy: Policy, start: float) -> Progress:
     finished = sum(leaf.finished for leaf in leaves)
     step = max((len(leaf.path_key) for leaf in leaves), default=0)
     seconds = time.perf_counter() - start
-    return Progress(problem, seconds, step, len(leaves) - finished, finished, policy.cost().policy.tokens_decoded)
+    return Progress(
+        problem, seconds, step, len(leaves) - finished, finished, policy.cost().policy.tokens_decoded
+    )
 
 
 async def _tick(problem: Problem, policy: Policy, start: float, progress: Callable[[Progress], None]) -> None:

@@ -36,7 +36,8 @@ def solve(
 
     Args:
         problem: a `Problem`, or its text.
-        policy, verifier: checkpoint folders or hub ids; left out, the demo models. Ignored if `backend` is given.
+        policy, verifier: checkpoint folders or hub ids; left out, the demo models. Ignored if `backend` is
+            given.
         strategy: a name of `ttsearch.strategies.STRATEGIES`.
         n, width, aggregate, vote, budget: see `Budget`.
         backend: models already loaded; the caller keeps it open. `backend_options` go to `load_backend`.
@@ -70,12 +71,12 @@ def solve_many(
     """Solve problems concurrently and grade those that have an answer.
 
     Args:
-        results: JSONL file that every record is appended to as soon as it is there. Problems already in it are not run
-            again; it must come from the same strategy and budget.
+        results: JSONL file that every record is appended to as soon as it is there. Problems already in it
+            are not run again; it must come from the same strategy and budget.
         progress: called with (done, total, record) after each problem.
     Returns:
-        The records (`SearchResult.to_dict()` and `correct`), in the order of `problems`. A problem the backend refuses
-        has an `error` and no answer. After Ctrl-C: the finished ones alone.
+        The records (`SearchResult.to_dict()` and `correct`), in the order of `problems`. A problem the
+        backend refuses has an `error` and no answer. After Ctrl-C: the finished ones alone.
     """
     problems = list(problems)
     if concurrency < 1:
@@ -119,6 +120,7 @@ def solve_many(
 
 def _error_record(problem: Problem, strategy: str, budget: Budget, error: Exception) -> dict[str, Any]:
     return {
-        "id": problem.id, "prompt": problem.prompt, "gold": problem.answer, "level": problem.level, "strategy": strategy,
-        "answer": None, "error": str(error), "budget": budget.to_dict(), "candidates": [], "num_voted": 0,
+        "id": problem.id, "prompt": problem.prompt, "gold": problem.answer, "level": problem.level,
+        "strategy": strategy, "answer": None, "error": str(error), "budget": budget.to_dict(),
+        "candidates": [], "num_voted": 0,
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """Where a step and a solution end, compiled to one integer table over tokens.
 
-The engine keeps one integer per branch and does `state = next_state[state, token]`: exact across token borders, no text
-below the line. A step ends at `\\n\\n` (once it has any visible text); a solution ends when a `\\boxed{...}` closes, or at
-an end-of-text id.
+The engine keeps one integer per branch and does `state = next_state[state, token]`: exact across token
+borders, no text below the line. A step ends at `\\n\\n`, once it has any visible text; a box still open is
+then given up, as LaTeX does. A solution ends when a `\\boxed{...}` closes, or at an end-of-text id.
 """
 
 from __future__ import annotations
@@ -45,26 +45,28 @@ def _longest_prefix(text: bytes, patterns: Sequence[bytes]) -> bytes:
 def _advance(state: _State, byte: int, delimiters: Sequence[bytes]) -> _State | None:
     """The state after one more byte; None: the solution ended."""
     char = bytes([byte])
-    if state.depth:  # inside a box delimiters are text
-        if state.escaped:
-            return _State(True, depth=state.depth, ended=state.ended)
-        depth = state.depth + (char == b"{") - (char == b"}")
-        if depth == 0:
-            return None
-        if depth > MAX_DEPTH:
-            return _State(True, ended=state.ended)
-        return _State(True, depth=depth, escaped=char == b"\\", ended=state.ended)
-    box = state.box + char
-    if box == _BOX:
-        return _State(True, depth=1, ended=state.ended)
     visible, tail = state.visible or char not in _SPACE, state.tail + char
-    ended = state.ended or (visible and any(tail.endswith(d) for d in delimiters))
-    tail = b"" if ended else _longest_prefix(tail, delimiters)
-    return _State(visible, tail, _longest_prefix(box, [_BOX]), ended=ended)
+    if visible and any(tail.endswith(d) for d in delimiters):
+        return _State(True, ended=True)
+    tail = b"" if state.ended else _longest_prefix(tail, delimiters)
+    if not state.depth:
+        box = state.box + char
+        if box == _BOX:
+            return _State(True, tail, depth=1, ended=state.ended)
+        return _State(visible, tail, _longest_prefix(box, [_BOX]), ended=state.ended)
+    if state.escaped:
+        return _State(True, tail, depth=state.depth, ended=state.ended)
+    depth = state.depth + (char == b"{") - (char == b"}")
+    if depth == 0:
+        return None
+    if depth > MAX_DEPTH:
+        return _State(True, tail, ended=state.ended)
+    return _State(True, tail, depth=depth, escaped=char == b"\\", ended=state.ended)
 
 
 def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, int]:
-    """Transitions `[states + 1, classes]` (the last state: solution ended), class of each byte, states that start a token.
+    """Transitions `[states + 1, classes]` (the last state: solution ended), class of each byte, states that
+    start a token.
 
     States that have already seen a delimiter come after the others: they exist only inside a token.
     """
@@ -86,11 +88,13 @@ def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray
     return table.astype(np.int16), class_of, len(live)
 
 
-def build_table(vocabulary: Sequence[bytes], eos_ids: Iterable[int], delimiters: Sequence[str] = ("\n\n",)) -> np.ndarray:
+def build_table(
+    vocabulary: Sequence[bytes], eos_ids: Iterable[int], delimiters: Sequence[str] = ("\n\n",)
+) -> np.ndarray:
     """`next_state [states, vocab]` int32 for tokens given as bytes; row 0 is the start.
 
-    A token that completes a delimiter ends the step even if more text follows in it (-1); one that closes a box, before
-    or after such a delimiter, or is an end-of-text id, ends the solution (-2).
+    A token that completes a delimiter ends the step even if more text follows in it (-1); one that closes a
+    box, before or after such a delimiter, or is an end-of-text id, ends the solution (-2).
 
     Raises:
         ValueError: an empty delimiter, or an end-of-text id outside the vocabulary.
@@ -116,7 +120,9 @@ def build_table(vocabulary: Sequence[bytes], eos_ids: Iterable[int], delimiters:
     table = result[:, np.fromiter((index[token] for token in spelled), np.int64, len(spelled))]
     for i in eos_ids:
         if not 0 <= i < len(vocabulary):
-            raise ValueError(f"eos_ids must lie in [0, {len(vocabulary)}), got {i}; check the model's vocab_size")
+            raise ValueError(
+                f"eos_ids must lie in [0, {len(vocabulary)}), got {i}; check the model's vocab_size"
+            )
         table[:, i] = SOLUTION_ENDED
     return np.ascontiguousarray(table)
 

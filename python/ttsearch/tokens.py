@@ -43,7 +43,9 @@ def _convert(tokenizer):
     if backend is None:
         if hasattr(tokenizer, "sp_model"):
             return _sentencepiece
-        raise ValueError(f"{type(tokenizer).__name__} has no fast backend; load it with AutoTokenizer, use_fast=True")
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no fast backend; load it with AutoTokenizer, use_fast=True"
+        )
     kinds = _decoder_kinds(json.loads(backend.decoder.__getstate__()) if backend.decoder else None)
     if "ByteLevel" in kinds:
         return _byte_level

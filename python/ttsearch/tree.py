@@ -44,7 +44,7 @@ def release(policy: Policy, nodes: Iterable[SearchNode]) -> None:
 
 
 def prune(policy: Policy, nodes: Iterable[SearchNode]) -> None:
-    """Drop paths from the search for good: their KV goes back at once, and they neither vote nor are reported."""
+    """Drop paths for good: their KV goes back at once, and they neither vote nor are reported."""
     nodes = list(nodes)
     for node in nodes:
         node.pruned = True
@@ -52,7 +52,7 @@ def prune(policy: Policy, nodes: Iterable[SearchNode]) -> None:
 
 
 async def together(coroutines: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Run coroutines at once and return their results in order; if one fails or is cancelled, all of them end first."""
+    """Run coroutines at once, results in order; if one fails or is cancelled, all of them end first."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in coroutines]
     try:
         return await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""What every layer of ttsearch exchanges: problems, search nodes, costs, results. Plain data, no engine behind it."""
+"""What every layer of ttsearch exchanges: problems, search nodes, costs, results. Plain data."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class SearchNode:
         return "".join(step.text for step in self.path())
 
     def step_scores(self) -> list[float | None]:
-        """Scores of the path's steps; a step without visible text (end of text at once) has none and is left out."""
+        """Scores of the path's steps; a step without visible text (end of text at once) is left out."""
         return [step.step_score for step in self.path() if step.text.strip()]
 
     def path_tokens(self) -> int:
@@ -79,7 +79,9 @@ class ModelCost:
 
     tokens_prefilled: int = 0  # prompt (policy) or new text (verifier) pushed through in a chunk
     tokens_decoded: int = 0  # sampled one by one
-    tokens_reused: int = 0  # already cached when a child began or was scored: a stack that shares no KV computes them again
+    tokens_reused: int = (
+        0  # already cached when a child began or was scored: a stack that shares no KV computes them again
+    )
     tokens_speculated: int = 0  # decoded ahead of a request and dropped
     tokens_recomputed: int = 0  # computed again after an eviction
     flops: float = 0.0
@@ -114,8 +116,9 @@ class Cost:
 class SearchResult:
     """What a strategy returns, always this type.
 
-    `votes` maps each answer to its weight; `num_voted` paths of `candidates` had an answer to vote for. `duplicates`
-    counts candidates whose text repeats an earlier candidate's: they are kept and vote once per path.
+    `votes` maps each answer to its weight; `num_voted` paths of `candidates` had an answer to vote for.
+    `duplicates` counts candidates whose text repeats an earlier candidate's: they are kept and vote once per
+    path.
     """
 
     problem: Problem

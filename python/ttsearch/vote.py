@@ -1,4 +1,4 @@
-"""From scored paths to one answer. Every path with an answer votes once; duplicates are paths like any other."""
+"""From scored paths to one answer. Every path with an answer votes once, duplicates too."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Election:
 def weights(nodes: Sequence[SearchNode], aggregate: str | None, vote: str) -> list[float]:
     """One non-negative weight per path.
 
-    "majority": 1. "weighted": the path score, which must be in [0, 1]. "softmax": exp(score), for unbounded scores.
-    Products and softmax weights are relative to the largest, so long chains keep their proportions.
+    "majority": 1. "weighted": the path score, which must be in [0, 1]. "softmax": exp(score), for unbounded
+    scores. Products and softmax weights are relative to the largest, so long chains keep their proportions.
     """
     if vote not in VOTES:
         raise ValueError(f"vote must be one of {', '.join(VOTES)}, got {vote!r}")
@@ -39,7 +39,9 @@ def weights(nodes: Sequence[SearchNode], aggregate: str | None, vote: str) -> li
         return [math.exp(score - top) if score > -math.inf else 0.0 for score in scores]
     for score in scores:
         if score > -math.inf and not 0 <= score <= 1:
-            raise ValueError(f'vote="weighted" needs scores in [0, 1], got {score:.4g}; use vote="softmax" or "max"')
+            raise ValueError(
+                f'vote="weighted" needs scores in [0, 1], got {score:.4g}; use vote="softmax" or "max"'
+            )
     return [max(score, 0.0) for score in scores]
 
 
@@ -47,7 +49,8 @@ def elect(nodes: Sequence[SearchNode], aggregate: str | None, vote: str) -> Elec
     """Let the paths that ended by themselves vote. Ties go to the answer with the smallest path key.
 
     "max" takes the answer of the single best path; its `votes` hold each answer's best path score.
-    `best` is the highest-scored path of the winning answer (the first one by path key if scores are not used).
+    `best` is the highest-scored path of the winning answer (the first one by path key if scores are not
+    used).
     """
     voters = sorted((node for node in nodes if node.solved), key=lambda node: node.path_key)
     voters = [(node, answer) for node in voters if (answer := extract_answer(node.path_text())) is not None]
@@ -64,4 +67,6 @@ def elect(nodes: Sequence[SearchNode], aggregate: str | None, vote: str) -> Elec
     names = {key: voters[members[0]][1] for key, members in groups.items()}
     ordered = sorted(tally, key=tally.__getitem__, reverse=True)
     shown = {key: display_score(tally[key], aggregate) if vote == "max" else tally[key] for key in ordered}
-    return Election(names[winner], voters[best][0], {names[key]: value for key, value in shown.items()}, len(voters))
+    return Election(
+        names[winner], voters[best][0], {names[key]: value for key, value in shown.items()}, len(voters)
+    )

@@ -1,4 +1,6 @@
-"""A policy and verifier that follow a script, with a ledger of every KV release: strategies are tested without a model."""
+"""A policy and verifier that follow a script, with a ledger of every KV release: strategies are tested
+without a model.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ Step = tuple  # (text, score) or (text, score, finish_reason); the reason "step"
 
 @dataclass
 class ScriptedPolicy:
-    """`script` maps a path key to its step, or is a function of the path key. Scores are withheld unless asked for."""
+    """`script` maps a path key to its step, or is a function of the path key. Scores are withheld unless
+    asked for.
+    """
 
     script: Mapping[tuple[int, ...], Step] | Callable[[tuple[int, ...]], Step]
     budget: Budget
@@ -36,7 +40,9 @@ class ScriptedPolicy:
         limits = limits or self.budget.limits
         counts = [n] * len(nodes) if isinstance(n, int) else list(n)
         if len(counts) != len(nodes):
-            raise ValueError(f"n must be one number or one per node, got {len(counts)} for {len(nodes)} nodes")
+            raise ValueError(
+                f"n must be one number or one per node, got {len(counts)} for {len(nodes)} nodes"
+            )
         for node in nodes:
             if node.finished or node.released:
                 raise ValueError(f"node {node.path_key} is {'finished' if node.finished else 'released'}")

@@ -16,7 +16,9 @@ runner = CliRunner()
 
 def script(key):
     score = 0.9 - 0.1 * (sum(key) % 4)
-    return (f"{len(key)}:1+1=2\n\n", score) if len(key) < 3 else (f"\\boxed{{{sum(key) % 2}}}", score, "boxed")
+    return (
+        (f"{len(key)}:1+1=2\n\n", score) if len(key) < 3 else (f"\\boxed{{{sum(key) % 2}}}", score, "boxed")
+    )
 
 
 @pytest.fixture
@@ -52,9 +54,9 @@ def test_solve_json_is_one_document(backend):
 
 def test_solve_options_reach_the_budget(backend):
     record = json.loads(run(
-        "solve", "q", "--json", "--n", "6", "--width", "3", "--seed", "7", "--temperature", "0.5", "--aggregate", "min",
-        "--vote", "max", "--max-tokens", "99", "--max-step-tokens", "33", "--max-steps", "5", "--top-k", "4",
-        "--top-p", "0.9", "--min-p", "0.1",
+        "solve", "q", "--json", "--n", "6", "--width", "3", "--seed", "7", "--temperature", "0.5",
+        "--aggregate", "min", "--vote", "max", "--max-tokens", "99", "--max-step-tokens", "33",
+        "--max-steps", "5", "--top-k", "4", "--top-p", "0.9", "--min-p", "0.1",
     ).stdout)  # fmt: skip
     assert record["budget"] == dict(
         n=6, width=3, seed=7, temperature=0.5, aggregate="min", vote="max", max_tokens=99, max_step_tokens=33,
@@ -93,7 +95,9 @@ def test_solve_plots(backend, tmp_path):
 )
 def test_errors_are_one_line(backend, args, message):
     result = run("solve", *args, code=2)
-    assert message in " ".join(result.stderr.split()) and "Traceback" not in result.output and not result.stdout
+    assert (
+        message in " ".join(result.stderr.split()) and "Traceback" not in result.output and not result.stdout
+    )
 
 
 def test_an_engine_bug_keeps_its_traceback(backend):

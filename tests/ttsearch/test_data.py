@@ -39,7 +39,9 @@ def test_repeated_ids_are_told_apart(tmp_path):
 
 
 def test_invalid(tmp_path):
-    with pytest.raises(ValueError, match=r"p.jsonl line 1: needs a text field problem or question or prompt, got .*'x'"):
+    with pytest.raises(
+        ValueError, match=r"p.jsonl line 1: needs a text field problem or question or prompt, got .*'x'"
+    ):
         load_problems(write(tmp_path / "p.jsonl", {"x": 1}))
     (tmp_path / "q.jsonl").write_text('{"problem": "a"}\n{oops\n')
     with pytest.raises(ValueError, match="q.jsonl line 2: not JSON"):

@@ -90,7 +90,11 @@ def test_large_tree_is_summed_up_around_the_best_path():
 
 
 def test_cost_line():
-    cost = Cost(ModelCost(tokens_decoded=1234, tokens_reused=10, flops=2e9), ModelCost(flops=5e8), peak_kv_bytes=3 << 20)
+    cost = Cost(
+        ModelCost(tokens_decoded=1234, tokens_reused=10, flops=2e9),
+        ModelCost(flops=5e8),
+        peak_kv_bytes=3 << 20,
+    )
     assert cost_line(cost, 0.5) == (
         "1,234 tokens decoded, 10 reused, 2.5 GFLOP (verifier 500 MFLOP), 0.50 s, peak KV 3 MiB"
     )
@@ -99,7 +103,9 @@ def test_cost_line():
 def test_progress_line():
     from ttsearch.run import Progress
 
-    assert "step 2  3 growing  1 finished  500 tokens  250 tokens/s" in str(progress_line(Progress(None, 2.0, 2, 3, 1, 500)))
+    assert "step 2  3 growing  1 finished  500 tokens  250 tokens/s" in str(
+        progress_line(Progress(None, 2.0, 2, 3, 1, 500))
+    )
 
 
 def test_layout_does_not_cross():

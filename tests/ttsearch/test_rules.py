@@ -16,7 +16,13 @@ def chain(key, scores, answer="1", reason="boxed"):
     for depth, score in enumerate(scores):
         last = depth == len(scores) - 1
         node = SearchNode(
-            node, (*key, *[0] * depth), f"\\boxed{{{answer}}}" if last else "s\n\n", 1, score, last and bool(reason), reason
+            node,
+            (*key, *[0] * depth),
+            f"\\boxed{{{answer}}}" if last else "s\n\n",
+            1,
+            score,
+            last and bool(reason),
+            reason,
         )
     return node
 
@@ -32,7 +38,9 @@ def test_product_is_kept_as_a_logarithm():
     long, longer = chain((0,), [1e-9] * 60), chain((1,), [1e-9] * 61)
     assert path_score(long, "product") > path_score(longer, "product") > -math.inf
     assert path_score(chain((0,), [0.0, 1.0]), "product") == -math.inf
-    assert display_score(math.log(0.25), "product") == pytest.approx(0.25) and display_score(0.25, "min") == 0.25
+    assert (
+        display_score(math.log(0.25), "product") == pytest.approx(0.25) and display_score(0.25, "min") == 0.25
+    )
 
 
 def test_unbounded_scores():
@@ -40,7 +48,9 @@ def test_unbounded_scores():
     assert [path_score(node, rule) for rule in ("min", "mean", "last")] == [-3.0, 2.25, 7.5]
     with pytest.raises(ValueError, match=r'aggregate="product" needs step scores in \[0, 1\], got -3'):
         path_score(node, "product")
-    with pytest.raises(ValueError, match=r'vote="weighted" needs scores in \[0, 1\], got -3; use vote="softmax"'):
+    with pytest.raises(
+        ValueError, match=r'vote="weighted" needs scores in \[0, 1\], got -3; use vote="softmax"'
+    ):
         elect([node], "min", "weighted")
     nodes = [chain((0,), [800.0], "1"), chain((1,), [801.0], "2"), chain((2,), [800.0], "1")]
     assert elect(nodes, "last", "softmax").answer == "2"  # 2 exp(-1) < 1, without overflow
@@ -121,13 +131,20 @@ def test_survivors():
 def test_costs_add():
     a = Cost(ModelCost(1, 2, 3, 4, 5, 6.0), ModelCost(flops=1.0), 1.0, 2.0, 3.0, 4.0, 100)
     total = a + Cost(ModelCost(10), peak_kv_bytes=70)
-    assert total.policy == ModelCost(11, 2, 3, 4, 5, 6.0) and total.peak_kv_bytes == 100 and total.flops == 7.0
+    assert (
+        total.policy == ModelCost(11, 2, 3, 4, 5, 6.0) and total.peak_kv_bytes == 100 and total.flops == 7.0
+    )
     assert a.peak_kv_bytes == 100 and sum([a, a], Cost()).seconds_score == 6.0
 
 
 def test_sampling_keys_are_fixed_and_distinct():
     assert sampling_key(0, "p", (0, 1)) == sampling_key(0, "p", (0, 1))
-    keys = [sampling_key(s, p, k) for s in (0, 1) for p in ("p", "q") for k in ((0,), (0, 1), (1, 0), (0, 0), (10,), (1,))]
+    keys = [
+        sampling_key(s, p, k)
+        for s in (0, 1)
+        for p in ("p", "q")
+        for k in ((0,), (0, 1), (1, 0), (0, 0), (10,), (1,))
+    ]
     assert len(set(keys)) == len(keys) and all(-(2**63) <= key < 2**63 for key in keys)
     assert sampling_key(0, "p", (0, 1)) == 4121699741825337550, "changing keys changes every published tree"
 

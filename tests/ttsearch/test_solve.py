@@ -82,7 +82,11 @@ def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop):
     async def notebook():
         return solve("1+1?", backend=backend, strategy=strategy, n=8, width=2)
 
-    result = asyncio.run(notebook()) if inside_a_loop else solve("1+1?", backend=backend, strategy=strategy, n=8, width=2)
+    result = (
+        asyncio.run(notebook())
+        if inside_a_loop
+        else solve("1+1?", backend=backend, strategy=strategy, n=8, width=2)
+    )
     assert result.interrupted and result.answer == "7" and result.best.path_key == (1,)
     assert result.to_dict()["interrupted"] is True
     assert backend.opened[0].closed and not backend.opened[0].held
@@ -112,7 +116,9 @@ def test_search_as_a_coroutine_is_cancelled_like_any_other():
 def test_progress_reports_at_the_end():
     seen = []
     solve("1+1?", backend=ScriptedBackend(script), n=4, progress=seen.append)
-    assert seen[-1].finished == 4 and seen[-1].alive == 0 and seen[-1].step == 3 and seen[-1].tokens_decoded > 0
+    assert (
+        seen[-1].finished == 4 and seen[-1].alive == 0 and seen[-1].step == 3 and seen[-1].tokens_decoded > 0
+    )
 
 
 PROBLEMS = [Problem(f"{i}?", "1", id=f"p{i}") for i in range(6)]
@@ -122,11 +128,19 @@ def test_solve_many_writes_and_resumes(tmp_path):
     path, backend = tmp_path / "out" / "r.jsonl", ScriptedBackend(script)
     budget = Budget(4, **RULES)
     first = solve_many(PROBLEMS[:3], backend, "beam_search", budget, results=path)
-    assert [r["id"] for r in first] == ["p0", "p1", "p2"] and all(isinstance(r["correct"], bool) for r in first)
+    assert [r["id"] for r in first] == ["p0", "p1", "p2"] and all(
+        isinstance(r["correct"], bool) for r in first
+    )
     path.write_text(path.read_text() + '{"id": "p3", "cut sho')
     seen = []
     records = solve_many(
-        PROBLEMS, backend, "beam_search", budget, results=path, concurrency=2, progress=lambda *p: seen.append(p[:2])
+        PROBLEMS,
+        backend,
+        "beam_search",
+        budget,
+        results=path,
+        concurrency=2,
+        progress=lambda *p: seen.append(p[:2]),
     )
     assert [r["id"] for r in records] == [p.id for p in PROBLEMS] and len(backend.opened) == 6
     assert seen == [(4, 6), (5, 6), (6, 6)]
@@ -136,7 +150,9 @@ def test_solve_many_writes_and_resumes(tmp_path):
 def test_resume_refuses_another_budget(tmp_path):
     path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
     solve_many(PROBLEMS[:1], backend, "beam_search", Budget(4, **RULES), results=path)
-    with pytest.raises(ValueError, match=r"holds results of beam_search with n=4 \(now 8\); choose another file"):
+    with pytest.raises(
+        ValueError, match=r"holds results of beam_search with n=4 \(now 8\); choose another file"
+    ):
         solve_many(PROBLEMS, backend, "beam_search", Budget(8, **RULES), results=path)
     with pytest.raises(ValueError, match="another strategy"):
         solve_many(PROBLEMS, backend, "dvts", Budget(4, **RULES), results=path)
@@ -170,7 +186,8 @@ def test_results_do_not_depend_on_concurrency():
         return {k: v for k, v in record.items() if k != "seconds"}
 
     one, many = (
-        solve_many(PROBLEMS, ScriptedBackend(script), "dvts", Budget(8, **RULES), concurrency=c) for c in (1, 6)
+        solve_many(PROBLEMS, ScriptedBackend(script), "dvts", Budget(8, **RULES), concurrency=c)
+        for c in (1, 6)
     )
     assert list(map(strip, one)) == list(map(strip, many))
 

@@ -129,7 +129,9 @@ def test_beam_search_weighted_vote():
 
 def test_beam_search_prunes_at_once():
     _, policy = run("beam_search", BEAM, budget(4))
-    assert policy.released[:2] == [(1,), (3,)], "losers must give their KV back before the next step is decoded"
+    assert policy.released[:2] == [(1,), (3,)], (
+        "losers must give their KV back before the next step is decoded"
+    )
     assert policy.peak_held == 2 + 4  # survivors and their children
 
 
@@ -193,7 +195,9 @@ def test_same_script_same_tree(name):
 
 @pytest.mark.parametrize("name", ["beam_search", "dvts"])
 def test_n_must_be_a_multiple_of_width(name):
-    with pytest.raises(ValueError, match=r"n must be a multiple of width=4, got 6; use n=4 or 8, or another width"):
+    with pytest.raises(
+        ValueError, match=r"n must be a multiple of width=4, got 6; use n=4 or 8, or another width"
+    ):
         get_strategy(name).prepare(Budget(6, 4, aggregate="min", vote="max"))
     policy = ScriptedPolicy({}, Budget(2, 4, aggregate="min", vote="max"))
     with pytest.raises(ValueError, match="use n=4, or another width"):

@@ -59,7 +59,9 @@ def test_skywork_layout():
 
 
 def test_skywork_needs_a_bos_token():
-    with pytest.raises(ValueError, match="begins its prompt with the tokenizer's bos_token, which is None here"):
+    with pytest.raises(
+        ValueError, match="begins its prompt with the tokenizer's bos_token, which is None here"
+    ):
         TextVerifier(byte_tokenizer(), FAMILIES["skywork"])
 
 
@@ -67,7 +69,8 @@ def test_qwen_layout():
     tokenizer = byte_tokenizer(additional_special_tokens=["<|im_start|>", "<|im_end|>", "<extra_0>"])
     text, scored = layout(FAMILIES["qwen-math-prm"], tokenizer, "1+2?", STEPS)
     assert text == (
-        "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+        "<|im_start|>system\nPlease reason step by step, and put your final answer within "
+        "\\boxed{}.<|im_end|>\n"
         "<|im_start|>user\n1+2?<|im_end|>\n<|im_start|>assistant\none\ntwo<extra_0>\\boxed{3}<extra_0>"
     )
     assert [s.count("<extra_0>") for s in scored] == [1, 2] and all(s.endswith("<extra_0>") for s in scored)
@@ -119,7 +122,9 @@ def test_detect_by_architecture(tmp_path, architecture, name):
 
 def test_detect_by_weights(tmp_path):
     folder = write_config(tmp_path / "m", architectures=["Qwen2ForCausalLM"])
-    header = json.dumps({"v_head.summary.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    header = json.dumps(
+        {"v_head.summary.weight": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}
+    ).encode()
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
     assert detect_family(folder).name == "skywork"
 
@@ -136,13 +141,17 @@ def test_detect_by_marker_file_with_one_field_changed(tmp_path):
 
 def test_detect_invalid(tmp_path):
     folder = write_config(tmp_path / "m", architectures=["LlamaForCausalLM"])
-    with pytest.raises(ValueError, match="cannot tell the PRM family of m .*LlamaForCausalLM.*--prm-family, one of trl"):
+    with pytest.raises(
+        ValueError, match="cannot tell the PRM family of m .*LlamaForCausalLM.*--prm-family, one of trl"
+    ):
         detect_family(folder)
     with pytest.raises(ValueError, match="must be one of trl, .*, got 'nope'"):
         detect_family(folder, "nope")
     with pytest.raises(ValueError, match="must have 2 labels, t has 3"):
         detect_family(
-            write_config(tmp_path / "t", architectures=["XForTokenClassification"], id2label={0: "a", 1: "b", 2: "c"})
+            write_config(
+                tmp_path / "t", architectures=["XForTokenClassification"], id2label={0: "a", 1: "b", 2: "c"}
+            )
         )
     with pytest.raises(ValueError, match="must be a folder with a config.json"):
         detect_family(tmp_path / "absent")
@@ -155,7 +164,10 @@ def test_suffix_the_tokenizer_lacks():
         TextVerifier(tokenizer, FAMILIES["qwen-math-prm"])
 
 
-CHAT = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+CHAT = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
 
 
 def test_policy_prompts():
@@ -173,7 +185,12 @@ def test_policy_finish_reasons():
     tokenizer = byte_tokenizer(eos_token="<e>")
     policy = TextPolicy(tokenizer, "plain", [tokenizer.eos_token_id])
     eos = tokenizer.eos_token_id
-    assert [policy.finish_reason(*end) for end in ((-2, eos), (-2, 5), (-1, 5), (0, 5))] == ["eos", "boxed", "step", "length"]
+    assert [policy.finish_reason(*end) for end in ((-2, eos), (-2, 5), (-1, 5), (0, 5))] == [
+        "eos",
+        "boxed",
+        "step",
+        "length",
+    ]
     assert policy.decode([*tokenizer("a\n\n").input_ids, eos]) == "a\n\n"
 
 

@@ -167,7 +167,7 @@ def load_model(
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
-        return Model(checkpoint, NativeDecoder(checkpoint.config, checkpoint.weights), "cpu")
+        return Model(checkpoint, NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.head is None), "cpu")
     resolved = "reference" if impl == "auto" else impl
     return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, resolved), resolved)
 

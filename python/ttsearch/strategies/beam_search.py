@@ -17,10 +17,11 @@ from ..types import Problem, SearchResult
 async def beam_search(problem: Problem, policy: Policy, budget: Budget) -> SearchResult:
     """Keep N paths; at each step the best unfinished ones survive and are continued M ways.
 
-    There are exactly N paths at all times. A finished path keeps its slot for good and is never pruned. With F finished,
-    N - F slots are free: the ceil((N - F) / M) best unfinished paths survive (K = N / M while F = 0) and share the
-    slots, M children each, the last of them what is left. Ends when every path is finished or `max_steps` deep. All N
-    paths are candidates; siblings of the last step are correlated voters, which the result's `duplicates` shows in part.
+    There are exactly N paths at all times. A finished path keeps its slot for good and is never pruned. With
+    F finished, N - F slots are free: the ceil((N - F) / M) best unfinished paths survive (K = N / M while F =
+    0) and share the slots, M children each, the last of them what is left. Ends when every path is finished
+    or `max_steps` deep. All N paths are candidates; siblings of the last step are correlated voters, which
+    the result's `duplicates` shows in part.
     """
     budget.require("beam_search", "aggregate", "vote")
     width = budget.width

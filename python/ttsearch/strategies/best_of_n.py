@@ -15,7 +15,7 @@ from ..types import Problem, SearchResult
 async def best_of_n(problem: Problem, policy: Policy, budget: Budget) -> SearchResult:
     """Score every step of N independent paths, then vote by `budget.vote` over `budget.aggregate`.
 
-    PRM-Min-Max of the papers is aggregate="min", vote="max"; PRM-Last-Vote is aggregate="last", vote="weighted".
+    PRM-Min-Max of the papers is aggregate="min" with vote="max", PRM-Last-Vote is "last" with "weighted".
     """
     budget.require("best_of_n", "aggregate", "vote")
     paths = []

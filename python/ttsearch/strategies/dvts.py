@@ -15,9 +15,10 @@ from ..types import Problem, SearchNode, SearchResult
 async def dvts(problem: Problem, policy: Policy, budget: Budget) -> SearchResult:
     """Grow K = N / M subtrees that never compete with each other, and let their K final paths vote.
 
-    Each subtree begins with M first steps of its own, keeps the best, and continues it M ways. One path is exported per
-    subtree: its last-step siblings share all but the last step, and as voters would only repeat it. So `num_voted` is at
-    most N / M. A finished path competes like any other; if it is the best of its M, its subtree ends.
+    Each subtree begins with M first steps of its own, keeps the best, and continues it M ways. One path is
+    exported per subtree: its last-step siblings share all but the last step, and as voters would only repeat
+    it. So `num_voted` is at most N / M. A finished path competes like any other; if it is the best of its M,
+    its subtree ends.
     """
     budget.require("dvts", "aggregate", "vote")
     subtrees, width = budget.survivors, budget.width

@@ -12,8 +12,6 @@ async def greedy(problem: Problem, policy: Policy, budget: Budget) -> SearchResu
     paths = []
     try:
         paths = await policy.expand([policy.root], 1, until="end", score=False)
-        return conclude(
-            problem, policy, budget, paths, strategy="greedy", aggregate=None, vote="majority"
-        )
+        return conclude(problem, policy, budget, paths, strategy="greedy", aggregate=None, vote="majority")
     finally:
         release(policy, paths)

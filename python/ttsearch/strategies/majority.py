@@ -15,8 +15,6 @@ async def majority(problem: Problem, policy: Policy, budget: Budget) -> SearchRe
     paths = []
     try:
         paths = await policy.expand([policy.root], budget.n, until="end", score=False)
-        return conclude(
-            problem, policy, budget, paths, strategy="majority", aggregate=None, vote="majority"
-        )
+        return conclude(problem, policy, budget, paths, strategy="majority", aggregate=None, vote="majority")
     finally:
         release(policy, paths)

@@ -14,7 +14,8 @@ MARKER_FILE = "ttsk_prm.json"
 def detect_family(folder: str | Path, family: str | None = None) -> PrmFamily:
     """The family named by `family`, by the folder's `ttsk_prm.json`, or seen in its config and weight names.
 
-    `ttsk_prm.json` is `{"family": name}` with, if need be, single fields of it: `{"family": "trl", "suffix": "\\n\\n"}`.
+    `ttsk_prm.json` is `{"family": name}` with, if need be, single fields of it: `{"family": "trl", "suffix":
+    "\\n\\n"}`.
 
     Raises:
         ValueError: nothing says what it is; the message lists the families.

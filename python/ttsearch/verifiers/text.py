@@ -6,7 +6,7 @@ from .families import PrmFamily
 
 
 class TextVerifier:
-    """A family bound to a tokenizer. Step ids may be appended to a cached prefix as they are: nothing before changes."""
+    """A family bound to a tokenizer. Step ids are appended to a cached prefix; nothing before changes."""
 
     def __init__(self, tokenizer, family: PrmFamily, max_position: int | None = None):
         self.tokenizer, self.family = tokenizer, family
@@ -15,8 +15,8 @@ class TextVerifier:
         bos = tokenizer.bos_token
         if family.bos == "required" and bos is None:
             raise ValueError(
-                f"PRM family {family.name!r} begins its prompt with the tokenizer's bos_token, which is None here; "
-                "load the tokenizer from the PRM's own checkpoint"
+                f"PRM family {family.name!r} begins its prompt with the tokenizer's bos_token, "
+                "which is None here; load the tokenizer from the PRM's own checkpoint"
             )
         self._bos = bos if bos is not None and family.bos != "never" else ""
         self._suffix_ids = self._encode(family.suffix)
@@ -24,8 +24,8 @@ class TextVerifier:
         unknown = tokenizer.unk_token_id
         if not self._suffix_ids or (unknown is not None and unknown in self._suffix_ids):
             raise ValueError(
-                f"the tokenizer has no token for the step suffix {family.suffix!r} of PRM family {family.name!r}; "
-                "this verifier is of another family"
+                f"the tokenizer has no token for the step suffix {family.suffix!r} of PRM family "
+                f"{family.name!r}; this verifier is of another family"
             )
 
     def _encode(self, text: str) -> list[int]:
@@ -38,9 +38,10 @@ class TextVerifier:
     def step_ids(self, step_text: str) -> tuple[list[int], list[int]]:
         """Ids to append for a step, and the read positions among them.
 
-        The step's own delimiter and outer white space are removed: the family's suffix takes its place. There is one
-        position, or one per line with `lines="each"` (the step's score is then the smallest). A step without visible
-        text gives nothing to append and no position: it has no score, and path scores pass over it.
+        The step's own delimiter and outer white space are removed: the family's suffix takes its place. There
+        is one position, or one per line with `lines="each"` (the step's score is then the smallest). A step
+        without visible text gives nothing to append and no position: it has no score, and path scores pass
+        over it.
         """
         text = step_text.strip()
         if not text:
@@ -59,5 +60,5 @@ class TextVerifier:
         return ids, reads
 
     def fits(self, num_ids: int) -> bool:
-        """Whether a sequence of so many ids is within what the verifier was trained for; never cut it silently."""
+        """Whether so many ids are within what the verifier was trained for; never cut it silently."""
         return self.max_length is None or num_ids <= self.max_length
