@@ -22,7 +22,10 @@ QUESTIONS = (
 def prompts():
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     chats = [[{"role": "user", "content": question}] for question in QUESTIONS]
-    return [tokenizer(t).input_ids for t in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)]
+    return [
+        tokenizer(t).input_ids
+        for t in tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+    ]
 
 
 def greedy(model, prompts, new_tokens):
@@ -56,7 +59,9 @@ def until_end(ids, eos):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("impl, new_tokens", [("reference", 6), ("cpu", 64)])  # the reference takes seconds a token
+@pytest.mark.parametrize(
+    "impl, new_tokens", [("reference", 6), ("cpu", 64)]
+)  # the reference takes seconds a token
 def test_greedy_text(impl, new_tokens, prompts):
     """Every token is transformers' argmax after the same prefix, so by induction the texts are equal."""
     if reason := available(impl):
