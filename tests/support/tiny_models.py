@@ -29,7 +29,8 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
-# name -> (model_type, changes to BASE). Head dims 64, 80, 96, 128; groups 1, 2, 3, 4, 5, 7; qwen2 derives head_dim from hidden_size.
+# name -> (model_type, changes to BASE).
+# Head dims 64, 80, 96, 128; groups 1, 2, 3, 4, 5, 7; qwen2 derives head_dim from hidden_size.
 VARIANTS = {
     "llama": ("llama", {}),
     "llama_smollm2": (

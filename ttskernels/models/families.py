@@ -103,7 +103,8 @@ def _refuse_unsupported(raw: dict[str, Any], config: Any) -> None:
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"quantization_config must be absent, got quant_method {method!r}; use the unquantised checkpoint or a .gguf file"
+            f"quantization_config must be absent, got quant_method {method!r}; "
+            "use the unquantised checkpoint or a .gguf file"
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(

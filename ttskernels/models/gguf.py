@@ -67,8 +67,8 @@ def check_file(path: Path) -> None:
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
         raise ValueError(
-            f"{path} scales its rotary frequencies ({'rope_freqs.weight' if scaling == 'none' else scaling}), which the "
-            "GGUF reader of transformers drops; use the safetensors checkpoint"
+            f"{path} scales its rotary frequencies ({'rope_freqs.weight' if scaling == 'none' else scaling}), "
+            "which the GGUF reader of transformers drops; use the safetensors checkpoint"
         )
 
 

@@ -55,7 +55,8 @@ def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat
     elif config.tie_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
             raise ValueError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight although tie_word_embeddings is true; "
+                f"{folder}: lm_head.weight differs from model.embed_tokens.weight although "
+                "tie_word_embeddings is true; "
                 "set it to false in config.json, or remove lm_head.weight"
             )
     return Checkpoint(config, {n: t.to(dtype).contiguous() for n, t in weights.items()}, head, folder)
@@ -128,7 +129,8 @@ def _weight_files(folder: Path) -> list[Path]:
     found = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() or len(found) != 1:
         raise FileNotFoundError(
-            f"{folder} must hold model.safetensors or model.safetensors.index.json, got {_some([f.name for f in found])}; "
+            f"{folder} must hold model.safetensors or model.safetensors.index.json, "
+            f"got {_some([f.name for f in found])}; "
             "merge an adapter into its base model first (merge_and_unload, save_pretrained)"
         )
     return found
