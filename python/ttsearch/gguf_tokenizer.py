@@ -22,7 +22,9 @@ def load_gguf_tokenizer(path: str | os.PathLike) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
     except ImportError as error:
-        raise ImportError(f"reading {file.name} needs the package gguf; pip install 'ttskernels[gguf]'") from error
+        raise ImportError(
+            f"reading {file.name} needs the package gguf; pip install 'ttskernels[gguf]'"
+        ) from error
 
 
 def save_gguf_tokenizer(path: str | os.PathLike, folder: str | os.PathLike) -> Path:

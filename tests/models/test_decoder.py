@@ -44,15 +44,22 @@ def test_fp32(variant, load, tmp_path):
     assert (stack(seen) - exact).abs().max() / exact.std() <= 1e-4
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_bf16(variant, load, tmp_path):
+LOW_PRECISION = [
+    *((variant, torch.bfloat16) for variant in VARIANTS),
+    ("llama_rope3_bias", torch.float16),
+    ("qwen3", torch.float16),
+]
+
+
+@pytest.mark.parametrize("variant, dtype", LOW_PRECISION)
+def test_low_precision(variant, dtype, load, tmp_path):
     """Largest and root-mean-square error over three walks: one row's largest error alone is a matter of luck."""
     write_tiny(tmp_path, variant)
-    model = load(tmp_path, torch.bfloat16)
+    model = load(tmp_path, dtype)
     seen = [row for seed in range(3) for row in walk(model, VOCAB, seed)]
-    low = hugging_face(tmp_path, torch.bfloat16)
+    low = hugging_face(tmp_path, dtype)
     theirs = expected(lambda ids: low(ids).logits, seen).double()
-    wide = low.double()  # the same bf16 weights; its rotary frequencies were never rounded
+    wide = low.double()  # the same rounded weights; its rotary frequencies were never rounded
     exact = expected(lambda ids: wide(ids).logits, seen)
     ours, theirs = (stack(seen) - exact).abs(), (theirs - exact).abs()
     assert ours.max() <= 2 * theirs.max(), f"error {ours.max():.3g}, transformers' own {theirs.max():.3g}"

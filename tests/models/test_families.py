@@ -22,17 +22,29 @@ def test_rope_equals_transformers(variant):
 
 def test_old_rope_spelling():
     scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
-    old = {k: v for k, v in raw().items() if k != "rope_parameters"} | {"rope_theta": 10000.0, "rope_scaling": scaling}
+    old = {k: v for k, v in raw().items() if k != "rope_parameters"} | {
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling,
+    }
     new = raw(rope_parameters=LLAMA3)
-    assert torch.equal(decoder_config(old, torch.float32).inv_freq, decoder_config(new, torch.float32).inv_freq)
+    assert torch.equal(
+        decoder_config(old, torch.float32).inv_freq, decoder_config(new, torch.float32).inv_freq
+    )
 
 
 def test_fields():
     config = decoder_config(raw("qwen2_yarn", eos_token_id=[3, 4]), torch.bfloat16)
-    assert (config.max_positions, config.eos_ids, config.qkv_bias, config.o_bias) == (256, (3, 4), True, False)
+    assert (config.max_positions, config.eos_ids, config.qkv_bias, config.o_bias) == (
+        256,
+        (3, 4),
+        True,
+        False,
+    )
     assert YARN["factor"] * YARN["original_max_position_embeddings"] == 256
     assert decoder_config(raw("mistral_window"), torch.float32).window == 9
-    assert decoder_config(raw("mistral_window", sliding_window=4096), torch.float32).window == 0  # longer than any row
+    assert (
+        decoder_config(raw("mistral_window", sliding_window=4096), torch.float32).window == 0
+    )  # longer than any row
     assert decoder_config(raw("qwen3"), torch.float32).qk_norm
 
 
@@ -73,7 +85,13 @@ def test_unsupported(changes, message):
 
 def test_longrope_is_refused():
     factors = [1.0] * 32
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "short_factor": factors, "long_factor": factors}
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "short_factor": factors,
+        "long_factor": factors,
+    }
     with pytest.raises(ValueError, match="got 'longrope'"):
         decoder_config(raw(rope_parameters=rope | {"original_max_position_embeddings": 128}), torch.float32)
 

@@ -95,7 +95,9 @@ def test_unsupported(tiny_gguf):
 
 def test_extra_missing(tiny_gguf, monkeypatch):
     file, find = tiny_gguf(), importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "accelerate" else find(name)
+    )
     with pytest.raises(ImportError, match=r"needs the package accelerate; pip install 'ttskernels\[gguf\]'"):
         load_checkpoint(file)
 
@@ -105,7 +107,9 @@ def test_smollm2_from_gguf_and_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("TTSK_CACHE", str(tmp_path))
     folder = load_checkpoint(model_folder(), torch.bfloat16)
     direct = load_checkpoint(gguf_file(), torch.bfloat16)
-    assert folder.config.model_type == "llama" and folder.config.eos_ids == (2,) and folder.config.tie_embeddings
+    assert (
+        folder.config.model_type == "llama" and folder.config.eos_ids == (2,) and folder.config.tie_embeddings
+    )
     assert all(torch.equal(direct.weights[name], tensor) for name, tensor in folder.weights.items())
 
 
@@ -114,7 +118,9 @@ def test_smollm2_tokenizer():
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
-    text = tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
+    )
     assert text.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert tokenizer.decode(tokenizer(text).input_ids) == text
     assert tokenizer.eos_token_id == 2

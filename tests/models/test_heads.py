@@ -57,7 +57,10 @@ def test_two_layer_classifier(tmp_path, with_lm_head):
         if not with_lm_head:
             del tensors["lm_head.weight"]
         for index, layer in ((0, first), (2, second)):
-            tensors[f"score.{index}.weight"], tensors[f"score.{index}.bias"] = layer.weight.data, layer.bias.data
+            tensors[f"score.{index}.weight"], tensors[f"score.{index}.bias"] = (
+                layer.weight.data,
+                layer.bias.data,
+            )
 
     rewrite(tmp_path, change)
     rename_architecture(tmp_path, "Qwen2ForProcessRewardModel")
@@ -96,5 +99,7 @@ def test_wrong_head_shape(tmp_path):
 
 
 def test_unknown_architecture():
-    with pytest.raises(ValueError, match="architectures must name a .*ForCausalLM or one of .*, got 'LlamaModel'"):
+    with pytest.raises(
+        ValueError, match="architectures must name a .*ForCausalLM or one of .*, got 'LlamaModel'"
+    ):
         head_kind("LlamaModel", ["model.norm.weight"])

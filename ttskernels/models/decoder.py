@@ -46,7 +46,9 @@ class PythonDecoder:
         self.embed = weights["model.embed_tokens.weight"]
         lm_head = weights.get("lm_head.weight", self.embed)
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
-        self.packed = {name: linear_pack(tensor, impl=impl) for name, tensor in (matrices | {LM_HEAD: lm_head}).items()}
+        self.packed = {
+            name: linear_pack(tensor, impl=impl) for name, tensor in (matrices | {LM_HEAD: lm_head}).items()
+        }
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
     def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
@@ -54,7 +56,9 @@ class PythonDecoder:
         x = self.embed[ids.long()]
         for layer in range(self.config.layers):
             attended = self._attention(layer, x, plan, pool)
-            if layer == self.config.layers - 1:  # nothing reads the other rows any more: their K, V are written
+            if (
+                layer == self.config.layers - 1
+            ):  # nothing reads the other rows any more: their K, V are written
                 x, attended = x[out_rows], attended[out_rows]
             x = x + self._linear(layer, "self_attn.o_proj", attended)
             x = x + self._mlp(layer, x)
@@ -69,7 +73,9 @@ class PythonDecoder:
             if iteration and not plan.advance():
                 return iteration
             logits = self.forward(ids, plan, pool, rows, "logits")
-            token, logprob = sample(logits, rows, keys, torch.from_numpy(plan.row_pos) + 1, params, impl=self.impl)
+            token, logprob = sample(
+                logits, rows, keys, torch.from_numpy(plan.row_pos) + 1, params, impl=self.impl
+            )
             tokens[iteration], logprobs[iteration] = token, logprob
             ids.copy_(token)
             states.copy_(next_state[states.long(), token.long()])
@@ -97,7 +103,9 @@ class PythonDecoder:
         return out.flatten(1)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
-        x = rms_norm(x, self._vector(layer, "post_attention_layernorm.weight"), self.config.rms_eps, impl=self.impl)
+        x = rms_norm(
+            x, self._vector(layer, "post_attention_layernorm.weight"), self.config.rms_eps, impl=self.impl
+        )
         gate, up = self._linear(layer, "mlp.gate_proj", x), self._linear(layer, "mlp.up_proj", x)
         return self._linear(layer, "mlp.down_proj", torch.nn.functional.silu(gate) * up)
 

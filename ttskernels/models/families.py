@@ -23,7 +23,9 @@ class Family:
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", qkv_bias="attention_bias", o_bias="attention_bias"),  # also SmolLM2, TinyLlama, DeepSeek-LLM
+        Family(
+            "llama", qkv_bias="attention_bias", o_bias="attention_bias"
+        ),  # also SmolLM2, TinyLlama, DeepSeek-LLM
         Family("mistral"),
         Family("qwen2", qkv_bias=True),  # also Qwen2.5 and its process reward models
         Family("qwen3", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True),
@@ -40,7 +42,9 @@ def family_of(model_type: str | None) -> Family:
     return FAMILIES[model_type]
 
 
-def decoder_config(raw: dict[str, Any], dtype: torch.dtype, eos_ids: tuple[int, ...] | None = None) -> DecoderConfig:
+def decoder_config(
+    raw: dict[str, Any], dtype: torch.dtype, eos_ids: tuple[int, ...] | None = None
+) -> DecoderConfig:
     """The decoder's configuration from the entries of a config.json.
 
     Raises:
@@ -91,13 +95,16 @@ def _complete(raw: dict[str, Any]) -> Any:
 
 def _refuse_unsupported(raw: dict[str, Any], config: Any) -> None:
     if config.hidden_act not in ("silu", "swish"):
-        raise ValueError(f"hidden_act must be 'silu', got {config.hidden_act!r}; this decoder has no other activation")
+        raise ValueError(
+            f"hidden_act must be 'silu', got {config.hidden_act!r}; this decoder has no other activation"
+        )
     if getattr(config, "mlp_bias", False):
         raise ValueError("mlp_bias must be false, got true; this decoder has no MLP biases")
     if raw.get("quantization_config"):
         method = raw["quantization_config"].get("quant_method", "unknown")
         raise ValueError(
-            f"quantization_config must be absent, got quant_method {method!r}; use the unquantised checkpoint or a .gguf file"
+            f"quantization_config must be absent, got quant_method {method!r}; "
+            "use the unquantised checkpoint or a .gguf file"
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
@@ -110,7 +117,9 @@ def _window(config: Any) -> int:
     window = getattr(config, "sliding_window", None)
     kinds = set(getattr(config, "layer_types", None) or ())
     if unknown := kinds - {"full_attention", "sliding_attention"}:
-        raise ValueError(f"layer_types may hold full_attention or sliding_attention, got {', '.join(sorted(unknown))}")
+        raise ValueError(
+            f"layer_types may hold full_attention or sliding_attention, got {', '.join(sorted(unknown))}"
+        )
     if not window or window >= config.max_position_embeddings or kinds == {"full_attention"}:
         return 0
     if len(kinds) == 2:

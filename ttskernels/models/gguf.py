@@ -54,7 +54,11 @@ def check_file(path: Path) -> None:
 
     try:
         reader = GGUFReader(path)
-        fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.")}
+        fields = {
+            name: field.contents()
+            for name, field in reader.fields.items()
+            if not name.startswith("tokenizer.")
+        }
         tensors = [tensor.name for tensor in reader.tensors]
     except Exception as error:  # the reader indexes into whatever bytes there are: any error means a bad file
         raise ValueError(f"{path} is not a complete GGUF file ({error}); download it again") from error
@@ -63,15 +67,17 @@ def check_file(path: Path) -> None:
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
     if scaling != "none" or "rope_freqs.weight" in tensors:
         raise ValueError(
-            f"{path} scales its rotary frequencies ({'rope_freqs.weight' if scaling == 'none' else scaling}), which the "
-            "GGUF reader of transformers drops; use the safetensors checkpoint"
+            f"{path} scales its rotary frequencies ({'rope_freqs.weight' if scaling == 'none' else scaling}), "
+            "which the GGUF reader of transformers drops; use the safetensors checkpoint"
         )
 
 
 def _require_extra(path: Path) -> None:
     for module in ("gguf", "accelerate"):
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f"reading {path.name} needs the package {module}; pip install 'ttskernels[gguf]'")
+            raise ImportError(
+                f"reading {path.name} needs the package {module}; pip install 'ttskernels[gguf]'"
+            )
 
 
 def convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
@@ -86,7 +92,9 @@ def convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
     )
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
-        raise ValueError(f"{path} lacks {', '.join(lacking[:3])} in the expected shape; it is damaged or of another model")
+        raise ValueError(
+            f"{path} lacks {', '.join(lacking[:3])} in the expected shape; it is damaged or of another model"
+        )
     tied = model.config.tie_word_embeddings
     weights = {
         name: tensor.detach().contiguous()

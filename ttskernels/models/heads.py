@@ -114,7 +114,9 @@ def build_head(kind: HeadKind, weights: Mapping[str, Tensor], hidden: int) -> Sc
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(tensor.shape)}; the file is not of this model")
+        raise ValueError(
+            f"{name} must have shape {shape}, got {tuple(tensor.shape)}; the file is not of this model"
+        )
 
 
 def lm_rows_head(lm_head: Tensor, good: int, bad: int) -> ScoreHead:

@@ -43,7 +43,9 @@ def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat
     raw = _read_json(folder / "config.json")
     config = decoder_config(raw, dtype, _generation_eos(folder))
     files = _weight_files(folder)
-    names = {name: file for file in files for name in _names(file) if not name.endswith("rotary_emb.inv_freq")}
+    names = {
+        name: file for file in files for name in _names(file) if not name.endswith("rotary_emb.inv_freq")
+    }
     kind = head_kind((raw.get("architectures") or [""])[0], names)
     tensors = _read(names)
     head = None if kind is None else build_head(kind, tensors, config.hidden)
@@ -53,7 +55,8 @@ def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat
     elif config.tie_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
             raise ValueError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight although tie_word_embeddings is true; "
+                f"{folder}: lm_head.weight differs from model.embed_tokens.weight although "
+                "tie_word_embeddings is true; "
                 "set it to false in config.json, or remove lm_head.weight"
             )
     return Checkpoint(config, {n: t.to(dtype).contiguous() for n, t in weights.items()}, head, folder)
@@ -81,17 +84,23 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
     if config.qk_norm:
         layer |= {f"self_attn.{p}_norm.weight": (config.head_dim,) for p in "qk"}
     shapes = {"model.embed_tokens.weight": (config.vocab, h), "model.norm.weight": (h,)}
-    return shapes | {f"model.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layer.items()}
+    return shapes | {
+        f"model.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layer.items()
+    }
 
 
-def _check(config: DecoderConfig, tensors: Mapping[str, Tensor], kind: HeadKind | None, folder: Path) -> dict[str, Tensor]:
+def _check(
+    config: DecoderConfig, tensors: Mapping[str, Tensor], kind: HeadKind | None, folder: Path
+) -> dict[str, Tensor]:
     expected = expected_shapes(config)
     head_names = set(kind.names()) if kind else set()
     lm_head = (config.vocab, config.hidden)
     if kind is None and not config.tie_embeddings or "lm_head.weight" in tensors:
         expected["lm_head.weight"] = lm_head
     if missing := sorted(expected.keys() - tensors.keys()):
-        raise ValueError(f"{folder} lacks {_some(missing)}, which a {config.model_type} checkpoint with this config.json has")
+        raise ValueError(
+            f"{folder} lacks {_some(missing)}, which a {config.model_type} checkpoint with this config.json has"
+        )
     if unexpected := sorted(tensors.keys() - expected.keys() - head_names):
         raise ValueError(
             f"{folder} holds {_some(unexpected)}, which this decoder would not use; "
@@ -99,7 +108,9 @@ def _check(config: DecoderConfig, tensors: Mapping[str, Tensor], kind: HeadKind 
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
-            raise ValueError(f"{folder}: {name} must have shape {shape} by config.json, got {tuple(tensors[name].shape)}")
+            raise ValueError(
+                f"{folder}: {name} must have shape {shape} by config.json, got {tuple(tensors[name].shape)}"
+            )
     return {name: tensors[name] for name in expected}
 
 
@@ -111,12 +122,15 @@ def _weight_files(folder: Path) -> list[Path]:
         files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
         for file in files:
             if not file.is_file():
-                raise FileNotFoundError(f"{file} is named by {index.name} but is missing; the download is incomplete")
+                raise FileNotFoundError(
+                    f"{file} is named by {index.name} but is missing; the download is incomplete"
+                )
         return files
     found = sorted(folder.glob("*.safetensors"))
     if (folder / "adapter_config.json").is_file() or len(found) != 1:
         raise FileNotFoundError(
-            f"{folder} must hold model.safetensors or model.safetensors.index.json, got {_some([f.name for f in found])}; "
+            f"{folder} must hold model.safetensors or model.safetensors.index.json, "
+            f"got {_some([f.name for f in found])}; "
             "merge an adapter into its base model first (merge_and_unload, save_pretrained)"
         )
     return found

@@ -59,7 +59,9 @@ class Model:
         c = self.config
         return PagePool(c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget)
 
-    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits") -> Tensor:
+    def forward(
+        self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits"
+    ) -> Tensor:
         """Run the query rows of `plan`; writes the K and V of rows that are not cached yet into `pool`.
 
         Args:
@@ -74,7 +76,9 @@ class Model:
         if output not in ("logits", "hidden"):
             raise ValueError(f"output must be 'logits' or 'hidden', got {output!r}")
         if output == "logits" and self.lm_head is None:
-            raise ValueError("output must be 'hidden': this checkpoint has a score head and no vocabulary head")
+            raise ValueError(
+                "output must be 'hidden': this checkpoint has a score head and no vocabulary head"
+            )
         self._check_rows(ids, plan, pool)
         _check_index("out_rows", out_rows, plan.num_rows)
         return self._decoder.forward(ids, plan, pool, out_rows, output)
@@ -167,7 +171,11 @@ def load_model(
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
-        return Model(checkpoint, NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.head is None), "cpu")
+        return Model(
+            checkpoint,
+            NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.head is None),
+            "cpu",
+        )
     resolved = "reference" if impl == "auto" else impl
     return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, resolved), resolved)
 
@@ -181,4 +189,6 @@ def _check_index(name: str, index: Tensor, size: int, what: str = "indices") -> 
     if index.dtype != torch.int32 or index.ndim != 1:
         raise ValueError(f"{name} must be a 1-D int32 tensor, got {list(index.shape)} {index.dtype}")
     if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
-        raise ValueError(f"{name} must be {what} in 0..{size - 1}, got {int(index.min())}..{int(index.max())}")
+        raise ValueError(
+            f"{name} must be {what} in 0..{size - 1}, got {int(index.min())}..{int(index.max())}"
+        )

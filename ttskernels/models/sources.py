@@ -21,28 +21,40 @@ def resolve(source: str | os.PathLike, dtype: torch.dtype) -> Path:
     path = Path(source).expanduser()
     if path.is_file():
         if path.suffix.lower() != ".gguf":
-            raise ValueError(f"path must be a folder, a hub id or a .gguf file, got the file {path}; pass its folder")
+            raise ValueError(
+                f"path must be a folder, a hub id or a .gguf file, got the file {path}; pass its folder"
+            )
         return _convert(path, dtype)
     if path.is_dir():
         return _resolve_folder(path, dtype)
     if re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)) and not str(source).startswith("."):
         return _download(str(source))
-    raise FileNotFoundError(f"{path} does not exist; pass a checkpoint folder, a .gguf file or a hub id 'owner/name'")
+    raise FileNotFoundError(
+        f"{path} does not exist; pass a checkpoint folder, a .gguf file or a hub id 'owner/name'"
+    )
 
 
 def _resolve_folder(path: Path, dtype: torch.dtype) -> Path:
     if any(path.glob("*.safetensors")):
         if not (path / "config.json").is_file():
-            raise FileNotFoundError(f"{path} holds safetensors but no config.json; copy it from the original checkpoint")
+            raise FileNotFoundError(
+                f"{path} holds safetensors but no config.json; copy it from the original checkpoint"
+            )
         return path
     gguf = sorted(path.glob("*.gguf"))
     if len(gguf) > 1:
-        raise ValueError(f"{path} holds {len(gguf)} .gguf files ({', '.join(f.name for f in gguf)}); pass one of them")
+        raise ValueError(
+            f"{path} holds {len(gguf)} .gguf files ({', '.join(f.name for f in gguf)}); pass one of them"
+        )
     if gguf:
         return _convert(gguf[0], dtype)
     if any(path.glob("*.bin")):
-        raise FileNotFoundError(f"{path} holds .bin weights only; save it again with safetensors (save_pretrained does)")
-    raise FileNotFoundError(f"{path} holds no checkpoint: expected config.json and *.safetensors, or one .gguf file")
+        raise FileNotFoundError(
+            f"{path} holds .bin weights only; save it again with safetensors (save_pretrained does)"
+        )
+    raise FileNotFoundError(
+        f"{path} holds no checkpoint: expected config.json and *.safetensors, or one .gguf file"
+    )
 
 
 def _convert(path: Path, dtype: torch.dtype) -> Path:
@@ -67,5 +79,7 @@ def _download(repo: str) -> Path:
             f"({type(error).__name__}); download it on a connected machine and pass the folder"
         ) from error
     if not (folder / "config.json").is_file() or not any(folder.glob("*.safetensors")):
-        raise FileNotFoundError(f"{repo} holds no config.json with model*.safetensors; download it and pass the folder or .gguf file")
+        raise FileNotFoundError(
+            f"{repo} holds no config.json with model*.safetensors; download it and pass the folder or .gguf file"
+        )
     return folder

@@ -24,6 +24,7 @@ from ..types import Cost, ModelCost, Problem, SearchNode
 from ..verifiers import TextVerifier, detect_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_KV_BYTES = 2 << 30
 
 
 @dataclass(eq=False)
@@ -37,45 +38,48 @@ class _Handle:
 
 
 class LocalBackend:
-    """A policy and, optionally, a verifier in this process. One engine serves every problem at once.
+    """A policy and, optionally, a verifier in this process. One engine serves every problem at once."""
 
-    Args:
-        policy, verifier: checkpoint folder, hub id or .gguf file.
-        dtype: "bf16", "fp16" or "fp32", of weights and KV.
-        kv_gib: KV budget of both models together.
-        prompt_style, prm_family: see `ttsearch.prompts` and `ttsearch.verifiers`; detected from the checkpoints if None.
-        impl: "auto", "cpu" or "reference".
-    """
+    def __init__(self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None):
+        self.engine, self.text_policy, self.text_verifier = engine, text_policy, text_verifier
+        self.has_verifier = text_verifier is not None
 
-    def __init__(
-        self,
+    @classmethod
+    def load(
+        cls,
         policy: str | Path,
         verifier: str | Path | None = None,
         *,
-        dtype: str = "bf16",
-        kv_gib: float = 2.0,
-        prompt_style: str | None = None,
         prm_family: str | None = None,
+        prompt_style: str | None = None,
+        kv_bytes: int | None = None,
+        dtype: str = "bf16",
         impl: str = "auto",
-    ):
+    ) -> LocalBackend:
+        """Load both models and start the engine.
+
+        Args:
+            policy, verifier: checkpoint folder, hub id or .gguf file.
+            prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
+            kv_bytes: KV budget of both models together; None: 2 GiB.
+            dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+        """
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        if not kv_gib > 0:
-            raise ValueError(f"kv_gib must be positive, got {kv_gib!r}")
         model = load_model(policy, DTYPES[dtype], impl)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
-        self.text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
-        self.text_verifier = scorer = None
+        text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
+        scorer = text_verifier = None
         if verifier is not None:
             scorer = load_model(verifier, DTYPES[dtype], impl)
             if scorer.head is None:
                 raise ValueError(f"verifier {verifier} has no score head; pass a process reward model")
             family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family)
-            self.text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
-        self.has_verifier = verifier is not None
-        table = torch.from_numpy(self.text_policy.next_state.copy())
-        self.engine = Engine(model, scorer, next_state=table, kv_bytes=int(kv_gib * 2**30))
+            text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
+        table = torch.from_numpy(text_policy.next_state.copy())
+        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
+        return cls(engine, text_policy, text_verifier)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
@@ -100,7 +104,9 @@ class LocalPolicy:
         prompt = backend.text_policy.prompt_ids(problem.prompt)
         verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.has_verifier else None
         self._prompt_tokens = len(prompt)
-        self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=budget.max_tokens)
+        room = self._engine.policy_model.config.max_positions - len(prompt)
+        self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
+        self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=self._max_tokens)
         handle = _Handle(self._session.root, self._session.verifier_root, root_key(budget.seed, problem.id))
         self.root = SearchNode(num_tokens=len(prompt), handle=handle)
 
@@ -143,7 +149,7 @@ class LocalPolicy:
             self._engine.branch(
                 self._session, handle.policy, key=handle.key, path_key=node.path_key,
                 ordinals=range(handle.children - count, handle.children), sampling=self._sampling,
-                max_step_tokens=limits.max_step_tokens, max_length=self._prompt_tokens + limits.max_tokens,
+                max_step_tokens=limits.max_step_tokens, max_length=self._prompt_tokens + min(limits.max_tokens, self._max_tokens),
                 max_steps=limits.max_steps - len(node.path_key) if until == "end" else 1, group=group, on_step=on_step,
             )  # fmt: skip
         tasks = [asyncio.ensure_future(chain.run()) for chain in chains]
