@@ -170,21 +170,24 @@ class EndlessBatches(Pools):
 
     def make(self, number: int) -> list[Batch]:
         rng = random.Random(f"{self.seed}/{number}")
+        return batches_by_length(self.examples(rng), self.tokenizer, self.batch_tokens, rng)
+
+    def examples(self, rng: random.Random) -> list[Example]:
         examples = []
-        while len(examples) < max(1, self.batch_tokens // 6):
+        while len(examples) < max(2, self.batch_tokens // 6):
             example = clean_or_noisy(training_problem(rng), self.error_rate, rng)
             if example.steps:
                 examples.append(example)
-        return batches_by_length(examples, self.tokenizer, self.batch_tokens, rng)
+        return examples
 
 
-class Epochs(Pools):
-    """Passes over fixed examples, grouped anew each time."""
+class RolloutBatches(EndlessBatches):
+    """Half of each pool drawn from fixed, labelled rollouts, half made afresh with corrupted steps."""
 
-    def __init__(self, examples: list[Example], batch_tokens: int, tokenizer, seed: str):
-        super().__init__()
-        self.examples, self.batch_tokens, self.tokenizer, self.seed = examples, batch_tokens, tokenizer, seed
+    def __init__(self, rollouts: list[Example], error_rate: float, batch_tokens: int, tokenizer, seed: str):
+        super().__init__(error_rate, batch_tokens, tokenizer, seed)
+        self.rollouts = rollouts
 
-    def make(self, number: int) -> list[Batch]:
-        rng = random.Random(f"{self.seed}/{number}")
-        return batches_by_length(self.examples, self.tokenizer, self.batch_tokens, rng)
+    def examples(self, rng: random.Random) -> list[Example]:
+        fresh = super().examples(rng)
+        return fresh[::2] + [rng.choice(self.rollouts) for _ in fresh[1::2]]

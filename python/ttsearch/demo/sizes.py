@@ -19,10 +19,11 @@ class Recipe:
     policy_target: float = 0.50  # held-out solve rate at temperature 1, mean over levels
     trunk_updates: int = 2500
     error_rate: float = 0.12  # share of steps corrupted while the verifier's trunk trains
-    rollout_problems: int = 1600
+    rollout_problems: int = 1000
     rollouts_per_problem: int = 4
-    verifier_learning_rate: float = 2e-4
-    verifier_epochs: int = 2
+    verifier_extra_layers: int = 2  # on top of the trunk: room to compare what it would say with what is said
+    verifier_learning_rate: float = 1e-3
+    verifier_updates: int = 1800
     check_every: int = 50
     check_below_loss: float = 0.15  # of solution tokens; above it next to nothing is solved, so nothing is sampled
     dev_per_level: int = 60
@@ -37,7 +38,7 @@ RECIPES = {
 }
 
 
-def llama_config(recipe: Recipe, **extra):
+def llama_config(recipe: Recipe, extra_layers: int = 0, **extra):
     from transformers import LlamaConfig
 
     return LlamaConfig(
@@ -47,7 +48,7 @@ def llama_config(recipe: Recipe, **extra):
         num_key_value_heads=recipe.kv_heads,
         head_dim=64,
         intermediate_size=recipe.intermediate,
-        num_hidden_layers=recipe.layers,
+        num_hidden_layers=recipe.layers + extra_layers,
         tie_word_embeddings=True,
         max_position_embeddings=256,
         rms_norm_eps=1e-5,

@@ -6,7 +6,7 @@ Stages, each skipped when its output exists, each continued from its last checkp
     policy    next-token training until the solve rate on dev problems reaches the size's target -> policy/
     trunk     the same weights trained on to solve the task, with label loss on synthetically corrupted steps
     rollouts  solutions sampled from the policy for training problems, every step labelled by the exact checker
-    verifier  trunk and head trained on those labels -> verifier/
+    verifier  the trunk, two more layers and the head trained on those labels and on fresh corrupted ones -> verifier/
     report    dev numbers of both -> report.json
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .batches import EndlessBatches, Epochs, Example, training_problem
+from .batches import EndlessBatches, Example, RolloutBatches, training_problem
 from .evaluate import evaluate
 from .learn import cosine, learn, make_optimizer, save_atomically, warm_up
 from .sample import sample
@@ -32,11 +32,22 @@ ROLLOUT_PROBLEMS_AT_ONCE = 200
 LONGEST_SEQUENCE = 256
 
 
-def new_model(recipe: Recipe):
+def new_model(recipe: Recipe, extra_layers: int = 0):
     """The verifier's class from the start: its trunk speaks through the tied embedding while it learns."""
     from transformers import LlamaForTokenClassification
 
-    return LlamaForTokenClassification(llama_config(recipe, num_labels=2, classifier_dropout=0.0))
+    config = llama_config(recipe, extra_layers, num_labels=2, classifier_dropout=0.0)
+    return LlamaForTokenClassification(config)
+
+
+def with_extra_layers(trunk, recipe: Recipe):
+    """The trunk with further layers that change nothing at first: what they would add to the stream is zero."""
+    grown = new_model(recipe, recipe.verifier_extra_layers)
+    grown.load_state_dict(trunk.state_dict(), strict=False)
+    for layer in grown.model.layers[recipe.layers :]:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+    return grown
 
 
 def as_policy(model, recipe: Recipe):
@@ -158,16 +169,15 @@ def rollout_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> list[Examp
     return examples
 
 
-def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, model, examples: list[Example]) -> None:
-    batches = Epochs(examples, recipe.batch_tokens, tokenizer, f"{seed}/verifier")
-    updates = recipe.verifier_epochs * len(batches.pool(0))
+def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollouts: list[Example]) -> None:
+    model = with_extra_layers(trunk, recipe)
     learn(
         "verifier",
         model,
         make_optimizer(model, recipe.verifier_learning_rate),
-        batches,
-        updates=updates,
-        learning_rate=cosine(recipe.verifier_learning_rate, updates, warmup_updates=20),
+        RolloutBatches(rollouts, recipe.error_rate, recipe.batch_tokens, tokenizer, f"{seed}/verifier"),
+        updates=recipe.verifier_updates,
+        learning_rate=cosine(recipe.verifier_learning_rate, recipe.verifier_updates, warmup_updates=50),
         label_weight=1.0,
         checkpoint=out / "verifier.pt",
     )

@@ -17,6 +17,7 @@ TOY = dataclasses.replace(
     batch_tokens=300,
     policy_updates=6,
     trunk_updates=4,
+    verifier_updates=4,
     check_every=3,
     check_below_loss=9.0,
     rollout_problems=2,
