@@ -1,8 +1,8 @@
 """Sampling, voting and best-of-N on the dev problems with a plain sampler: how the recipe's targets are checked.
 
-    python -m ttsearch.demo.evaluate --policy FOLDER --verifier FOLDER [--per-level 80] [--samples 16] [--out FILE]
+    python -m ttsearch.demo.evaluate --samples-file FILE [--policy FOLDER] [--verifier FOLDER] [--samples 16]
 
-Problems are of the dev split. The last line of the output is JSON; intervals are 95 % over problems, in points.
+Problems are of the dev split. Solutions are kept in the file and used again. The last line of the output is JSON; intervals are 95 % over problems, in points.
 """
 
 import argparse
@@ -13,8 +13,9 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from pathlib import Path
 
-from .sample import sample
-from .task import LEVELS, check_steps, dev_problems, final_answer, is_correct
+from . import policy_path, verifier_path
+from .sample import sample_to_file
+from .task import LEVELS, ChainProblem, check_steps, dev_problems, final_answer, is_correct
 from .verify import step_scores
 
 AGGREGATES = {"product": math.prod, "min": min, "last": lambda scores: scores[-1]}
@@ -49,10 +50,10 @@ def choose_best(texts: list[str], scores: list[list[float]], aggregate) -> int:
     return keys.index(max(keys))
 
 
-def evaluate(policy, verifier, tokenizer, per_level: int, samples: int, seed: int = 0) -> dict:
-    problems = dev_problems(per_level)
+def evaluate(verifier, tokenizer, problems: list[ChainProblem], texts: list[str]) -> dict:
+    """Numbers for equally many solutions of each problem, in the order of the problems."""
+    samples = len(texts) // len(problems)
     prompts = [problem.prompt for problem in problems for _ in range(samples)]
-    texts = sample(policy, tokenizer, prompts, seed=seed)
     scores = step_scores(verifier, tokenizer, prompts, texts)
     checks = [check_steps(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
     right = [is_correct(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
@@ -71,7 +72,7 @@ def evaluate(policy, verifier, tokenizer, per_level: int, samples: int, seed: in
             outcomes.setdefault(name, []).append(float(right[start + index]))
         outcomes.setdefault("best_product strict", []).append(float(strict[start + chosen["best_product"]]))
 
-    result: dict = {"problems": len(problems), "samples": samples, "seed": seed, "split": "dev"}
+    result: dict = {"problems": len(problems), "samples": samples}
     result["percent"] = {name: mean_and_interval(values) for name, values in outcomes.items()}
     result["percent_by_level"] = {
         name: [mean_and_interval([v for v, p in zip(values, problems) if p.level == level])[0] for level in LEVELS]
@@ -99,17 +100,23 @@ def main() -> None:
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policy", type=Path, required=True)
-    parser.add_argument("--verifier", type=Path, required=True)
+    parser.add_argument("--samples-file", type=Path, required=True)
+    parser.add_argument("--policy", type=Path, default=policy_path())
+    parser.add_argument("--verifier", type=Path, default=verifier_path())
     parser.add_argument("--per-level", type=int, default=80)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     policy = AutoModelForCausalLM.from_pretrained(args.policy, dtype=torch.float32).eval()
-    verifier = AutoModelForTokenClassification.from_pretrained(args.verifier, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(args.policy)
-    result = evaluate(policy, verifier, tokenizer, args.per_level, args.samples, args.seed)
+    problems = dev_problems(args.per_level)
+    prompts = [problem.prompt for problem in problems]
+    _, texts = sample_to_file(policy, tokenizer, prompts, args.samples, args.seed, args.samples_file)
+    verifier = AutoModelForTokenClassification.from_pretrained(args.verifier, dtype=torch.float32).eval()
+    result = evaluate(verifier, tokenizer, problems, texts)
     for name, (mean, interval) in result["percent"].items():
         print(f"{name:22s} {mean:5.1f} +- {interval:.1f}   by level {result['percent_by_level'][name]}")
     if args.out:

@@ -1,6 +1,8 @@
 """A small batched sampler for the training recipe (plain PyTorch, preallocated cache). Not the engine of this package."""
 
+import json
 import math
+from pathlib import Path
 
 import torch
 from torch.nn import functional as F
@@ -8,6 +10,7 @@ from torch.nn import functional as F
 from .tokenizer import EOS_ID
 
 MAX_NEW_TOKENS = 132  # the longest right solution has 117
+PROMPTS_AT_ONCE = 200  # between two writes of `sample_to_file`
 
 
 class CachedDecoder:
@@ -81,6 +84,28 @@ def sample(
             for i, new_ids in zip(group, _sample_rows(model, ids, temperature, generator), strict=True):
                 texts[i] = tokenizer.decode(new_ids)
     return texts
+
+
+def sample_to_file(
+    model, tokenizer, prompts: list[str], samples: int, seed: int, path: Path
+) -> tuple[list[str], list[str]]:
+    """`samples` solutions of each prompt, written to `path` as they come; goes on from what is there.
+
+    Returns prompts (each repeated) and solutions, in order.
+    """
+    lines = path.read_text().splitlines() if path.exists() else []
+    done = min(len(prompts), len(lines) // samples)
+    if done < len(prompts):
+        done -= done % PROMPTS_AT_ONCE  # a half-written chunk is sampled again
+        path.write_text("".join(line + "\n" for line in lines[: done * samples]))
+    for start in range(done, len(prompts), PROMPTS_AT_ONCE):
+        repeated = [prompt for prompt in prompts[start : start + PROMPTS_AT_ONCE] for _ in range(samples)]
+        texts = sample(model, tokenizer, repeated, seed=seed * 100_003 + start)
+        with path.open("a") as file:
+            file.writelines(json.dumps(pair) + "\n" for pair in zip(repeated, texts, strict=True))
+        print(f"{path.name}: {min(start + PROMPTS_AT_ONCE, len(prompts))} of {len(prompts)} problems", flush=True)
+    pairs = [json.loads(line) for line in path.read_text().splitlines()]
+    return [prompt for prompt, _ in pairs], [text for _, text in pairs]
 
 
 def _sample_rows(model, ids: torch.Tensor, temperature: float, generator) -> list[list[int]]:

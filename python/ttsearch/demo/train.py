@@ -23,12 +23,11 @@ import torch
 from .batches import EndlessBatches, Example, RolloutBatches, training_problem
 from .evaluate import evaluate
 from .learn import cosine, learn, make_optimizer, save_atomically, warm_up
-from .sample import sample
+from .sample import sample, sample_to_file
 from .sizes import RECIPES, Recipe, llama_config
 from .task import LEVELS, check_steps, dev_problems, is_correct, split_steps
 from .tokenizer import build_tokenizer
 
-ROLLOUT_PROBLEMS_AT_ONCE = 200
 LONGEST_SEQUENCE = 256
 
 
@@ -146,27 +145,15 @@ def trunk_stage(recipe: Recipe, tokenizer, seed: int, out: Path):
 
 
 def rollout_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> list[Example]:
-    path = out / "rollouts.jsonl"
     rng = random.Random(f"{seed}/rollouts")
-    prompts = [training_problem(rng).prompt for _ in range(recipe.rollout_problems)]
-    done = path.read_text().count("\n") // recipe.rollouts_per_problem if path.exists() else 0
-    done -= done % ROLLOUT_PROBLEMS_AT_ONCE if done < len(prompts) else 0
-    lines = path.read_text().splitlines()[: done * recipe.rollouts_per_problem] if done else []
-    path.write_text("".join(line + "\n" for line in lines))  # a half-written chunk is sampled again
-    policy = load_policy(out / "policy")
-    for start in range(done, len(prompts), ROLLOUT_PROBLEMS_AT_ONCE):
-        chunk = prompts[start : start + ROLLOUT_PROBLEMS_AT_ONCE]
-        repeated = [prompt for prompt in chunk for _ in range(recipe.rollouts_per_problem)]
-        texts = sample(policy, tokenizer, repeated, seed=seed * 100_003 + start)
-        with path.open("a") as file:
-            file.writelines(json.dumps([p, t]) + "\n" for p, t in zip(repeated, texts, strict=True))
-        print(f"rollouts: {start + len(chunk)} of {len(prompts)} problems", flush=True)
-    examples = []
-    for line in path.read_text().splitlines():
-        prompt, text = json.loads(line)
-        if len(tokenizer(prompt + text).input_ids) < LONGEST_SEQUENCE:
-            examples.append(Example(prompt, tuple(split_steps(text)), tuple(check_steps(prompt, text))))
-    return examples
+    problems = [training_problem(rng).prompt for _ in range(recipe.rollout_problems)]
+    policy, file = load_policy(out / "policy"), out / "rollouts.jsonl"
+    prompts, texts = sample_to_file(policy, tokenizer, problems, recipe.rollouts_per_problem, seed, file)
+    return [
+        Example(prompt, tuple(split_steps(text)), tuple(check_steps(prompt, text)))
+        for prompt, text in zip(prompts, texts, strict=True)
+        if len(tokenizer(prompt + text).input_ids) < LONGEST_SEQUENCE
+    ]
 
 
 def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollouts: list[Example]) -> None:
@@ -199,7 +186,10 @@ def train(recipe: Recipe, seed: int, out: Path) -> dict:
     if not report.exists():
         verifier = LlamaForTokenClassification.from_pretrained(out / "verifier", dtype=torch.float32).eval()
         policy = load_policy(out / "policy")
-        result = evaluate(policy, verifier, tokenizer, recipe.report_per_level, recipe.report_samples)
+        problems = dev_problems(recipe.report_per_level)
+        prompts = [problem.prompt for problem in problems]
+        _, texts = sample_to_file(policy, tokenizer, prompts, recipe.report_samples, seed, out / "dev_samples.jsonl")
+        result = evaluate(verifier, tokenizer, problems, texts)
         report.write_text(json.dumps(result, indent=1) + "\n")
     return json.loads(report.read_text())
 
