@@ -141,28 +141,28 @@ def split_steps(solution_text: str) -> list[str]:
     return solution_text.removesuffix(STEP_SEPARATOR).split(STEP_SEPARATOR)
 
 
-def check_steps(prompt: str, solution_text: str) -> list[bool]:
-    """For each step of the text, whether it is right given the value stated by the step before it."""
+def expected_steps(prompt: str, solution_text: str) -> list[str | None]:
+    """For each step of the text, the one right step given the value stated just before it; None if there is none."""
     problem = parse_problem(prompt)
     stated: int | None = problem.start
-    checks = []
+    expected: list[str | None] = []
     for index, step in enumerate(split_steps(solution_text)):
-        if index == len(problem.operations):
-            checks.append(stated is not None and step == f"\\boxed{{{stated}}}")
-            stated = None
-            continue
+        if stated is None or index > len(problem.operations):
+            expected.append(None)
+        elif index == len(problem.operations):
+            expected.append(f"\\boxed{{{stated}}}")
+        else:
+            operator, operand = problem.operations[index]
+            result = apply_operation(stated, operator, operand)
+            expected.append(render_step(index, stated, operator, operand, result))
         match = _STEP.fullmatch(step)
-        if match is None or index > len(problem.operations):
-            checks.append(False)
-            stated = None
-            continue
-        operator, operand = problem.operations[index]
-        right = stated is not None and step == render_step(
-            index, stated, operator, operand, apply_operation(stated, operator, operand)
-        )
-        checks.append(right)
-        stated = int(match.group(5))
-    return checks
+        stated = int(match.group(5)) if match else None
+    return expected
+
+
+def check_steps(prompt: str, solution_text: str) -> list[bool]:
+    """For each step of the text, whether it is right given the value stated by the step before it."""
+    return [s == e for s, e in zip(split_steps(solution_text), expected_steps(prompt, solution_text), strict=True)]
 
 
 def final_answer(solution_text: str) -> str | None:

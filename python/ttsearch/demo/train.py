@@ -158,6 +158,9 @@ def rollout_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> list[Examp
 
 def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollouts: list[Example]) -> None:
     model = with_extra_layers(trunk, recipe)
+    model.model.embed_tokens.requires_grad_(False)
+    for layer in model.model.layers[: recipe.verifier_frozen_layers]:
+        layer.requires_grad_(False)
     learn(
         "verifier",
         model,

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from ttsearch.demo import MODELS, policy_path, task, verifier_path
-from ttsearch.demo.batches import clean_or_noisy, encode, first_error, training_problem
+from ttsearch.demo.batches import Example, clean_or_noisy, encode, first_error, training_problem
 from ttsearch.demo.tokenizer import EOS_ID, PAD_ID, SEPARATOR_ID, UNKNOWN, build_tokenizer
 
 PROMPT = "2;a+57;b-49;c*8;d-70?"
@@ -110,9 +110,8 @@ def test_noisy_solutions_agree_with_the_checker():
             continue
         assert tuple(task.check_steps(example.prompt, task.STEP_SEPARATOR.join(example.steps))) == example.good
         ids, next_ids, labels = encode(example, tokenizer)
-        shown = [label for label in labels if label >= 0]
+        shown = [label for i, label in zip(ids, labels, strict=True) if i == SEPARATOR_ID and label >= 0]
         assert shown == [int(good) for good in example.good[: first_error(example.good) + 1]]
-        assert all(ids[i] == SEPARATOR_ID for i, label in enumerate(labels) if label >= 0)
         assert len(ids) == len(next_ids) == len(labels) <= 256
         wrong += not all(example.good)
     assert wrong > 100
@@ -124,7 +123,16 @@ def test_clean_example_speaks_the_solution():
     ids, next_ids, labels = encode(clean_or_noisy(problem, 0.0, random.Random(0)), tokenizer)
     assert tokenizer.decode([i for i in next_ids if i >= 0]) == SOLUTION + "<eos>"
     assert tokenizer.decode(ids) == PROMPT + SOLUTION + "\n\n"
-    assert [label for label in labels if label >= 0] == [1] * 5
+    assert set(labels) == {-100, 1} and labels.count(-100) == len(tokenizer(PROMPT).input_ids)
+
+
+def test_labels_turn_bad_at_the_first_wrong_token():
+    tokenizer = build_tokenizer()
+    text = SOLUTION.replace("59-49=10", "59-49=15")
+    steps = tuple(task.split_steps(text))
+    ids, _, labels = encode(Example(PROMPT, steps, tuple(task.check_steps(PROMPT, text))), tokenizer)
+    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 1) == "a:2+57=59\n\nb:59-49=1"
+    assert [tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 0] == ["5", "\n\n"]
 
 
 def test_model_paths():

@@ -18,6 +18,7 @@ TOY = dataclasses.replace(
     policy_updates=6,
     trunk_updates=4,
     verifier_updates=4,
+    verifier_frozen_layers=1,
     check_every=3,
     check_below_loss=9.0,
     rollout_problems=2,
