@@ -4,16 +4,25 @@
 
 #include <cstdint>
 
+#include "ttskernels/plan.h"
 #include "ttskernels/tree_attention.h"
 
 namespace ttsk {
 
 constexpr int64_t kTreeMaxDim = 256;
 
+// Tokens of a tile that a group of rows reads.
+struct GroupRange {
+  int32_t lo, hi;
+};
+
 struct TreeScratch {
   void* q;         // [q rows, head_dim]
-  void* tile;      // K and V of a 64-token tile
+  void* tile;      // K, then V of a 64-token tile
   void* state;     // [q rows] of 80 bytes
+  void* weights;   // [q rows, 64] p of one tile
+  float* alpha;    // [q rows]
+  GroupRange* ranges;
   float* o;        // [q rows, v_dim]
   float* fold_ml;  // [q rows, 2]
   float* fold_o;   // [q rows, v_dim]
@@ -31,6 +40,8 @@ struct TreeLayout {
   // Lays out and, if workspace is given, fills task_indptr and direct. O(items + rows).
   TreeLayout(const TreeAttentionParams& p, void* workspace);
   TreeScratch Scratch(int thread) const;
+  // K or V of a tile; gathering K stores whole vectors past the end.
+  int64_t TileElements() const { return kTileTokens * (head_dim > v_dim ? head_dim : v_dim) + 64; }
 };
 
 int ThreadId();

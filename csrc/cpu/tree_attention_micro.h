@@ -20,6 +20,8 @@ constexpr int kMicroRows = 3, kMicroVecs = 1;
 constexpr int kBlock = 16;                          // tokens of a packed page
 constexpr int kTileBlocks = kTileTokens / kBlock;
 constexpr float kInf = __builtin_inff();
+// Without it gcc 12 sends the accumulators through the stack before and after the loops.
+#define TTSK_UNROLL _Pragma("GCC unroll 8")
 
 // E, the element type of a tile in use: float (bf16 and fp16 pools are expanded once per tile), or bf16 pairs where
 // DotPairs exists. kPack elements of the reduced dimension lie side by side.
@@ -67,20 +69,28 @@ template <typename E, int MR, int NV>
 void ScoreBlocks(const E* q, int64_t dim, const Tile<E>& tile, int first, float scale, float* scores) {
   using L = Lanes<E>;
   Vec acc[MR][NV];
+  TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
+    TTSK_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Zero();
   const E* k[NV];
+  TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
   for (int64_t i = 0; i < dim; i += L::kPack) {
     typename L::Operand b[NV];
+    TTSK_UNROLL
     for (int j = 0; j < NV; ++j) b[j] = L::Wide(k[j] + i * kBlock);
+    TTSK_UNROLL
     for (int r = 0; r < MR; ++r) {
       const typename L::Operand a = L::One(q + r * dim + i);
+      TTSK_UNROLL
       for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
     }
   }
   const Vec s = Broadcast(scale);
+  TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
+    TTSK_UNROLL
     for (int j = 0; j < NV; ++j) Store(scores + r * kTileTokens + (first + j) * kBlock, Mul(acc[r][j], s));
 }
 
@@ -90,8 +100,10 @@ void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim
                   float* out) {
   using L = Lanes<E>;
   Vec acc[MR][NV];
+  TTSK_UNROLL
   for (int r = 0; r < MR; ++r) {
     const Vec a = Broadcast(alpha[r]);
+    TTSK_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Mul(Load(out + r * v_dim + col + j * kLanes), a);
   }
   for (int t = lo / L::kPack * L::kPack; t < hi;) {
@@ -99,14 +111,19 @@ void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim
     const E* v = tile.v[block] + (t - first) * v_dim + col * L::kPack;
     for (; t < end; t += L::kPack, v += v_dim * L::kPack) {
       typename L::Operand b[NV];
+      TTSK_UNROLL
       for (int j = 0; j < NV; ++j) b[j] = L::Wide(v + j * kLanes * L::kPack);
+      TTSK_UNROLL
       for (int r = 0; r < MR; ++r) {
         const typename L::Operand a = L::One(p + r * kTileTokens + t);
+        TTSK_UNROLL
         for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
       }
     }
   }
+  TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
+    TTSK_UNROLL
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + col + j * kLanes, acc[r][j]);
 }
 
@@ -123,19 +140,19 @@ void Scores(const E* q, int64_t dim, const Tile<E>& tile, int blocks, float scal
   }
 }
 
+// Vectors of columns that one call of Weigh takes when `left` of them are left: 5 as 3 + 2, 6 as 3 + 3.
+constexpr int ColumnVectors(int left) {
+  return kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
+}
+
 template <typename E, int MR>
-void Weigh(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, const float* alpha, float* out) {
-  const int vecs = static_cast<int>(v_dim / kLanes);
-  for (int j = 0; j < vecs;) {
-    const int left = vecs - j;  // 5 as 3 + 2, 6 as 3 + 3: no thin last call
-    const int n = kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
-    if (n == 1) WeighColumns<E, MR, 1>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
-    if constexpr (kMicroVecs >= 4) {
-      if (n == 2) WeighColumns<E, MR, 2>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
-      if (n == 3) WeighColumns<E, MR, 3>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
-      if (n == 4) WeighColumns<E, MR, 4>(p, tile, lo, hi, v_dim, j * kLanes, alpha, out);
-    }
-    j += n;
+void Weigh(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, int64_t col, int vectors,
+           const float* alpha, float* out) {
+  if (vectors == 1) WeighColumns<E, MR, 1>(p, tile, lo, hi, v_dim, col, alpha, out);
+  if constexpr (kMicroVecs >= 4) {
+    if (vectors == 2) WeighColumns<E, MR, 2>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 3) WeighColumns<E, MR, 3>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 4) WeighColumns<E, MR, 4>(p, tile, lo, hi, v_dim, col, alpha, out);
   }
 }
 

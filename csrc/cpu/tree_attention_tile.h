@@ -19,7 +19,6 @@ struct SegCursor {
   int32_t used;  // tokens of seg already passed
 
   Run Take(int32_t want) {
-    while (seg->count == 0) ++seg;
     const int32_t left = seg->count - used, n = want < left ? want : left;
     const Run run = {seg->page, seg->offset + used, n, 0};
     used += n;
@@ -49,56 +48,88 @@ class TileLoader {
   static constexpr int kPack = Lanes<E>::kPack, kPoolPack = PoolPack<T>::kPack;
   static constexpr bool kInPlace = sizeof(E) == sizeof(T);
 
-  // Elements of scratch: a tile of K and V, and a row of slack (gathering K stores whole vectors).
-  static int64_t ScratchElements(int64_t dim, int64_t v_dim) { return kTileTokens * (dim + v_dim) + 2 * kBlock; }
-
   TileLoader(const TreeAttentionParams& p, int64_t head, E* scratch)
-      : dim_(p.head_dim), v_dim_(p.v_dim), packed_(p.packed) {
+      : dim_(p.head_dim), v_dim_(p.v_dim), head_(head), packed_(p.packed) {
     ks_ = p.packed ? KvStrides{p.kv_heads * dim_ * kBlock, 0, dim_ * kBlock} : p.k_strides;
     vs_ = p.packed ? KvStrides{p.kv_heads * v_dim_ * kBlock, 0, v_dim_ * kBlock} : p.v_strides;
     k_ = static_cast<const T*>(p.k) + head * ks_.head;
     v_ = static_cast<const T*>(p.v) + head * vs_.head;
-    k_scratch_ = scratch;
-    v_scratch_ = scratch + kTileTokens * dim_ + 2 * kBlock;
+    scratch_ = scratch;
   }
 
-  // The tile's tokens [0, hi), from the cursor on; V is only valid from token lo on.
-  Tile<E> Tokens(SegCursor cursor, int lo, int hi) {
+  // The tile's tokens [0, hi), from the cursor on: K now, V (of which tokens before lo are not read) by LoadV.
+  Tile<E> LoadK(SegCursor cursor, int lo, int hi) {
     Tile<E> tile;
+    lo_ = lo, hi_ = hi;
     for (int b = 0; b * kBlock < hi; ++b) {
       const int end = hi - b * kBlock < kBlock ? hi - b * kBlock : kBlock;
-      Run runs[kBlock];
+      Run* runs = runs_[b];
       int n = 0;
-      for (int at = 0; at < end; at += runs[n++].count) {
+      for (int at = 0; at < end;) {
         runs[n] = cursor.Take(end - at);
         runs[n].at = at;
+        at += runs[n].count;
+        n += runs[n].count > 0;
       }
-      const bool wanted = lo < (b + 1) * kBlock;
-      E* k = k_scratch_ + b * kBlock * dim_;
-      E* v = v_scratch_ + b * kBlock * v_dim_;
-      tile.k[b] = k, tile.v[b] = v;
-      if (packed_ && n == 1 && runs[0].slot == 0) {
-        const T* page_k = k_ + runs[0].page * ks_.page;
-        const T* page_v = v_ + runs[0].page * vs_.page;
-        if constexpr (kInPlace) {
-          tile.k[b] = page_k;
-          if (end % kPack == 0) tile.v[b] = page_v;
-          else if (wanted) GatherV(runs, n, end, v);
-        } else {
-          for (int64_t i = 0; i < dim_; i += kPoolPack) ExpandRow(page_k + i * kBlock, k + i * kBlock, kBlock);
-          if (wanted)
-            for (int t = 0; t < end; t += kPoolPack) ExpandRow(page_v + t * v_dim_, v + t * v_dim_, v_dim_);
-        }
-        continue;
+      num_runs_[b] = n;
+      E* k = scratch_ + b * kBlock * dim_;
+      tile.k[b] = k;
+      if (Aligned(b)) {
+        const T* page = k_ + runs[0].page * ks_.page;
+        if constexpr (kInPlace) tile.k[b] = page;
+        else for (int64_t i = 0; i < dim_; i += kPoolPack) ExpandRow(page + i * kBlock, k + i * kBlock, kBlock);
+      } else if (packed_) {
+        GatherK(runs, n, k);
+      } else {
+        TransposeK(runs, n, k);
       }
-      if (packed_) GatherK(runs, n, k);
-      else TransposeK(runs, n, k);
-      if (wanted) GatherV(runs, n, end, v);
     }
     return tile;
   }
 
+  // The pages of the tile at `cursor` (segments end at `last`), to be fetched into L2 while this one is in use.
+  void SetNext(SegCursor cursor, const PlanSeg* last, int64_t head) {
+    num_next_ = 0;
+    if (!packed_) return;
+    next_k_ = k_ + (head - head_) * ks_.head;
+    next_v_ = v_ + (head - head_) * vs_.head;
+    for (int b = 0; b < kTileBlocks && cursor.seg < last; ++b) {
+      next_[num_next_++] = cursor.seg->page;
+      for (int left = kBlock; left > 0 && cursor.seg < last;) left -= cursor.Take(left).count;
+    }
+  }
+  // The share of that which falls to one of `parts` equal stretches of computation.
+  void Prefetch(int64_t part, int64_t parts) const {
+    const int64_t k_lines = kBlock * dim_ * sizeof(T) / 64, page_lines = kBlock * (dim_ + v_dim_) * sizeof(T) / 64;
+    const int64_t lines = num_next_ * page_lines, end = lines * (part + 1) / parts;
+    for (int64_t i = lines * part / parts; i < end; ++i) {
+      const int64_t page = next_[i / page_lines], line = i % page_lines;
+      const char* at = line < k_lines ? reinterpret_cast<const char*>(next_k_ + page * ks_.page) + line * 64
+                                      : reinterpret_cast<const char*>(next_v_ + page * vs_.page) + (line - k_lines) * 64;
+      __builtin_prefetch(at, 0, 2);
+    }
+  }
+
+  void LoadV(Tile<E>* tile) {
+    for (int b = lo_ / kBlock; b * kBlock < hi_; ++b) {
+      const int end = hi_ - b * kBlock < kBlock ? hi_ - b * kBlock : kBlock;
+      E* v = scratch_ + b * kBlock * v_dim_;
+      tile->v[b] = v;
+      const T* page = v_ + runs_[b][0].page * vs_.page;
+      if (!Aligned(b) || (kInPlace && end % kPack != 0)) {
+        GatherV(runs_[b], num_runs_[b], end, v);
+      } else if constexpr (kInPlace) {
+        tile->v[b] = page;
+      } else {
+        for (int t = 0; t < end; t += kPoolPack) ExpandRow(page + t * v_dim_, v + t * v_dim_, v_dim_);
+      }
+    }
+  }
+
  private:
+  // Block b is (the beginning of) one packed page.
+  bool Aligned(int b) const { return packed_ && num_runs_[b] == 1 && runs_[b][0].slot == 0; }
+
   // One pool row of `n` lanes (pairs) to one (two) rows of the tile.
   static void ExpandRow(const float*, float*, int64_t) {}
   static void ExpandRow(const Fp16* from, float* to, int64_t n) {
@@ -190,10 +221,14 @@ class TileLoader {
   const T* k_;
   const T* v_;
   KvStrides ks_, vs_;
-  int64_t dim_, v_dim_;
+  int64_t dim_, v_dim_, head_;
   bool packed_;
-  E* k_scratch_;
-  E* v_scratch_;
+  E* scratch_;  // K, then V: K is done with when V is loaded, and the lines are still in L1
+  Run runs_[kTileBlocks][kBlock];
+  int num_runs_[kTileBlocks], lo_, hi_, num_next_ = 0;
+  int32_t next_[kTileBlocks];
+  const T* next_k_;
+  const T* next_v_;
 };
 
 }  // namespace

@@ -28,12 +28,12 @@ def to_nhd(k_pages: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
     """Copy packed pages to token-major `[pages, 16, kv_heads, head_dim]` and `[pages, 16, kv_heads, v_dim]`."""
     k = k_pages.permute(0, 3, 1, 2, 4).flatten(3)
     v = v_pages.permute(0, 2, 4, 1, 3).flatten(1, 2)
-    return k, v
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (k, v))  # with f = 1 those are views
 
 
 def from_nhd(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Copy token-major `[pages, 16, kv_heads, dim]` tensors to packed pages: the inverse of `to_nhd`."""
     f = pack_factor(k.dtype)
-    k_pages = k.unflatten(3, (-1, f)).permute(0, 2, 3, 1, 4).contiguous()
-    v_pages = v.unflatten(1, (-1, f)).permute(0, 3, 1, 4, 2).contiguous()
-    return k_pages, v_pages
+    k_pages = k.unflatten(3, (-1, f)).permute(0, 2, 3, 1, 4)
+    v_pages = v.unflatten(1, (-1, f)).permute(0, 3, 1, 4, 2)
+    return tuple(t.clone(memory_format=torch.contiguous_format) for t in (k_pages, v_pages))

@@ -1,12 +1,20 @@
+<<<<<<< HEAD
 """Rotary positions on queries and keys, and keys and values written to their KV pages, in one pass."""
 
 from __future__ import annotations
+=======
+"""Rotary embedding of q and k, and the write of k, v into KV pages, in one pass."""
+>>>>>>> attn
 
 import torch
 from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import rope_append as reference
+<<<<<<< HEAD
+=======
+from ttskernels.kv.layout import PAGE_SIZE, pack_factor
+>>>>>>> attn
 
 
 def rope_append(
@@ -25,6 +33,7 @@ def rope_append(
     eps: float = 1e-6,
     impl: Impl = "auto",
 ) -> Tensor:
+<<<<<<< HEAD
     """Rotate `q` and `k` to their positions; write `k` and `v` of every row with a slot into packed pages.
 
     Args:
@@ -65,3 +74,64 @@ def rope_append(
             k_pages, v_pages,
         )  # fmt: skip
     return reference.rope_append(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages)
+=======
+    """Return q rotated by position; write k (rotated) and v into their slots.
+
+    Element `i < len(inv_freq)` of a head pairs with `i + len(inv_freq)` (neox halves) and turns by
+    `position * inv_freq[i]`; elements from `2 * len(inv_freq)` on are kept (partial rotary). Float32 inside, rounded once.
+
+    Args:
+        q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype; rows may be strided (slices of one projection).
+        inv_freq: float32, at most `head_dim / 2` of them.
+        positions: `[rows]` int32.
+        slots: `[rows]` int32, `page * page_size + slot`, distinct; -1 writes nothing.
+        k_pages, v_pages: one layer's pool, packed or strided as in `tree_attention`; modified.
+        rope_scale: multiplies cos and sin (transformers' attention_scaling).
+        q_norm, k_norm: `[head_dim]` weights of an RMS norm of each head before the rotation (Qwen3).
+    Returns:
+        `[rows, q_heads, head_dim]` in the pages' dtype.
+    Raises:
+        ValueError: shape or dtype mismatch.
+        RuntimeError: a slot is outside of the pool (impl "cpu"); nothing is written then.
+    Source: Su et al. 2021, arXiv:2104.09864.
+    """
+    check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
+    args = (inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages)
+    if resolve(impl, q) == "cpu":
+        q, k, v = (t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous() for t in (q, k, v))
+        return torch.ops.ttskernels.rope_append(q, k, v, *args)
+    return reference.rope_append(q, k, v, *args)
+
+
+def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3 or k.shape[:2] != v.shape[:2] or k.shape[::2] != q.shape[::2]:
+        raise ValueError(f"q, k and v must be [rows, heads, dim] with equal rows, kv heads and head_dim, got {shapes}")
+    dtype, rows, head_dim, v_dim = k_pages.dtype, *q.shape[::2], v.shape[2]
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in (dtype, torch.float32) or v_pages.dtype != dtype:
+        raise ValueError(
+            f"q, k and v must be float32 or the pages' dtype, got {q.dtype}, {k.dtype} and {v.dtype} for pages of {dtype}"
+        )
+    f, heads = pack_factor(dtype), k.shape[1]
+    want_k, want_v = (heads, head_dim // f, PAGE_SIZE, f), (heads, PAGE_SIZE // f, v_dim, f)
+    if k_pages.ndim == 4:
+        want_k, want_v = (k_pages.shape[1], heads, head_dim), (k_pages.shape[1], heads, v_dim)
+    if tuple(k_pages.shape[1:]) != want_k or tuple(v_pages.shape[1:]) != want_v:
+        raise ValueError(
+            f"for {shapes} the pages must be {('pages', *want_k)} and {('pages', *want_v)}, "
+            f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
+        )
+    if k_pages.ndim == 5 and not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+        raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
+    if inv_freq.ndim != 1 or 2 * inv_freq.numel() > head_dim or inv_freq.dtype != torch.float32:
+        raise ValueError(
+            f"inv_freq must be float32 with at most head_dim / 2 = {head_dim // 2} elements, "
+            f"got {inv_freq.dtype} {tuple(inv_freq.shape)}"
+        )
+    for name, t in (("positions", positions), ("slots", slots)):
+        if t.dtype != torch.int32 or tuple(t.shape) != (rows,):
+            raise ValueError(f"{name} must be int32 [{rows}], got {t.dtype} {tuple(t.shape)}; pass {name}.int()")
+    for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
+        if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != dtype):
+            raise ValueError(f"{name} must be {dtype} [{head_dim}], got {t.dtype} {tuple(t.shape)}")
+>>>>>>> attn

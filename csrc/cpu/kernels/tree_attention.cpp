@@ -28,6 +28,17 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
   *m = top;
 }
 
+template <int kN>
+struct Rows { static constexpr int kRows = kN; };
+
+// Rows [row, row + rows) of an item, one kv head.
+struct Task {
+  const PlanItem* item;  // null: there is none
+  const PlanSeg* seg;
+  const PlanSeg* last;
+  int64_t row, rows, kv_head;
+};
+
 template <typename T>
 struct Kernel {
   using Loader = TileLoader<T>;
@@ -65,60 +76,89 @@ struct Kernel {
     if (p.lse != nullptr) p.lse[row * p.q_heads + head] = lse;
   }
 
-  // `count` rows of q against a tile; q, o: [count, dim], state: [count].
+  // Scores and softmax of MR rows, then (for each few columns) their share of the output.
   template <int MR>
-  void TileRows(const E* q, const Tile<E>& tile, int32_t pos0, int lo, int hi, RowState* state, float* o) const {
+  void ScoreRows(const E* q, const Tile<E>& tile, int32_t pos, int hi, RowState* state, E* weights,
+                 float* alpha) const {
     alignas(64) float scores[MR * kTileTokens];
-    alignas(64) E weights[MR * kTileTokens];
-    float alpha[MR];
     const int blocks = (hi + kBlock - 1) / kBlock;
     Scores<E, MR>(q, p.head_dim, tile, blocks, p.softcap != 0.0f ? p.scale : p.scale * kLog2e, scores);
-    Softmax<E>(scores, MR, pos0, blocks, hi, p.softcap, state, weights, alpha);
-    Weigh<E, MR>(weights, tile, lo, hi, p.v_dim, alpha, o);
+    Softmax<E>(scores, MR, pos, blocks, hi, p.softcap, state, weights, alpha);
   }
 
-  void TileGroup(int count, const E* q, const Tile<E>& tile, int32_t pos0, int lo, int hi, RowState* state,
-                 float* o) const {
-    switch (count) {
-      case 1: return TileRows<1>(q, tile, pos0, lo, hi, state, o);
-      case 2: return TileRows<2>(q, tile, pos0, lo, hi, state, o);
-      case 3: return TileRows<3>(q, tile, pos0, lo, hi, state, o);
-    }
+  // Calls f with the number of rows as a constant.
+  template <typename F>
+  static void WithRows(int rows, F f) {
+    if (rows == 1) return f(Rows<1>{});
+    if (rows == 2) return f(Rows<2>{});
+    if (rows == 3) return f(Rows<3>{});
     if constexpr (kMicroRows >= 6) {
-      switch (count) {
-        case 4: return TileRows<4>(q, tile, pos0, lo, hi, state, o);
-        case 5: return TileRows<5>(q, tile, pos0, lo, hi, state, o);
-        case 6: return TileRows<6>(q, tile, pos0, lo, hi, state, o);
-      }
+      if (rows == 4) return f(Rows<4>{});
+      if (rows == 5) return f(Rows<5>{});
+      return f(Rows<6>{});
     }
   }
 
-  // One partial: `tokens` tokens from `cursor` on, the first at position pos0, for the `count` q rows in scratch.
-  void Partial(Loader& loader, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, int32_t first,
-               int32_t end, const TreeScratch& s) const {
-    const E* q = static_cast<const E*>(s.q);
+  // One tile for all rows: K serves every group of rows while it is in L1, then V, a few columns at a time.
+  void TileRows(Loader& loader, const SegCursor& cursor, int32_t pos, int lo, int hi, int64_t count,
+                const TreeScratch& s) const {
     const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
+    RowState* state = static_cast<RowState*>(s.state);
+    E* weights = static_cast<E*>(s.weights);
+    const int64_t parts = groups * (1 + (p.v_dim + kMicroVecs * kLanes - 1) / (kMicroVecs * kLanes));
+    int64_t part = 0;
+    Tile<E> tile = loader.LoadK(cursor, lo, hi);
+    for (int64_t g = 0, at = 0; g < groups; ++g) {
+      const int rows = static_cast<int>(size + (g < larger));
+      int32_t first = state[at].first, end = state[at].end;
+      for (int r = 1; r < rows; ++r) {
+        if (state[at + r].first < first) first = state[at + r].first;
+        if (state[at + r].end > end) end = state[at + r].end;
+      }
+      GroupRange& range = s.ranges[g];
+      range.lo = first > pos ? first - pos : 0;
+      range.hi = end - pos < hi ? end - pos : hi;
+      if (range.lo < range.hi) {
+        WithRows(rows, [&](auto n) {
+          ScoreRows<n.kRows>(static_cast<const E*>(s.q) + at * p.head_dim, tile, pos, range.hi, state + at,
+                             weights + at * kTileTokens, s.alpha + at);
+        });
+      }
+      loader.Prefetch(part++, parts);
+      at += rows;
+    }
+    loader.LoadV(&tile);
+    for (int64_t col = 0; col < p.v_dim;) {
+      const int vectors = ColumnVectors(static_cast<int>((p.v_dim - col) / kLanes));
+      for (int64_t g = 0, at = 0; g < groups; ++g) {
+        const int rows = static_cast<int>(size + (g < larger));
+        const GroupRange range = s.ranges[g];
+        if (range.lo < range.hi) {
+          WithRows(rows, [&](auto n) {
+            Weigh<E, n.kRows>(weights + at * kTileTokens, tile, range.lo, range.hi, p.v_dim, col, vectors,
+                              s.alpha + at, s.o + at * p.v_dim);
+          });
+        }
+        if (part < parts) loader.Prefetch(part++, parts);
+        at += rows;
+      }
+      col += vectors * kLanes;
+    }
+  }
+
+  // One partial: `tokens` tokens from `cursor` on, the first at position pos0; rows see [first, end) at most.
+  void Partial(Loader& loader, const Task& task, const Task& after, SegCursor cursor, int32_t pos0, int32_t tokens,
+               int64_t count, int32_t first, int32_t end, const TreeScratch& s) const {
     for (int32_t t = 0; t < tokens; t += kTileTokens) {
       const int32_t n = tokens - t < kTileTokens ? tokens - t : kTileTokens, pos = pos0 + t;
       if (pos >= end) return;
       const int lo = first > pos ? first - pos : 0, hi = end - pos < n ? end - pos : n;
-      if (lo < hi) {
-        const Tile<E> tile = loader.Tokens(cursor, lo, hi);
-        int64_t at = 0;
-        for (int64_t g = 0; g < groups; ++g) {
-          const int rows = static_cast<int>(size + (g < larger));
-          RowState* state = static_cast<RowState*>(s.state) + at;
-          int32_t group_first = state[0].first, group_end = state[0].end;
-          for (int r = 1; r < rows; ++r) {
-            if (state[r].first < group_first) group_first = state[r].first;
-            if (state[r].end > group_end) group_end = state[r].end;
-          }
-          const int glo = group_first > pos ? group_first - pos : 0, ghi = group_end - pos < hi ? group_end - pos : hi;
-          if (glo < ghi) TileGroup(rows, q + at * p.head_dim, tile, pos, glo, ghi, state, s.o + at * p.v_dim);
-          at += rows;
-        }
-      }
+      const SegCursor tile = cursor;
       cursor.Skip(n);
+      if (lo >= hi) continue;
+      if (cursor.seg < task.last) loader.SetNext(cursor, task.last, task.kv_head);
+      else loader.SetNext({after.seg, 0}, after.last, after.kv_head);
+      TileRows(loader, tile, pos, lo, hi, count, s);
     }
   }
 
@@ -143,8 +183,10 @@ struct Kernel {
     }
   }
 
-  // Rows [row, row + rows) of an item, one kv head.
-  void Run(const PlanItem& item, int64_t row, int64_t rows, int64_t kv_head, TreeScratch s) const {
+  // The first tile of `after` is fetched into L2 during the last one of `task`.
+  void Run(const Task& task, const Task& after, TreeScratch s) const {
+    const PlanItem& item = *task.item;
+    const int64_t row = task.row, rows = task.rows, kv_head = task.kv_head;
     Loader loader(p, kv_head, static_cast<E*>(s.tile));
     RowState* state = static_cast<RowState*>(s.state);
     const int64_t count = rows * group;
@@ -155,8 +197,8 @@ struct Kernel {
 
     int32_t pos = item.pos0;
     int64_t slot = item.slot;
-    const PlanSeg* seg = segs + item.seg_lo;
-    const PlanSeg* last = seg + item.seg_n;
+    const PlanSeg* seg = task.seg;
+    const PlanSeg* last = task.last;
     while (seg < last) {
       const SegCursor cursor = {seg, 0};
       int32_t tokens = (seg++)->count;
@@ -166,7 +208,7 @@ struct Kernel {
         Store(state[r].l, Zero());
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
-      Partial(loader, cursor, pos, tokens, count, first, end, s);
+      Partial(loader, task, after, cursor, pos, tokens, count, first, end, s);
       for (int64_t r = 0; r < count; ++r) {
         const float m = state[r].m, l = ReduceAdd(Load(state[r].l));
         const float* o = s.o + r * p.v_dim;
@@ -207,25 +249,33 @@ struct Kernel {
     Finish(row_perm[plan_row], head, m, l, o);
   }
 
+  // Takes the next task from the shared counter; *item is the thread's last one (tasks only grow).
+  Task Claim(int64_t* next, int64_t* item) const {
+    const int64_t num_items = plan[kFieldNumItems];
+    int64_t task;
+#pragma omp atomic capture
+    task = (*next)++;
+    if (task >= layout.task_indptr[num_items]) return {};
+    while (layout.task_indptr[*item + 1] <= task) ++*item;
+    const PlanItem& it = items[*item];
+    const int64_t first = layout.task_indptr[*item], blocks = (layout.task_indptr[*item + 1] - first) / p.kv_heads;
+    const int64_t block = (task - first) % blocks;
+    const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
+    const PlanSeg* seg = segs + it.seg_lo;
+    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (task - first) / blocks};
+  }
+
   void RunAll() const {
-    const int64_t num_items = plan[kFieldNumItems], rows = plan[kFieldNumRows];
-    const int64_t tasks = layout.task_indptr[num_items];
+    const int64_t rows = plan[kFieldNumRows];
     int64_t next = 0;
 #pragma omp parallel num_threads(layout.threads)
     {
       const TreeScratch scratch = layout.Scratch(ThreadId());
       int64_t item = 0;
-      for (;;) {
-        int64_t task;
-#pragma omp atomic capture
-        task = next++;
-        if (task >= tasks) break;
-        while (layout.task_indptr[item + 1] <= task) ++item;  // tasks only grow
-        const PlanItem& it = items[item];
-        const int64_t blocks = (layout.task_indptr[item + 1] - layout.task_indptr[item]) / p.kv_heads;
-        const int64_t local = task - layout.task_indptr[item], block = local % blocks;
-        const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
-        Run(it, it.row_lo + lo, hi - lo, local / blocks, scratch);
+      for (Task task = Claim(&next, &item); task.item != nullptr;) {
+        const Task after = Claim(&next, &item);  // one ahead, for prefetching
+        Run(task, after, scratch);
+        task = after;
       }
 #pragma omp barrier
 #pragma omp for schedule(static)

@@ -1,0 +1,149 @@
+import pytest
+import torch
+from budget import assert_within_budget, to_float64
+
+from ttskernels import _dispatch
+from ttskernels._reference import rope_append as reference
+from ttskernels.kv import layout
+from ttskernels.ops.rope_append import rope_append
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def make(rows, q_heads, kv_heads, head_dim, dtype, in_dtype=None, v_dim=None, pairs=None, norm=False, packed=True):
+    """Arguments of the op; the rows' slots are scattered over pages of NaN, every fifth row writes nothing."""
+    v_dim, in_dtype, pages = v_dim or head_dim, in_dtype or dtype, rows // 8 + 2
+    pairs = head_dim // 2 if pairs is None else pairs
+    q, k = (torch.randn(rows, h, head_dim).to(in_dtype) for h in (q_heads, kv_heads))
+    v = torch.randn(rows, kv_heads, v_dim).to(in_dtype)
+    inv_freq = 10000.0 ** -(torch.arange(pairs) / max(pairs, 1))
+    positions = torch.randint(0, 5000, (rows,), dtype=torch.int32)
+    slots = torch.randperm(pages * 16)[:rows].int()
+    slots[4::5] = -1
+    norms = [torch.rand(head_dim).to(dtype) + 0.5 for _ in range(2)] if norm else [None, None]
+    k_pages = torch.full((pages, 16, kv_heads, head_dim), float("nan"), dtype=dtype)
+    v_pages = torch.full((pages, 16, kv_heads, v_dim), float("nan"), dtype=dtype)
+    if packed:
+        k_pages, v_pages = layout.from_nhd(k_pages, v_pages)
+    return q, k, v, inv_freq, 1.25, positions, slots, *norms, 1e-6, k_pages, v_pages
+
+
+def run(op, args):
+    """Result and pages (token-major) of the op on copies of the pages."""
+    *args, k_pages, v_pages = args
+    k_pages, v_pages = k_pages.clone(), v_pages.clone()
+    q = op(*args, k_pages, v_pages)
+    return q, *(layout.to_nhd(k_pages, v_pages) if k_pages.ndim == 5 else (k_pages, v_pages))
+
+
+def check(args, op=torch.ops.ttskernels.rope_append):
+    exact = run(reference.rope_append, to_nhd_float64(args))
+    low = run(reference.rope_append, args)
+    for actual, e, a in zip(run(op, args), exact, low, strict=True):
+        written = ~e.isnan()
+        assert torch.equal(actual.isnan(), e.isnan())
+        assert_within_budget(actual[written], e[written], a[written])
+
+
+def to_nhd_float64(args):
+    args = list(args)
+    if args[-1].ndim == 5:
+        args[-2:] = layout.to_nhd(*args[-2:])
+    inv_freq = args[3]
+    args = to_float64(*args)
+    args[3] = inv_freq
+    return args
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("from_float32", [False, True])
+@pytest.mark.parametrize(
+    "rows, q_heads, kv_heads, head_dim, options",
+    [
+        (0, 2, 1, 64, {}),
+        (1, 9, 3, 64, {}),
+        (17, 4, 2, 80, {"norm": True}),
+        (23, 7, 1, 128, {"pairs": 16}),
+        (6, 2, 2, 96, {"pairs": 20, "norm": True, "v_dim": 64}),
+        (300, 4, 2, 64, {}),
+    ],
+)
+def test_rope_append(isa, dtype, from_float32, rows, q_heads, kv_heads, head_dim, options):
+    in_dtype = torch.float32 if from_float32 else dtype
+    check(make(rows, q_heads, kv_heads, head_dim, dtype, in_dtype, **options))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_pages(isa, dtype):
+    args = make(11, 4, 2, 64, dtype, packed=False)
+    check(args)
+    hnd = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in args[-2:]]
+    check((*args[:-2], *hnd))
+
+
+def test_rows_of_one_projection(cpu_extension):
+    q, k, v, *rest = make(5, 4, 2, 64, torch.bfloat16, torch.float32)
+    fused = torch.cat([q, k, v], dim=1)
+    sliced = fused.split([4, 2, 2], dim=1)
+    expected = run(torch.ops.ttskernels.rope_append, (q, k, v, *rest))
+    for a, b in zip(run(torch.ops.ttskernels.rope_append, (*sliced, *rest)), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def test_reference_against_transformers():
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    args = make(7, 4, 2, 64, torch.float32)
+    q, k, inv_freq, scale, positions = args[0], args[1], args[3], args[4], args[5]
+    angles = (positions[:, None].float() * inv_freq).repeat(1, 2)
+    cos, sin = angles.cos() * scale, angles.sin() * scale
+    expected, _ = apply_rotary_pos_emb(q[None], k[None], cos[None], sin[None], unsqueeze_dim=2)
+    torch.testing.assert_close(run(reference.rope_append, args)[0], expected[0])
+
+
+def test_threads_change_no_bit(cpu_extension):
+    args, lib = make(300, 4, 2, 64, torch.bfloat16, norm=True), _dispatch.library()
+    before, results = lib.ttsk_num_threads(), []
+    try:
+        for threads in (1, 2):
+            lib.ttsk_set_num_threads(threads)
+            results.append(run(torch.ops.ttskernels.rope_append, args))
+    finally:
+        lib.ttsk_set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_public_op(cpu_extension, impl):
+    q, k, v, inv_freq, scale, positions, slots, *_, k_pages, v_pages = make(9, 4, 2, 64, torch.bfloat16)
+    expected = run(reference.rope_append, (q, k, v, inv_freq, scale, positions, slots, None, None, 0.0, k_pages, v_pages))
+    out = rope_append(q, k, v, inv_freq, positions, slots, k_pages, v_pages, rope_scale=scale, impl=impl)
+    torch.testing.assert_close(out, expected[0])
+    torch.testing.assert_close(layout.to_nhd(k_pages, v_pages)[1], expected[2], equal_nan=True)
+
+
+def test_opcheck(cpu_extension):
+    args = make(4, 4, 2, 64, torch.bfloat16, torch.float32, norm=True)
+    pages = [torch.zeros_like(t) for t in args[-2:]]
+    torch.library.opcheck(torch.ops.ttskernels.rope_append.default, (*args[:-2], *pages))
+
+
+def test_invalid(cpu_extension):
+    q, k, v, inv_freq, _, positions, slots, *_, k_pages, v_pages = make(4, 4, 2, 64, torch.bfloat16)
+    good = {"q": q, "k": k, "v": v, "inv_freq": inv_freq, "positions": positions, "slots": slots,
+            "k_pages": k_pages, "v_pages": v_pages}  # fmt: skip
+    for change, message in [
+        ({"k": k[:3]}, "q, k and v must be"),
+        ({"q": q.half()}, "must be float32 or the pages' dtype, got torch.float16"),
+        ({"v_pages": v_pages[:, :, :4]}, "the pages must be"),
+        ({"k_pages": k_pages.transpose(0, 1).contiguous().transpose(0, 1)}, "must be contiguous; pass one layer"),
+        ({"inv_freq": inv_freq.repeat(2)}, "at most head_dim / 2 = 32 elements"),
+        ({"positions": positions.long()}, r"positions must be int32 \[4\], got torch.int64"),
+        ({"slots": slots[:2]}, r"slots must be int32 \[4\]"),
+        ({"q_norm": torch.ones(8)}, r"q_norm must be torch.bfloat16 \[64\]"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            rope_append(**(good | change))
+    with pytest.raises(RuntimeError, match=r"slots\[0\] is 999, need -1 or less than 32"):
+        rope_append(**(good | {"slots": torch.tensor([999, 0, 1, 2], dtype=torch.int32)}), impl="cpu")
