@@ -4,6 +4,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "check_plan.h"
@@ -34,6 +35,11 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
                  std::vector<std::optional<Tensor>> weights) {
   STD_TORCH_CHECK(config.size() == kConfigInts && constants.size() == kConstants, "config needs ", kConfigInts,
                   " integers and ", kConstants, " constants, got ", config.size(), " and ", constants.size());
+  for (int i = 0; i < 7; ++i) STD_TORCH_CHECK(config[i] > 0, "config[", i, "] must be positive, got ", config[i]);
+  STD_TORCH_CHECK(config[3] % config[4] == 0 && config[5] % 16 == 0 && config[5] <= 256 && config[7] >= 0 &&
+                      config[8] >= 0 && config[8] <= 2,
+                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256, window >= 0 and a "
+                  "dtype 0..2, got ", config[3], ", ", config[4], ", ", config[5], ", ", config[7], ", ", config[8]);
   DecoderShape s{};
   s.vocab = config[0], s.hidden = config[1], s.layers = config[2], s.q_heads = config[3], s.kv_heads = config[4];
   s.head_dim = config[5], s.intermediate = config[6], s.window = config[7], s.dtype = static_cast<DType>(config[8]);
@@ -45,31 +51,34 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
                       inv_freq.numel() == s.head_dim / 2,
                   "inv_freq must be float32 [head_dim / 2 = ", s.head_dim / 2, "]");
   const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim, h = s.hidden, m = s.intermediate;
-  const auto get = [&](size_t i, int64_t count, bool required) -> const void* {
+  const auto get = [&](size_t i, std::vector<int64_t> shape, bool required) -> const void* {
     if (!weights[i].has_value()) {
       STD_TORCH_CHECK(!required, "weight ", i, " is missing");
       return nullptr;
     }
     const Tensor& w = *weights[i];
-    STD_TORCH_CHECK(w.is_contiguous() && w.numel() == count && DTypeOf(w) == s.dtype, "weight ", i, " must be contiguous, ",
-                    count, " elements of the decoder's dtype, got ", w.numel());
+    bool fits = w.is_contiguous() && DTypeOf(w) == s.dtype && w.dim() == static_cast<int64_t>(shape.size());
+    for (int64_t d = 0; fits && d < w.dim(); ++d) fits = w.size(d) == shape[d];
+    STD_TORCH_CHECK(fits, "weight ", i, " must be contiguous, of the decoder's dtype and shape [", shape[0],
+                    shape.size() > 1 ? ", " : "", shape.size() > 1 ? std::to_string(shape[1]) : "", "], got ", w.dim(),
+                    " dimensions, ", w.numel(), " elements");
     return w.data_ptr();
   };
-  const void* embed = get(0, s.vocab * h, true);
-  const void* final_norm = get(1, h, true);
-  const void* lm_head = get(2, s.vocab * h, false);
+  const void* embed = get(0, {s.vocab, h}, true);
+  const void* final_norm = get(1, {h}, true);
+  const void* lm_head = get(2, {s.vocab, h}, false);
   std::vector<LayerWeights> layers;
   for (int64_t l = 0; l < s.layers; ++l) {
     size_t i = kModelWeights + kLayerWeights * l;
     LayerWeights w{};
-    w.input_norm = get(i++, h, true);
-    w.q = get(i++, q * h, true), w.q_bias = get(i++, q, false);
-    w.k = get(i++, kv * h, true), w.k_bias = get(i++, kv, false);
-    w.v = get(i++, kv * h, true), w.v_bias = get(i++, kv, false);
-    w.q_norm = get(i++, s.head_dim, false), w.k_norm = get(i++, s.head_dim, false);
-    w.o = get(i++, h * q, true), w.o_bias = get(i++, h, false);
-    w.post_norm = get(i++, h, true);
-    w.gate = get(i++, m * h, true), w.up = get(i++, m * h, true), w.down = get(i++, h * m, true);
+    w.input_norm = get(i++, {h}, true);
+    w.q = get(i++, {q, h}, true), w.q_bias = get(i++, {q}, false);
+    w.k = get(i++, {kv, h}, true), w.k_bias = get(i++, {kv}, false);
+    w.v = get(i++, {kv, h}, true), w.v_bias = get(i++, {kv}, false);
+    w.q_norm = get(i++, {s.head_dim}, false), w.k_norm = get(i++, {s.head_dim}, false);
+    w.o = get(i++, {h, q}, true), w.o_bias = get(i++, {h}, false);
+    w.post_norm = get(i++, {h}, true);
+    w.gate = get(i++, {m, h}, true), w.up = get(i++, {m, h}, true), w.down = get(i++, {h, m}, true);
     layers.push_back(w);
   }
   auto entry = std::make_shared<Entry>();
@@ -156,17 +165,21 @@ int64_t DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
                     "0 <= min_p <= 1");
   }
   const int32_t* table = Data<const int32_t>(next_state);
+  int32_t last_state = -1;
+  for (int64_t i = 0; i < next_state.numel(); ++i) last_state = table[i] > last_state ? table[i] : last_state;
+  STD_TORCH_CHECK(last_state < next_state.size(0), "next_state leads to state ", last_state, ", it has ",
+                  next_state.size(0), " states");
   DecodeParams p{};
   p.plan = Data<int32_t>(plan), p.ids = Data<int32_t>(ids), p.keys = Data<const int64_t>(keys), p.options = options;
   p.next_state = table, p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
   p.logprobs = Data<float>(logprobs), p.rows = rows, p.max_iterations = tokens.size(0);
-  int64_t iterations = 0;
+  int64_t iterations = 0, bad_row = -1;
   DecodeStop stop;
   {
     std::lock_guard<std::mutex> lock(entry->running);
-    stop = decoder.Decode(pools, p, &iterations);
+    stop = decoder.Decode(pools, p, &iterations, &bad_row);
   }
-  STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of a row are not finite after ", iterations,
+  STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of row ", bad_row, " are not finite after ", iterations,
                   " iterations; the weights or the KV cache are damaged");
   return iterations;
 }

@@ -37,10 +37,10 @@ void RowAsFloat(const char* table, int64_t row, int64_t dim, DType dtype, float*
   for (int64_t i = 0; i < dim; ++i) out[i] = ElementAsFloat(source, i, dtype);
 }
 
-std::vector<char> Copy(const void* data, int64_t count, DType dtype) {
+Bytes Copy(const void* data, int64_t count, DType dtype) {
   if (data == nullptr) return {};
   const char* bytes = static_cast<const char*>(data);
-  return std::vector<char>(bytes, bytes + count * SizeOf(dtype));
+  return Bytes(bytes, bytes + count * SizeOf(dtype));
 }
 
 void AppendBias(std::vector<float>& bias, const void* part, int64_t n, DType dtype, bool any) {
@@ -59,7 +59,7 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
   const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
-  const auto pack = [&](int64_t n, int64_t k) { return std::vector<char>(LinearPackedBytes(n, k, t), 0); };
+  const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
   embed_ = Copy(embed, shape.vocab * h, t);
   final_norm_ = Copy(final_norm, h, t);
@@ -89,7 +89,7 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data());
     // `down` reads the padded activations: its extra columns are zero.
     layer.down = pack(h, padded);
-    std::vector<char> wide(h * padded * SizeOf(t), 0);
+    Bytes wide(h * padded * SizeOf(t), 0);
     for (int64_t r = 0; r < h; ++r) {
       std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down) + r * inner * SizeOf(t),
                   inner * SizeOf(t));
@@ -102,19 +102,18 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
 
 template <typename T>
 T* Decoder::Scratch(int index, int64_t count) {
-  std::vector<char>& buffer = scratch_[index];
-  const size_t bytes = static_cast<size_t>(count) * sizeof(T) + 128;
-  if (buffer.size() < bytes) buffer = std::vector<char>(bytes + bytes / 4);
-  const uintptr_t address = reinterpret_cast<uintptr_t>(buffer.data());
-  return reinterpret_cast<T*>((address + 63) / 64 * 64);
+  Bytes& buffer = scratch_[index];
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  if (buffer.size() < bytes) buffer = Bytes(bytes + bytes / 4);
+  return reinterpret_cast<T*>(buffer.data());
 }
 
-void Decoder::Norm(const float* x, const std::vector<char>& weight, int64_t rows, void* y) const {
+void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const {
   const int64_t h = shape_.hidden;
   TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, shape_.dtype});
 }
 
-void Decoder::Project(const void* x, const std::vector<char>& packed, const std::vector<float>& bias, int64_t rows,
+void Decoder::Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
                       int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu) {
   LinearParams p{};
   p.x = x, p.packed = packed.data(), p.bias = bias.empty() ? nullptr : bias.data(), p.y = y;
@@ -198,7 +197,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
   Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false);
 }
 
-DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations) {
+DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {
   *iterations = 0;
   for (int64_t r = static_cast<int64_t>(all_rows_.size()); r < p.rows; ++r) all_rows_.push_back(static_cast<int32_t>(r));
   float* logits = Scratch<float>(kLogits, p.rows * shape_.vocab);
@@ -211,7 +210,8 @@ DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t*
     sample.options = p.options, sample.tokens = tokens, sample.logprobs = p.logprobs + *iterations * p.rows;
     sample.count = p.rows, sample.vocab = shape_.vocab, sample.logits_stride = shape_.vocab;
     sample.position_offset = 1;  // the token being sampled stands one behind the row
-    if (Sample(sample) >= 0) return DecodeStop::kBadLogits;
+    *bad_row = Sample(sample);
+    if (*bad_row >= 0) return DecodeStop::kBadLogits;
     ++*iterations;
     bool ended = false;
     for (int64_t r = 0; r < p.rows; ++r) {

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <vector>
 
+#include "ttskernels/decoder_memory.h"
 #include "ttskernels/dtype.h"
 #include "ttskernels/sample.h"
 
@@ -61,25 +62,26 @@ class Decoder {
   void Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows, const int32_t* out_rows,
                int64_t num_out, DecoderOutput output, float* out);
 
-  // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop.
-  DecodeStop Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations);
+  // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop; with
+  // kBadLogits, bad_row is the first row whose logits are not finite. next_state holds states that exist or negatives.
+  DecodeStop Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row);
 
  private:
   struct Layer {
-    std::vector<char> input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down;
+    Bytes input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down;
     std::vector<float> qkv_bias, o_bias;
   };
   template <typename T>
   T* Scratch(int index, int64_t count);
-  void Norm(const float* x, const std::vector<char>& weight, int64_t rows, void* y) const;
-  void Project(const void* x, const std::vector<char>& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
+  void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;
+  void Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
                int64_t k, bool add, void* y, DType y_dtype, bool swiglu);
 
   DecoderShape shape_;
   std::vector<float> inv_freq_;
-  std::vector<char> embed_, final_norm_, lm_head_;
+  Bytes embed_, final_norm_, lm_head_;
   std::vector<Layer> layers_;
-  std::vector<std::vector<char>> scratch_;
+  std::vector<Bytes> scratch_;
   std::vector<int32_t> all_rows_;
 };
 
