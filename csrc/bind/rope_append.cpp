@@ -1,63 +1,12 @@
 #include "ttskernels/rope_append.h"
 
 #include <optional>
-<<<<<<< HEAD
-#include <vector>
-=======
->>>>>>> attn
 
 #include "tensor.h"
 
 namespace ttsk {
 namespace {
 
-<<<<<<< HEAD
-Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& inv_freq, double rope_scale,
-                    const Tensor& positions, const Tensor& slots, const std::optional<Tensor>& q_norm,
-                    const std::optional<Tensor>& k_norm, double eps, const Tensor& k_pages, const Tensor& v_pages) {
-  STD_TORCH_CHECK(q.dim() == 3 && k.dim() == 3 && v.dim() == 3 && q.is_contiguous() && k.is_contiguous() && v.is_contiguous(),
-                  "q, k, v must be contiguous [rows, heads, dim]");
-  const int64_t rows = q.size(0), head_dim = q.size(2), kv_heads = k.size(1), v_dim = v.size(2);
-  const DType dtype = DTypeOf(k_pages), in_dtype = DTypeOf(q);
-  const int64_t f = PackFactor(dtype);
-  STD_TORCH_CHECK(in_dtype == dtype || in_dtype == DType::kFloat32, "q must have the pages' dtype or float32");
-  STD_TORCH_CHECK(k.size(0) == rows && v.size(0) == rows && k.size(2) == head_dim && v.size(1) == kv_heads &&
-                      DTypeOf(k) == in_dtype && DTypeOf(v) == in_dtype, "q, k, v must agree in rows, heads and dtype");
-  STD_TORCH_CHECK(head_dim % 16 == 0 && v_dim % 16 == 0 && head_dim <= 256 && v_dim <= 256,
-                  "head_dim and v_dim must be multiples of 16 up to 256, got ", head_dim, " and ", v_dim);
-  STD_TORCH_CHECK(k_pages.dim() == 5 && v_pages.dim() == 5 && k_pages.is_contiguous() && v_pages.is_contiguous() &&
-                      DTypeOf(v_pages) == dtype && k_pages.size(1) == kv_heads && k_pages.size(2) * f == head_dim &&
-                      k_pages.size(3) == 16 && v_pages.size(1) == kv_heads && v_pages.size(3) == v_dim &&
-                      v_pages.size(2) * f == 16 && v_pages.size(0) == k_pages.size(0),
-                  "k_pages and v_pages must be packed pools of these heads");
-  STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Int && slots.scalar_type() == ScalarType::Int &&
-                      positions.numel() == rows && slots.numel() == rows && positions.is_contiguous() && slots.is_contiguous(),
-                  "positions and slots must be int32 [rows]");
-  const int64_t pairs = inv_freq.numel();
-  STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Float && inv_freq.is_contiguous() && 2 * pairs <= head_dim,
-                  "inv_freq must be float32 with at most head_dim / 2 elements");
-  for (const auto* norm : {&q_norm, &k_norm}) {
-    STD_TORCH_CHECK(!norm->has_value() || ((*norm)->numel() == head_dim && DTypeOf(**norm) == dtype && (*norm)->is_contiguous()),
-                    "q_norm and k_norm must be [head_dim] of the pages' dtype");
-  }
-  const int32_t* slot = Data<const int32_t>(slots);
-  const int64_t limit = k_pages.size(0) * 16;
-  for (int64_t r = 0; r < rows; ++r) {
-    STD_TORCH_CHECK(slot[r] >= -1 && slot[r] < limit, "slots[", r, "] must lie in -1 .. ", limit - 1, ", got ", slot[r]);
-  }
-  std::vector<float> table(2 * rows * pairs);
-  RopeTable(Data<const int32_t>(positions), rows, Data<const float>(inv_freq), pairs, static_cast<float>(rope_scale),
-            table.data(), table.data() + rows * pairs);
-  Tensor out = torch::stable::new_empty(q, {rows, q.size(1), head_dim}, k_pages.scalar_type());
-  RopeAppendParams p{};
-  p.q = q.data_ptr(), p.k = k.data_ptr(), p.v = v.data_ptr(), p.q_out = out.mutable_data_ptr();
-  p.k_pages = k_pages.mutable_data_ptr(), p.v_pages = v_pages.mutable_data_ptr();
-  p.slots = slot, p.cos = table.data(), p.sin = table.data() + rows * pairs;
-  p.q_norm = q_norm ? q_norm->data_ptr() : nullptr, p.k_norm = k_norm ? k_norm->data_ptr() : nullptr;
-  p.rows = rows, p.q_heads = q.size(1), p.kv_heads = kv_heads, p.head_dim = head_dim, p.v_dim = v_dim, p.pairs = pairs;
-  p.q_stride = p.q_out_stride = q.size(1) * head_dim, p.k_stride = kv_heads * head_dim, p.v_stride = kv_heads * v_dim;
-  p.in_dtype = in_dtype, p.dtype = dtype, p.eps = static_cast<float>(eps);
-=======
 bool Heads(const Tensor& t) { return t.dim() == 3 && t.stride(2) == 1 && t.stride(1) == t.size(2); }
 
 Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& inv_freq, double rope_scale,
@@ -123,7 +72,6 @@ Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   p.q_norm = q_norm.has_value() ? q_norm->data_ptr() : nullptr;
   p.k_norm = k_norm.has_value() ? k_norm->data_ptr() : nullptr;
   p.norm_dtype = dtype, p.eps = static_cast<float>(eps);
->>>>>>> attn
   TTSK_SELECT(RopeAppend)(p);
   return out;
 }

@@ -139,9 +139,8 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
   const std::vector<float> no_bias;
 
   const int64_t pairs = s.head_dim / 2;
-  float* cos = Scratch<float>(kRope, 2 * rows * pairs);
-  float* sin = cos + rows * pairs;
-  RopeTable(PlanSection(plan, kFieldRowPos), rows, inv_freq_.data(), pairs, s.rope_scale, cos, sin);
+  float* cos_sin = Scratch<float>(kRope, 2 * rows * pairs);
+  RopeTable(PlanSection(plan, kFieldRowPos), rows, inv_freq_.data(), pairs, s.rope_scale, cos_sin);
   for (int64_t r = 0; r < rows; ++r) RowAsFloat(embed_.data(), ids[r], h, s.dtype, x + r * h);
   bool identity = num_out == rows;
   for (int64_t i = 0; identity && i < rows; ++i) identity = out_rows[i] == i;
@@ -155,15 +154,15 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     Project(normed, layer.qkv, layer.qkv_bias, rows, qkv_dim, h, false, qkv, DType::kFloat32, false);
 
     RopeAppendParams rope{};
-    rope.q = qkv, rope.k = qkv + q, rope.v = qkv + q + kv, rope.q_out = rotated;
-    rope.k_pages = k_pages, rope.v_pages = v_pages;
-    rope.slots = PlanSection(plan, kFieldRowSlot), rope.cos = cos, rope.sin = sin, rope.eps = s.rms_eps;
+    rope.q_in = qkv, rope.k_in = qkv + q, rope.v_in = qkv + q + kv, rope.q_out = rotated;
+    rope.k_pages = k_pages, rope.v_pages = v_pages, rope.packed = true, rope.page_size = 16;
+    rope.slots = PlanSection(plan, kFieldRowSlot), rope.cos_sin = cos_sin, rope.eps = s.rms_eps;
     rope.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
     rope.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
     rope.rows = rows, rope.q_heads = s.q_heads, rope.kv_heads = s.kv_heads;
     rope.head_dim = rope.v_dim = s.head_dim, rope.pairs = pairs;
-    rope.q_stride = rope.k_stride = rope.v_stride = qkv_dim, rope.q_out_stride = q;
-    rope.in_dtype = DType::kFloat32, rope.dtype = s.dtype;
+    rope.q_in_stride = rope.k_in_stride = rope.v_in_stride = qkv_dim, rope.q_out_stride = q;
+    rope.in_dtype = DType::kFloat32, rope.dtype = rope.norm_dtype = s.dtype;
     TTSK_SELECT(RopeAppend)(rope);
 
     TreeAttentionParams attention{};

@@ -8,7 +8,7 @@ from fnmatch import fnmatch
 
 from torch import Tensor
 
-SQUASHES = ("softmax", "sigmoid", "none", "diff")
+SQUASHES = ("softmax", "sigmoid", "none", "difference")
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class ScoreHead:
     bias: Tensor | None = None  # [labels]
     inner_weight: Tensor | None = None  # [inner, hidden], followed by ReLU
     inner_bias: Tensor | None = None
-    squash: str = "softmax"  # softmax: p[label]; sigmoid, none: of logit [label]; diff: p[label] - p[0]
+    squash: str = "softmax"  # softmax: p[label]; sigmoid, none: of logit [label]; difference: p[label] - p[0]
     label: int = 0
 
 
