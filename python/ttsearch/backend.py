@@ -21,8 +21,8 @@ def load_backend(
 
     Args:
         policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
-        verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no
-            verifier.
+        verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
+            "likelihood": steps score their own mean token likelihood, no second model.
         prm_family: which text the verifier reads (`ttsearch.verifiers.FAMILIES`). None: seen in its config.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from ..verifiers import TextVerifier, detect_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_KV_BYTES = 2 << 30
+LIKELIHOOD = "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
 
 
 @dataclass(eq=False)
@@ -40,9 +42,12 @@ class _Handle:
 class LocalBackend:
     """A policy and, optionally, a verifier in this process. One engine serves every problem at once."""
 
-    def __init__(self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None):
+    def __init__(
+        self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None, likelihood: bool = False
+    ):
         self.engine, self.text_policy, self.text_verifier = engine, text_policy, text_verifier
-        self.has_verifier = text_verifier is not None
+        self.likelihood = likelihood
+        self.has_verifier = likelihood or text_verifier is not None
 
     @classmethod
     def load(
@@ -59,7 +64,8 @@ class LocalBackend:
         """Load both models and start the engine.
 
         Args:
-            policy, verifier: checkpoint folder, hub id or .gguf file.
+            policy, verifier: checkpoint folder, hub id or .gguf file. verifier="likelihood" needs no second model: a step
+                scores the geometric mean of its tokens' probabilities under the policy (a baseline, not a PRM).
             prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
             kv_bytes: KV budget of both models together; None: 2 GiB.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
@@ -71,7 +77,8 @@ class LocalBackend:
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
         scorer = text_verifier = None
-        if verifier is not None:
+        likelihood = verifier == LIKELIHOOD
+        if verifier is not None and not likelihood:
             scorer = load_model(verifier, DTYPES[dtype], impl)
             if scorer.head is None:
                 raise ValueError(f"verifier {verifier} has no score head; pass a process reward model")
@@ -79,7 +86,7 @@ class LocalBackend:
             text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
-        return cls(engine, text_policy, text_verifier)
+        return cls(engine, text_policy, text_verifier, likelihood)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
@@ -102,7 +109,7 @@ class LocalPolicy:
         self._opened = time.perf_counter()
         self._sampling = Sampling(budget.temperature, budget.top_k, budget.top_p, budget.min_p)
         prompt = backend.text_policy.prompt_ids(problem.prompt)
-        verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.has_verifier else None
+        verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.text_verifier else None
         self._prompt_tokens = len(prompt)
         room = self._engine.policy_model.config.max_positions - len(prompt)
         self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
@@ -216,7 +223,10 @@ class _Chain:
             more = end.more
             steps.append(self._node(end, steps[-1] if steps else self.parent))
             self.last = steps[-1]
-        if self.score:
+        if self.score and self.policy._backend.likelihood:
+            for step in steps:
+                step.step_score = math.exp(step.logprob / step.num_tokens)
+        elif self.score:
             await self._score(steps)
         for parent, step in zip([self.parent, *steps], steps, strict=False):
             parent.children.append(step)
