@@ -23,24 +23,33 @@ constexpr float kInf = __builtin_inff();
 // Without it gcc 12 sends the accumulators through the stack before and after the loops.
 #define TTSK_UNROLL _Pragma("GCC unroll 8")
 
-// E, the element type of a tile in use: float (bf16 and fp16 pools are expanded once per tile), or bf16 pairs where
-// DotPairs exists. kPack elements of the reduced dimension lie side by side.
-template <typename E>
-struct Lanes;
-template <>
-struct Lanes<float> {
-  static constexpr int kPack = 1;
+// How a tile is read. Element: what its blocks hold; Query: what q and p are held in; kPack elements of the reduced
+// dimension lie side by side, and take kSteps multiply-adds. All but PairDot give the same bits for the same values.
+struct PlainFloat {
+  using Element = float;
+  using Query = float;
   using Operand = Vec;
-  static Operand Wide(const float* p) { return Load(p); }
+  static constexpr int kPack = 1, kSteps = 1;
+  static Operand Wide(const float* p, int) { return Load(p); }
   static Operand One(const float* p) { return Broadcast(*p); }
   static Vec Dot(Vec acc, Operand a, Operand b) { return Fma(a, b, acc); }
 };
+struct WidenHalf : PlainFloat {
+  using Element = Fp16;
+  static Operand Wide(const Fp16* p, int) { return LoadAs(p); }
+};
+struct WidenPairs : PlainFloat {
+  using Element = Bf16;
+  static constexpr int kPack = 2, kSteps = 2;
+  static Operand Wide(const Bf16* p, int step) { return step == 0 ? Even(LoadPairs(p)) : Odd(LoadPairs(p)); }
+};
 #if defined(__AVX512BF16__)
-template <>
-struct Lanes<Bf16> {
-  static constexpr int kPack = 2;
+struct PairDot {
+  using Element = Bf16;
+  using Query = Bf16;
   using Operand = Pairs;
-  static Operand Wide(const Bf16* p) { return LoadPairs(p); }
+  static constexpr int kPack = 2, kSteps = 1;
+  static Operand Wide(const Bf16* p, int) { return LoadPairs(p); }
   static Operand One(const Bf16* p) {
     uint32_t pair;
     std::memcpy(&pair, p, 4);
@@ -50,14 +59,18 @@ struct Lanes<Bf16> {
 };
 #endif
 
-template <typename T>
-struct TileElement { using Type = float; };
+// Pool element -> mode for aligned pages used in place, and mode for everything else (and for many rows: a tile is
+// then expanded once, into L1).
+template <typename T> struct Modes;
+template <> struct Modes<float> { using InPlace = PlainFloat; using Copied = PlainFloat; };
+template <> struct Modes<Fp16> { using InPlace = WidenHalf; using Copied = PlainFloat; };
 #if defined(__AVX512BF16__)
-template <>
-struct TileElement<Bf16> { using Type = Bf16; };
+template <> struct Modes<Bf16> { using InPlace = PairDot; using Copied = PairDot; };
+#else
+template <> struct Modes<Bf16> { using InPlace = WidenPairs; using Copied = PlainFloat; };
 #endif
 
-// Sixteen-token blocks: k[b] is [head_dim / kPack][16][kPack], v[b] is [16 / kPack][v_dim][kPack].
+// Sixteen-token blocks: k[b] is [head_dim / pack][16][pack], v[b] is [16 / pack][v_dim][pack].
 template <typename E>
 struct Tile {
   const E* k[kTileBlocks];
@@ -65,26 +78,28 @@ struct Tile {
 };
 
 // scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; scores rows are kTileTokens apart.
-template <typename E, int MR, int NV>
-void ScoreBlocks(const E* q, int64_t dim, const Tile<E>& tile, int first, float scale, float* scores) {
-  using L = Lanes<E>;
+template <typename M, int MR, int NV>
+void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int first, float scale, float* scores) {
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Zero();
-  const E* k[NV];
+  const typename M::Element* k[NV];
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
-  for (int64_t i = 0; i < dim; i += L::kPack) {
-    typename L::Operand b[NV];
+  for (int64_t i = 0; i < dim; i += M::kPack) {
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) b[j] = L::Wide(k[j] + i * kBlock);
-    TTSK_UNROLL
-    for (int r = 0; r < MR; ++r) {
-      const typename L::Operand a = L::One(q + r * dim + i);
+    for (int step = 0; step < M::kSteps; ++step) {
+      typename M::Operand b[NV];
       TTSK_UNROLL
-      for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
+      for (int j = 0; j < NV; ++j) b[j] = M::Wide(k[j] + i * kBlock, step);
+      TTSK_UNROLL
+      for (int r = 0; r < MR; ++r) {
+        const typename M::Operand a = M::One(q + r * dim + i + step);
+        TTSK_UNROLL
+        for (int j = 0; j < NV; ++j) acc[r][j] = M::Dot(acc[r][j], a, b[j]);
+      }
     }
   }
   const Vec s = Broadcast(scale);
@@ -95,10 +110,9 @@ void ScoreBlocks(const E* q, int64_t dim, const Tile<E>& tile, int first, float 
 }
 
 // out[r][col ..] = out[r][col ..] * alpha[r] + sum over tokens [lo, hi) of p[r][t] * v[t][col ..].
-template <typename E, int MR, int NV>
-void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, int64_t col, const float* alpha,
-                  float* out) {
-  using L = Lanes<E>;
+template <typename M, int MR, int NV>
+void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
+                  int64_t col, const float* alpha, float* out) {
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r) {
@@ -106,18 +120,21 @@ void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) acc[r][j] = Mul(Load(out + r * v_dim + col + j * kLanes), a);
   }
-  for (int t = lo / L::kPack * L::kPack; t < hi;) {
+  for (int t = lo / M::kPack * M::kPack; t < hi;) {
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
-    const E* v = tile.v[block] + (t - first) * v_dim + col * L::kPack;
-    for (; t < end; t += L::kPack, v += v_dim * L::kPack) {
-      typename L::Operand b[NV];
+    const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * M::kPack;
+    for (; t < end; t += M::kPack, v += v_dim * M::kPack) {
       TTSK_UNROLL
-      for (int j = 0; j < NV; ++j) b[j] = L::Wide(v + j * kLanes * L::kPack);
-      TTSK_UNROLL
-      for (int r = 0; r < MR; ++r) {
-        const typename L::Operand a = L::One(p + r * kTileTokens + t);
+      for (int step = 0; step < M::kSteps; ++step) {
+        typename M::Operand b[NV];
         TTSK_UNROLL
-        for (int j = 0; j < NV; ++j) acc[r][j] = L::Dot(acc[r][j], a, b[j]);
+        for (int j = 0; j < NV; ++j) b[j] = M::Wide(v + j * kLanes * M::kPack, step);
+        TTSK_UNROLL
+        for (int r = 0; r < MR; ++r) {
+          const typename M::Operand a = M::One(p + r * kTileTokens + t + step);
+          TTSK_UNROLL
+          for (int j = 0; j < NV; ++j) acc[r][j] = M::Dot(acc[r][j], a, b[j]);
+        }
       }
     }
   }
@@ -127,15 +144,16 @@ void WeighColumns(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + col + j * kLanes, acc[r][j]);
 }
 
-template <typename E, int MR>
-void Scores(const E* q, int64_t dim, const Tile<E>& tile, int blocks, float scale, float* scores) {
+template <typename M, int MR>
+void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int blocks, float scale,
+            float* scores) {
   for (int j = 0; j < blocks; j += kMicroVecs) {
     const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    if (n == 1) ScoreBlocks<E, MR, 1>(q, dim, tile, j, scale, scores);
+    if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, j, scale, scores);
     if constexpr (kMicroVecs >= 4) {
-      if (n == 2) ScoreBlocks<E, MR, 2>(q, dim, tile, j, scale, scores);
-      if (n == 3) ScoreBlocks<E, MR, 3>(q, dim, tile, j, scale, scores);
-      if (n == 4) ScoreBlocks<E, MR, 4>(q, dim, tile, j, scale, scores);
+      if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, j, scale, scores);
+      if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, j, scale, scores);
+      if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, j, scale, scores);
     }
   }
 }
@@ -145,14 +163,14 @@ constexpr int ColumnVectors(int left) {
   return kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
 }
 
-template <typename E, int MR>
-void Weigh(const E* p, const Tile<E>& tile, int lo, int hi, int64_t v_dim, int64_t col, int vectors,
-           const float* alpha, float* out) {
-  if (vectors == 1) WeighColumns<E, MR, 1>(p, tile, lo, hi, v_dim, col, alpha, out);
+template <typename M, int MR>
+void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
+           int64_t col, int vectors, const float* alpha, float* out) {
+  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, alpha, out);
   if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) WeighColumns<E, MR, 2>(p, tile, lo, hi, v_dim, col, alpha, out);
-    if (vectors == 3) WeighColumns<E, MR, 3>(p, tile, lo, hi, v_dim, col, alpha, out);
-    if (vectors == 4) WeighColumns<E, MR, 4>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, alpha, out);
   }
 }
 

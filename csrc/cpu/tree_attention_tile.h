@@ -41,11 +41,11 @@ inline Vec KRow(const Bf16* k, int64_t i) {
 template <typename T> struct PoolPack { static constexpr int kPack = 1; };
 template <> struct PoolPack<Bf16> { static constexpr int kPack = 2; };
 
-template <typename T>
+// T: element of the pool; E: element of the tile, T itself or float.
+template <typename T, typename E>
 class TileLoader {
  public:
-  using E = typename TileElement<T>::Type;
-  static constexpr int kPack = Lanes<E>::kPack, kPoolPack = PoolPack<T>::kPack;
+  static constexpr int kPack = PoolPack<E>::kPack, kPoolPack = PoolPack<T>::kPack;
   static constexpr bool kInPlace = sizeof(E) == sizeof(T);
 
   TileLoader(const TreeAttentionParams& p, int64_t head, E* scratch)
@@ -199,7 +199,7 @@ class TileLoader {
         for (int64_t col = 0; col < v_dim_; col += kLanes) {
           const Vec lanes = VRow(page, slot, col);
           if constexpr (kPack == 1) {
-            Store(to + at * v_dim_ + col, lanes);
+            StoreAs(to + at * v_dim_ + col, lanes);
           } else {
             PutV(to + (at / 2 * v_dim_ + col) * 2 + at % 2, lanes);
           }
@@ -216,7 +216,6 @@ class TileLoader {
     StoreAs(bits, lanes);
     for (int i = 0; i < kLanes; ++i) to[2 * i] = bits[i];
   }
-  static void PutV(float*, Vec) {}
 
   const T* k_;
   const T* v_;
