@@ -56,25 +56,41 @@ Cut FindCut(const float* logits, int64_t n, float top, float inverse_temperature
     if (has_top_k && found < top_k && !all) continue;
     s.order.resize(found);
     for (int64_t i = 0; i < found; ++i) s.order[i] = OrderKey(logits[s.ids[i]], s.ids[i]);
-    const int64_t kept = std::min(top_k, found);
-    if (kept < found) std::nth_element(s.order.begin(), s.order.begin() + kept, s.order.end());
-    std::sort(s.order.begin(), s.order.begin() + kept);
-    double mass = 0;
+    const auto weight = [&](uint64_t key) { return s.weights[static_cast<uint32_t>(key)]; };
+    const auto begin = s.order.begin();
+    if (top_k < found) {
+      std::nth_element(begin, begin + top_k, s.order.end());
+      s.order.resize(top_k);
+    }
+    double mass = total;
     if (has_top_k) {
-      for (int64_t i = 0; i < kept; ++i) mass += s.weights[static_cast<uint32_t>(s.order[i])];
-    } else {
-      mass = total;
+      mass = 0;
+      for (const uint64_t key : s.order) mass += weight(key);
     }
     const double budget = has_top_p ? static_cast<double>(o.top_p) * mass : std::numeric_limits<double>::infinity();
+    // A token stays if its weight reaches min-p and those before it in the order have less than the budget. Halves are
+    // parted and summed, not sorted: O(found).
+    const auto light = std::partition(begin, s.order.end(), [&](uint64_t key) { return weight(key) >= o.min_p; });
+    const bool complete = all || has_top_k || light != s.order.end();
+    s.order.erase(light, s.order.end());
+    const int64_t size = static_cast<int64_t>(s.order.size());
+    int64_t end = 0, limit = size;
     double before = 0;
-    int64_t end = 0;
-    while (end < kept) {
-      const float w = s.weights[static_cast<uint32_t>(s.order[end])];
-      if (end > 0 && (before >= budget || w < o.min_p)) break;
-      before += w;
-      ++end;
+    while (limit - end > 32) {
+      const int64_t middle = (end + limit) / 2;
+      std::nth_element(begin + end, begin + middle, begin + limit);
+      double half = 0;
+      for (int64_t i = end; i < middle; ++i) half += weight(s.order[i]);
+      if (before + half >= budget) {
+        limit = middle;
+      } else {
+        before += half;
+        end = middle;
+      }
     }
-    if (end == found && !all && !has_top_k) continue;  // the next token might be kept too
+    std::sort(begin + end, begin + limit);
+    while (end < limit && (end == 0 || before < budget)) before += weight(s.order[end++]);
+    if (end == size && !complete) continue;  // the next token might be kept too
     const int32_t id = static_cast<int32_t>(static_cast<uint32_t>(s.order[end - 1]));
     return {logits[id], id};
   }

@@ -15,7 +15,8 @@ constexpr int kGroupRows = 6;
 constexpr int kBlockRows = 96;
 constexpr int kChunkRows = 384;
 constexpr int kBlockK = 128;  // float32 panel block: 32 KiB
-constexpr int kDirectGroups = 2;
+constexpr int kDirectGroups = 4;  // measured: at 16 rows expanding first is 15 % slower, at 48 rows 5 % faster
+constexpr int kPrefetchSteps = 8;  // k-steps ahead: 2 KiB, within reach of the memory latency
 #if defined(__AVX512F__)
 constexpr int kStripVecs = 4;  // 6 x 4 accumulators of 32 registers
 #else
@@ -29,6 +30,7 @@ struct Float32Panel {
   static Vec Load(const uint8_t* p, int) { return LoadAs(reinterpret_cast<const float*>(p)); }
   static constexpr int kVecBytes = 64;
 };
+struct ExpandedPanel : Float32Panel {};  // a block in L1: nothing to prefetch
 struct Fp16Panel {
   static constexpr int kStep = 1, kStepBytes = kPanel * 2;
   static Vec Load(const uint8_t* p, int) { return LoadAs(reinterpret_cast<const Fp16*>(p)); }
@@ -40,6 +42,10 @@ struct Bf16Panel {
   static constexpr int kVecBytes = 64;
 };
 
+template <typename Panel>
+constexpr bool IsExpanded(Panel) { return false; }
+constexpr bool IsExpanded(ExpandedPanel) { return true; }
+
 // acc [kRows][64] (+)= x rows * kStripVecs columns of the panel, over `steps` k-steps.
 template <typename Panel, int kRows, bool kFromZero>
 void Strip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
@@ -48,11 +54,10 @@ void Strip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps
     for (int c = 0; c < kStripVecs; ++c) sum[r][c] = kFromZero ? Zero() : Load(acc + r * kPanel + c * kLanes);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    __builtin_prefetch(panel + 8 * Panel::kStepBytes);
-    __builtin_prefetch(panel + 8 * Panel::kStepBytes + 64);
-    if (Panel::kStepBytes > 128) {
-      __builtin_prefetch(panel + 8 * Panel::kStepBytes + 128);
-      __builtin_prefetch(panel + 8 * Panel::kStepBytes + 192);
+    if constexpr (!IsExpanded(Panel{})) {
+      for (int line = 0; line < Panel::kStepBytes; line += 64) {
+        __builtin_prefetch(panel + kPrefetchSteps * Panel::kStepBytes + line);
+      }
     }
 #pragma GCC unroll 2
     for (int j = 0; j < Panel::kStep; ++j) {
@@ -89,7 +94,7 @@ void DotStrip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t st
     Pairs w[kStripVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kStripVecs; ++c) {
-      __builtin_prefetch(panel + 8 * kPanel * 4 + c * 64);
+      __builtin_prefetch(panel + kPrefetchSteps * kPanel * 4 + c * 64);
       w[c] = LoadPairs(panel + c * 64);
     }
 #pragma GCC unroll 6
@@ -157,6 +162,9 @@ void MultiplyExpanded(const float* x, int64_t x_stride, const uint8_t* panel, in
     const int64_t count = steps - s0 < block_steps ? steps - s0 : block_steps;
     for (int64_t s = 0; s < count; ++s) {
       const uint8_t* from = panel + (s0 + s) * Panel::kStepBytes;
+      for (int line = 0; line < Panel::kStepBytes; line += 64) {
+        __builtin_prefetch(from + block_steps * Panel::kStepBytes + line);  // the next block arrives during this one
+      }
       for (int c = 0; c < kPanel / kLanes; ++c) {
         for (int j = 0; j < Panel::kStep; ++j) {
           Store(wide + (s * Panel::kStep + j) * kPanel + c * kLanes, Panel::Load(from + c * Panel::kVecBytes, j));
@@ -170,9 +178,9 @@ void MultiplyExpanded(const float* x, int64_t x_stride, const uint8_t* panel, in
       const float* xg = x0 + first * x_stride;
       float* out = acc + first * kPanel;
       if (s0 == 0) {
-        Group<Float32Panel, true>(size, xg, x_stride, w, k, out);
+        Group<ExpandedPanel, true>(size, xg, x_stride, w, k, out);
       } else {
-        Group<Float32Panel, false>(size, xg, x_stride, w, k, out);
+        Group<ExpandedPanel, false>(size, xg, x_stride, w, k, out);
       }
     });
   }
