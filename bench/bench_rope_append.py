@@ -11,8 +11,7 @@ import os
 import pytest
 import torch
 
-from ttskernels import _dispatch
-from ttskernels.kv import layout
+from ttskernels import _dispatch, layout
 from ttskernels.ops.rope_append import rope_append
 
 PEAK_GBPS = float(os.environ.get("TTSK_PEAK_GBPS", 21))

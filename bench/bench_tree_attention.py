@@ -18,9 +18,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ttskernels import _dispatch
+from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
-from ttskernels.kv import layout
 from ttskernels.ops.tree_attention import tree_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))

@@ -1,10 +1,13 @@
 """Shared fixtures: seeded runs, poisoned allocations, instruction-set levels."""
 
+import os
 import sys
 from pathlib import Path
 
-import pytest
-import torch
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning teams starve each other on a busy machine
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 

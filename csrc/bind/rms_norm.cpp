@@ -11,7 +11,7 @@ Tensor RmsNormOp(const Tensor& x, const Tensor& weight, double eps) {
                   "weight must be contiguous [", x.size(1), "] of x's dtype");
   Tensor y = torch::stable::empty_like(x);
   TTSK_SELECT(RmsNorm)({x.data_ptr(), weight.data_ptr(), y.data_ptr(), x.size(0), x.size(1), x.stride(0), y.stride(0),
-                        static_cast<float>(eps), DTypeOf(x)});
+                        static_cast<float>(eps), DTypeOf(x), DTypeOf(x)});
   return y;
 }
 

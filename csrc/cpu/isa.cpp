@@ -67,6 +67,10 @@ bool SetIsa(Isa isa) {
 
 extern "C" {
 __attribute__((visibility("default"))) const char* ttsk_isa_name() { return ttsk::IsaName(ttsk::ActiveIsa()); }
+// 1 if this CPU has `level`.
+__attribute__((visibility("default"))) int ttsk_isa_supported(int level) {
+  return level >= 0 && level < 4 && ttsk::CpuSupports(static_cast<ttsk::Isa>(level));
+}
 // 1 if `level` (0 portable .. 3 avx512_bf16) is now in use, 0 if this CPU lacks it.
 __attribute__((visibility("default"))) int ttsk_set_isa(int level) {
   return level >= 0 && level < 4 && ttsk::SetIsa(static_cast<ttsk::Isa>(level));

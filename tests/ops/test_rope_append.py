@@ -4,7 +4,7 @@ from budget import assert_within_budget, to_float64
 
 from ttskernels import _dispatch
 from ttskernels._reference import rope_append as reference
-from ttskernels.kv import layout
+from ttskernels import layout
 from ttskernels.ops.rope_append import rope_append
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

@@ -5,7 +5,7 @@ from plans import MODES, build_plan, make_trees, random_trees
 
 from ttskernels import _dispatch
 from ttskernels._reference import tree_attention as reference
-from ttskernels.kv import layout
+from ttskernels import layout
 from ttskernels.ops.tree_attention import tree_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

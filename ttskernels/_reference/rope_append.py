@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ttskernels.kv import layout
+from ttskernels import layout
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

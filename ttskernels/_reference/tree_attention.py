@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ttskernels.kv import layout
+from ttskernels import layout
 
 # Fields of the header and sizes of the records in csrc/include/ttskernels/plan.h.
 NUM_ROWS, NUM_ITEMS, ROW_POS, ROW_PERM, ITEMS, SEGS = 4, 5, 14, 16, 18, 19

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import rope_append as reference
-from ttskernels.kv.layout import PAGE_SIZE, pack_factor
+from ttskernels.layout import PAGE_SIZE, pack_factor
 
 
 def rope_append(

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import tree_attention as reference
-from ttskernels.kv.layout import PAGE_SIZE, pack_factor
+from ttskernels.layout import PAGE_SIZE, pack_factor
 
 
 def tree_attention(
@@ -25,7 +25,7 @@ def tree_attention(
 
     Args:
         q: `[rows, q_heads, head_dim]`, fp32 / fp16 / bf16, caller's row order.
-        k_pages, v_pages: one layer's pool in `q`'s dtype: packed (`ttskernels.kv.layout`, 5-D) or an engine's
+        k_pages, v_pages: one layer's pool in `q`'s dtype: packed (`ttskernels.layout`, 5-D) or an engine's
             `[pages, page_size, kv_heads, head_dim]` (4-D, any strides with the last 1; v_dim may differ).
         plan: a `Plan` or its int32 buffer, of as many rows.
         scale: of the scores, `head_dim ** -0.5` by default.

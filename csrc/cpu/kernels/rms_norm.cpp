@@ -8,8 +8,8 @@
 namespace ttsk::TTSK_ISA {
 namespace {
 
-template <typename T>
-void NormRow(const T* x, const T* weight, T* y, int64_t dim, float eps) {
+template <typename X, typename T>
+void NormRow(const X* x, const T* weight, T* y, int64_t dim, float eps) {
   const int64_t body = dim / kLanes * kLanes;
   const int tail = static_cast<int>(dim - body);
   Vec sum = Zero();
@@ -26,11 +26,11 @@ void NormRow(const T* x, const T* weight, T* y, int64_t dim, float eps) {
   if (tail > 0) StoreTail(y + body, Mul(Mul(LoadTail(x + body, tail), scale), LoadTail(weight + body, tail)), tail);
 }
 
-template <typename T>
+template <typename X, typename T>
 void NormRows(const RmsNormParams& p) {
 #pragma omp parallel for num_threads(NumThreads()) if (p.rows * p.dim > 16384)
   for (int64_t r = 0; r < p.rows; ++r) {
-    NormRow(static_cast<const T*>(p.x) + r * p.x_stride, static_cast<const T*>(p.weight),
+    NormRow(static_cast<const X*>(p.x) + r * p.x_stride, static_cast<const T*>(p.weight),
             static_cast<T*>(p.y) + r * p.y_stride, p.dim, p.eps);
   }
 }
@@ -38,9 +38,10 @@ void NormRows(const RmsNormParams& p) {
 }  // namespace
 
 void RmsNorm(const RmsNormParams& p) {
-  if (p.dtype == DType::kFloat32) return NormRows<float>(p);
-  if (p.dtype == DType::kFloat16) return NormRows<Fp16>(p);
-  NormRows<Bf16>(p);
+  const bool wide = p.x_dtype == DType::kFloat32;
+  if (p.dtype == DType::kFloat32) return NormRows<float, float>(p);
+  if (p.dtype == DType::kFloat16) return wide ? NormRows<float, Fp16>(p) : NormRows<Fp16, Fp16>(p);
+  wide ? NormRows<float, Bf16>(p) : NormRows<Bf16, Bf16>(p);
 }
 
 }  // namespace ttsk::TTSK_ISA

@@ -8,7 +8,8 @@
 
 namespace ttsk {
 
-// x, y: [rows, dim] of `dtype`, rows `*_stride` elements apart; y may alias x. weight: [dim] of `dtype`.
+// x: [rows, dim] of `x_dtype`, which is `dtype` or float32; y: [rows, dim] of `dtype`; rows `*_stride` elements apart;
+// y may alias x of the same dtype. weight: [dim] of `dtype`.
 // Reads 2 * dim, writes dim values a row; opens an OpenMP team; no allocation.
 struct RmsNormParams {
   const void* x;
@@ -16,7 +17,7 @@ struct RmsNormParams {
   void* y;
   int64_t rows, dim, x_stride, y_stride;
   float eps;
-  DType dtype;
+  DType x_dtype, dtype;
 };
 
 TTSK_DECLARE_PER_ISA(void RmsNorm(const RmsNormParams& p);)

@@ -1,0 +1,40 @@
+# make solve | test | bench: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+PIP_ARGS ?=
+PROBLEM ?=
+STRATEGY ?= beam_search
+N ?= 16
+ARGS ?=
+
+.PHONY: setup build solve test bench lint gpu clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: constraints.txt pyproject.toml setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -r requirements/torch.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt -r requirements/build.txt
+	$(BIN)/python -m pip install -q $(PIP_ARGS) -c constraints.txt --no-build-isolation -e '.[test]'
+	touch $@
+
+build: setup  ## rebuild the C++ extension after a change in csrc/
+	$(BIN)/python setup.py -q build_ext --inplace
+
+solve: setup
+	@$(BIN)/ttsearch solve $(if $(PROBLEM),"$(PROBLEM)") --strategy $(STRATEGY) --n $(N) $(ARGS)
+
+test: build
+	$(BIN)/python -m ttskernels
+	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
+
+bench: build
+	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff check .
+
+clean:
+	rm -rf build $(VENV) ttskernels/_C*.so

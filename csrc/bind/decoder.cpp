@@ -1,0 +1,205 @@
+#include "ttskernels/decoder.h"
+
+#include <map>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "check_plan.h"
+#include "tensor.h"
+
+namespace ttsk {
+namespace {
+
+// Handles of live decoders. A decoder is not reentrant: one call at a time each, from any thread.
+struct Entry {
+  std::unique_ptr<Decoder> decoder;
+  std::mutex running;
+};
+std::mutex registry_mutex;
+std::map<int64_t, std::shared_ptr<Entry>> registry;
+int64_t next_handle = 1;
+
+std::shared_ptr<Entry> Find(int64_t handle) {
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  const auto found = registry.find(handle);
+  STD_TORCH_CHECK(found != registry.end(), "decoder handle ", handle, " is unknown or was freed");
+  return found->second;
+}
+
+constexpr int kConfigInts = 9, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
+
+int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, const Tensor& inv_freq,
+                 std::vector<std::optional<Tensor>> weights) {
+  STD_TORCH_CHECK(config.size() == kConfigInts && constants.size() == kConstants, "config needs ", kConfigInts,
+                  " integers and ", kConstants, " constants, got ", config.size(), " and ", constants.size());
+  for (int i = 0; i < 7; ++i) STD_TORCH_CHECK(config[i] > 0, "config[", i, "] must be positive, got ", config[i]);
+  STD_TORCH_CHECK(config[3] % config[4] == 0 && config[5] % 16 == 0 && config[5] <= 256 && config[7] >= 0 &&
+                      config[8] >= 0 && config[8] <= 2,
+                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256, window >= 0 and a "
+                  "dtype 0..2, got ", config[3], ", ", config[4], ", ", config[5], ", ", config[7], ", ", config[8]);
+  DecoderShape s{};
+  s.vocab = config[0], s.hidden = config[1], s.layers = config[2], s.q_heads = config[3], s.kv_heads = config[4];
+  s.head_dim = config[5], s.intermediate = config[6], s.window = config[7], s.dtype = static_cast<DType>(config[8]);
+  s.rms_eps = static_cast<float>(constants[0]), s.rope_scale = static_cast<float>(constants[1]);
+  s.scale = static_cast<float>(constants[2]), s.softcap = static_cast<float>(constants[3]);
+  STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kModelWeights + kLayerWeights * s.layers, "weights must be ",
+                  kModelWeights, " + ", kLayerWeights, " per layer, got ", weights.size(), " for ", s.layers, " layers");
+  STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Float && inv_freq.is_contiguous() &&
+                      inv_freq.numel() == s.head_dim / 2,
+                  "inv_freq must be float32 [head_dim / 2 = ", s.head_dim / 2, "]");
+  const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim, h = s.hidden, m = s.intermediate;
+  const auto get = [&](size_t i, std::vector<int64_t> shape, bool required) -> const void* {
+    if (!weights[i].has_value()) {
+      STD_TORCH_CHECK(!required, "weight ", i, " is missing");
+      return nullptr;
+    }
+    const Tensor& w = *weights[i];
+    bool fits = w.is_contiguous() && DTypeOf(w) == s.dtype && w.dim() == static_cast<int64_t>(shape.size());
+    for (int64_t d = 0; fits && d < w.dim(); ++d) fits = w.size(d) == shape[d];
+    STD_TORCH_CHECK(fits, "weight ", i, " must be contiguous, of the decoder's dtype and shape [", shape[0],
+                    shape.size() > 1 ? ", " : "", shape.size() > 1 ? std::to_string(shape[1]) : "", "], got ", w.dim(),
+                    " dimensions, ", w.numel(), " elements");
+    return w.data_ptr();
+  };
+  const void* embed = get(0, {s.vocab, h}, true);
+  const void* final_norm = get(1, {h}, true);
+  const void* lm_head = get(2, {s.vocab, h}, false);
+  std::vector<LayerWeights> layers;
+  for (int64_t l = 0; l < s.layers; ++l) {
+    size_t i = kModelWeights + kLayerWeights * l;
+    LayerWeights w{};
+    w.input_norm = get(i++, {h}, true);
+    w.q = get(i++, {q, h}, true), w.q_bias = get(i++, {q}, false);
+    w.k = get(i++, {kv, h}, true), w.k_bias = get(i++, {kv}, false);
+    w.v = get(i++, {kv, h}, true), w.v_bias = get(i++, {kv}, false);
+    w.q_norm = get(i++, {s.head_dim}, false), w.k_norm = get(i++, {s.head_dim}, false);
+    w.o = get(i++, {h, q}, true), w.o_bias = get(i++, {h}, false);
+    w.post_norm = get(i++, {h}, true);
+    w.gate = get(i++, {m, h}, true), w.up = get(i++, {m, h}, true), w.down = get(i++, {h, m}, true);
+    layers.push_back(w);
+  }
+  auto entry = std::make_shared<Entry>();
+  entry->decoder = std::make_unique<Decoder>(s, Data<const float>(inv_freq), embed, final_norm, lm_head, layers);
+  std::lock_guard<std::mutex> lock(registry_mutex);
+  registry[next_handle] = entry;
+  return next_handle++;
+}
+
+KvPools CheckPools(const DecoderShape& s, const Tensor& k, const Tensor& v) {
+  const int64_t f = PackFactor(s.dtype);
+  STD_TORCH_CHECK(DTypeOf(k) == s.dtype && DTypeOf(v) == s.dtype, "pools must have the decoder's dtype");
+  STD_TORCH_CHECK(k.dim() == 6 && v.dim() == 6 && k.is_contiguous() && v.is_contiguous() && k.size(0) == s.layers &&
+                      v.size(0) == s.layers && k.size(1) == v.size(1) && k.size(2) == s.kv_heads &&
+                      v.size(2) == s.kv_heads && k.size(3) * f == s.head_dim && k.size(4) == 16 && k.size(5) == f &&
+                      v.size(3) * f == 16 && v.size(4) == s.head_dim && v.size(5) == f,
+                  "pools must be contiguous packed pools of this model (model.new_pool)");
+  const int64_t layer_bytes = k.numel() / s.layers * SizeOf(s.dtype);
+  return {k.mutable_data_ptr(), v.mutable_data_ptr(), layer_bytes, layer_bytes};
+}
+
+// ids in the vocabulary, slots inside the pool: nothing is read or written out of bounds.
+void CheckRows(const DecoderShape& s, const Tensor& plan, const Tensor& ids, int64_t pages) {
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Int && ids.dim() == 1 && ids.is_contiguous(), "ids must be int32 [rows]");
+  CheckPlan(plan, ids.numel(), 16, pages);
+  const int32_t* p = Data<const int32_t>(plan);
+  const int32_t* slots = PlanSection(p, kFieldRowSlot);
+  const int32_t* id = Data<const int32_t>(ids);
+  for (int64_t r = 0; r < ids.numel(); ++r) {
+    STD_TORCH_CHECK(id[r] >= 0 && id[r] < s.vocab, "ids[", r, "] must lie in 0 .. ", s.vocab - 1, ", got ", id[r]);
+    STD_TORCH_CHECK(slots[r] >= -1 && slots[r] < pages * 16, "plan row ", r, " writes to slot ", slots[r], " of ", pages * 16);
+  }
+}
+
+Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
+                 const Tensor& out_rows, int64_t output) {
+  const std::shared_ptr<Entry> entry = Find(handle);
+  Decoder& decoder = *entry->decoder;
+  const DecoderShape& s = decoder.shape();
+  const KvPools pools = CheckPools(s, k_pool, v_pool);
+  CheckRows(s, plan, ids, k_pool.size(1));
+  STD_TORCH_CHECK(output == 0 || (output == 1 && decoder.has_lm_head()), "output must be 0 (hidden) or, with a vocabulary "
+                  "head, 1 (logits), got ", output);
+  STD_TORCH_CHECK(out_rows.scalar_type() == ScalarType::Int && out_rows.dim() == 1 && out_rows.is_contiguous(),
+                  "out_rows must be int32 [n]");
+  const int32_t* wanted = Data<const int32_t>(out_rows);
+  for (int64_t i = 0; i < out_rows.numel(); ++i) {
+    STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < ids.numel(), "out_rows[", i, "] must lie in 0 .. ", ids.numel() - 1,
+                    ", got ", wanted[i]);
+  }
+  const int64_t width = output == 1 ? s.vocab : s.hidden;
+  Tensor out = torch::stable::new_empty(k_pool, {out_rows.numel(), width}, ScalarType::Float);
+  std::lock_guard<std::mutex> lock(entry->running);
+  decoder.Forward(pools, Data<const int32_t>(plan), Data<const int32_t>(ids), ids.numel(), wanted, out_rows.numel(),
+                  static_cast<DecoderOutput>(output), Data<float>(out));
+  return out;
+}
+
+int64_t DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
+                 const Tensor& keys, const Tensor& params, const Tensor& next_state, const Tensor& states,
+                 const Tensor& tokens, const Tensor& logprobs) {
+  const std::shared_ptr<Entry> entry = Find(handle);
+  Decoder& decoder = *entry->decoder;
+  const DecoderShape& s = decoder.shape();
+  STD_TORCH_CHECK(decoder.has_lm_head(), "decode needs a vocabulary head; this checkpoint has none");
+  const KvPools pools = CheckPools(s, k_pool, v_pool);
+  CheckRows(s, plan, ids, k_pool.size(1));
+  const int64_t rows = ids.numel();
+  const auto check = [&](const Tensor& t, const char* name, ScalarType type, int64_t count) {
+    STD_TORCH_CHECK(t.scalar_type() == type && t.is_contiguous() && t.numel() == count, name, " must be contiguous with ",
+                    count, " elements of the documented dtype, got ", t.numel());
+  };
+  STD_TORCH_CHECK(tokens.dim() == 2 && next_state.dim() == 2, "tokens and next_state must be two-dimensional");
+  check(keys, "keys", ScalarType::Long, rows), check(params, "params", ScalarType::Float, rows * 4);
+  check(next_state, "next_state", ScalarType::Int, next_state.size(0) * s.vocab);
+  check(states, "states", ScalarType::Int, rows), check(tokens, "tokens", ScalarType::Int, tokens.size(0) * rows);
+  check(logprobs, "logprobs", ScalarType::Float, tokens.size(0) * rows);
+  const int32_t* state = Data<const int32_t>(states);
+  const SampleOptions* options = reinterpret_cast<const SampleOptions*>(Data<const float>(params));
+  for (int64_t r = 0; r < rows; ++r) {
+    STD_TORCH_CHECK(state[r] >= 0 && state[r] < next_state.size(0), "states[", r, "] must lie in 0 .. ",
+                    next_state.size(0) - 1, ", got ", state[r]);
+    STD_TORCH_CHECK(ValidOptions(options[r]), "params[", r, "] must be temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
+                    "0 <= min_p <= 1");
+  }
+  const int32_t* table = Data<const int32_t>(next_state);
+  int32_t last_state = -1;
+  for (int64_t i = 0; i < next_state.numel(); ++i) last_state = table[i] > last_state ? table[i] : last_state;
+  STD_TORCH_CHECK(last_state < next_state.size(0), "next_state leads to state ", last_state, ", it has ",
+                  next_state.size(0), " states");
+  DecodeParams p{};
+  p.plan = Data<int32_t>(plan), p.ids = Data<int32_t>(ids), p.keys = Data<const int64_t>(keys), p.options = options;
+  p.next_state = table, p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
+  p.logprobs = Data<float>(logprobs), p.rows = rows, p.max_iterations = tokens.size(0);
+  int64_t iterations = 0, bad_row = -1;
+  DecodeStop stop;
+  {
+    std::lock_guard<std::mutex> lock(entry->running);
+    stop = decoder.Decode(pools, p, &iterations, &bad_row);
+  }
+  STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of row ", bad_row, " are not finite after ", iterations,
+                  " iterations; the weights or the KV cache are damaged");
+  return iterations;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ttskernels, CPU, m) {
+  m.impl("decoder_create", TORCH_BOX(&CreateOp));
+  m.impl("decoder_forward", TORCH_BOX(&ForwardOp));
+  m.impl("decoder_decode", TORCH_BOX(&DecodeOp));
+}
+
+}  // namespace ttsk
+
+// Forgets a decoder; unknown handles are ignored (a finaliser may run twice at interpreter exit).
+extern "C" __attribute__((visibility("default"))) void ttsk_decoder_free(int64_t handle) {
+  std::shared_ptr<ttsk::Entry> last;  // freed outside the lock
+  std::lock_guard<std::mutex> lock(ttsk::registry_mutex);
+  const auto found = ttsk::registry.find(handle);
+  if (found == ttsk::registry.end()) return;
+  last = found->second;
+  ttsk::registry.erase(found);
+}

@@ -1,0 +1,47 @@
+#include "ttskernels/linear.h"
+
+#include <cstring>
+#include <vector>
+
+#include "tensor.h"
+
+namespace ttsk {
+namespace {
+
+Tensor LinearPackOp(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "weight must be [n, k] with contiguous rows");
+  const DType dtype = DTypeOf(weight);
+  const int64_t n = weight.size(0), k = weight.size(1), bytes = LinearPackedBytes(n, k, dtype);
+  Tensor packed = torch::stable::new_empty(weight, {bytes}, ScalarType::Byte);
+  std::memset(packed.mutable_data_ptr(), 0, bytes);
+  LinearPack(weight.data_ptr(), n, k, weight.stride(0), dtype, {0, n > 0 ? n : 1, 0}, packed.mutable_data_ptr());
+  return packed;
+}
+
+Tensor LinearOp(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [rows, k] with contiguous rows");
+  STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), "packed must come from linear_pack");
+  const DType dtype = DTypeOf(x);
+  const int64_t rows = x.size(0), k = x.size(1), bytes = LinearPackedBytes(out_features, k, dtype);
+  STD_TORCH_CHECK(packed.numel() == bytes, "packed must have ", bytes, " bytes for out_features ", out_features,
+                  " and x's k ", k, " and dtype, got ", packed.numel());
+  if (bias) {
+    STD_TORCH_CHECK(bias->numel() == out_features && bias->is_contiguous() && bias->scalar_type() == ScalarType::Float,
+                    "bias must be contiguous float32 [", out_features, "]");
+  }
+  Tensor y = torch::stable::new_empty(x, {rows, out_features});
+  std::vector<float> workspace(LinearWorkspaceBytes(rows, k) / 4);
+  TTSK_SELECT(Linear)({x.data_ptr(), packed.data_ptr(), bias ? static_cast<const float*>(bias->data_ptr()) : nullptr,
+                       y.mutable_data_ptr(), workspace.data(), rows, out_features, k, x.stride(0), out_features, dtype,
+                       dtype, dtype, LinearEpilogue::kStore});
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ttskernels, CPU, m) {
+  m.impl("linear_pack", TORCH_BOX(&LinearPackOp));
+  m.impl("linear", TORCH_BOX(&LinearOp));
+}
+
+}  // namespace ttsk

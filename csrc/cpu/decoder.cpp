@@ -1,0 +1,226 @@
+#include "ttskernels/decoder.h"
+
+#include <algorithm>
+#include <cstring>
+
+#include "ttskernels/linear.h"
+#include "ttskernels/plan.h"
+#include "ttskernels/rms_norm.h"
+#include "ttskernels/rope_append.h"
+#include "ttskernels/threads.h"
+#include "ttskernels/tree_attention.h"
+
+namespace ttsk {
+namespace {
+
+float BitsAsFloat(uint32_t bits) {
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+float ElementAsFloat(const void* data, int64_t i, DType dtype) {
+  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
+  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+  if (dtype == DType::kBFloat16) return BitsAsFloat(static_cast<uint32_t>(bits) << 16);
+  _Float16 half;
+  std::memcpy(&half, &bits, 2);
+  return static_cast<float>(half);
+}
+
+void RowAsFloat(const char* table, int64_t row, int64_t dim, DType dtype, float* out) {
+  const char* source = table + row * dim * SizeOf(dtype);
+  if (dtype == DType::kFloat32) {
+    std::memcpy(out, source, dim * 4);
+    return;
+  }
+  for (int64_t i = 0; i < dim; ++i) out[i] = ElementAsFloat(source, i, dtype);
+}
+
+Bytes Copy(const void* data, int64_t count, DType dtype) {
+  if (data == nullptr) return {};
+  const char* bytes = static_cast<const char*>(data);
+  return Bytes(bytes, bytes + count * SizeOf(dtype));
+}
+
+void AppendBias(std::vector<float>& bias, const void* part, int64_t n, DType dtype, bool any) {
+  if (!any) return;
+  for (int64_t i = 0; i < n; ++i) bias.push_back(part != nullptr ? ElementAsFloat(part, i, dtype) : 0.0f);
+}
+
+enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kOutAttended, kWorkspace, kAttention, kLogits,
+                        kRope, kCount };
+
+}  // namespace
+
+Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
+                 const void* lm_head, const std::vector<LayerWeights>& layers)
+    : shape_(shape), inv_freq_(inv_freq, inv_freq + shape.head_dim / 2), scratch_(kCount) {
+  const DType t = shape.dtype;
+  const int64_t h = shape.hidden, inner = shape.intermediate;
+  const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
+  const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t), 0); };
+  const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
+  embed_ = Copy(embed, shape.vocab * h, t);
+  final_norm_ = Copy(final_norm, h, t);
+  if (lm_head != nullptr) {
+    lm_head_ = pack(shape.vocab, h);
+    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data());
+  }
+  for (const LayerWeights& w : layers) {
+    Layer layer;
+    layer.input_norm = Copy(w.input_norm, h, t), layer.post_norm = Copy(w.post_norm, h, t);
+    layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
+    layer.qkv = pack(q + 2 * kv, h);
+    LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data());
+    LinearPack(w.k, kv, h, h, t, whole(q, kv), layer.qkv.data());
+    LinearPack(w.v, kv, h, h, t, whole(q + kv, kv), layer.qkv.data());
+    const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
+    AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
+    AppendBias(layer.qkv_bias, w.k_bias, kv, t, biased);
+    AppendBias(layer.qkv_bias, w.v_bias, kv, t, biased);
+    layer.o = pack(h, q);
+    LinearPack(w.o, h, q, q, t, whole(0, h), layer.o.data());
+    AppendBias(layer.o_bias, w.o_bias, h, t, w.o_bias != nullptr);
+    // Panels of 32 gate and 32 up columns (kSwiGlu); an intermediate size that is no multiple of 32 is padded with zeros.
+    const int64_t padded = (inner + 31) / 32 * 32;
+    layer.gate_up = pack(2 * padded, h);
+    LinearPack(w.gate, inner, h, h, t, {0, 32, 64}, layer.gate_up.data());
+    LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data());
+    // `down` reads the padded activations: its extra columns are zero.
+    layer.down = pack(h, padded);
+    Bytes wide(h * padded * SizeOf(t), 0);
+    for (int64_t r = 0; r < h; ++r) {
+      std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down) + r * inner * SizeOf(t),
+                  inner * SizeOf(t));
+    }
+    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data());
+    layers_.push_back(std::move(layer));
+  }
+  shape_.intermediate = (inner + 31) / 32 * 32;
+}
+
+template <typename T>
+T* Decoder::Scratch(int index, int64_t count) {
+  Bytes& buffer = scratch_[index];
+  const size_t bytes = static_cast<size_t>(count) * sizeof(T);
+  if (buffer.size() < bytes) buffer = Bytes(bytes + bytes / 4);
+  return reinterpret_cast<T*>(buffer.data());
+}
+
+void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const {
+  const int64_t h = shape_.hidden;
+  TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, shape_.dtype});
+}
+
+void Decoder::Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
+                      int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu) {
+  LinearParams p{};
+  p.x = x, p.packed = packed.data(), p.bias = bias.empty() ? nullptr : bias.data(), p.y = y;
+  p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(rows, k));
+  p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = swiglu ? n / 2 : n;
+  p.x_dtype = p.weight_dtype = shape_.dtype, p.y_dtype = y_dtype;
+  p.epilogue = swiglu ? LinearEpilogue::kSwiGlu : add ? LinearEpilogue::kAdd : LinearEpilogue::kStore;
+  TTSK_SELECT(Linear)(p);
+}
+
+void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows,
+                      const int32_t* out_rows, int64_t num_out, DecoderOutput output, float* out) {
+  if (rows == 0 || layers_.empty()) return;
+  const DecoderShape& s = shape_;
+  const int64_t h = s.hidden, size = SizeOf(s.dtype);
+  const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim, qkv_dim = q + 2 * kv;
+  float* x = Scratch<float>(kX, rows * h);
+  char* normed = Scratch<char>(kNormed, std::max(rows, num_out) * h * size);
+  float* qkv = Scratch<float>(kQkv, rows * qkv_dim);
+  char* rotated = Scratch<char>(kQ, rows * q * size);
+  char* attended = Scratch<char>(kAttended, rows * q * size);
+  char* act = Scratch<char>(kAct, std::max(rows, num_out) * s.intermediate * size);
+  const std::vector<float> no_bias;
+
+  const int64_t pairs = s.head_dim / 2;
+  float* cos_sin = Scratch<float>(kRope, 2 * rows * pairs);
+  RopeTable(PlanSection(plan, kFieldRowPos), rows, inv_freq_.data(), pairs, s.rope_scale, cos_sin);
+  for (int64_t r = 0; r < rows; ++r) RowAsFloat(embed_.data(), ids[r], h, s.dtype, x + r * h);
+  bool identity = num_out == rows;
+  for (int64_t i = 0; identity && i < rows; ++i) identity = out_rows[i] == i;
+
+  int64_t live = rows;
+  for (size_t l = 0; l < layers_.size(); ++l) {
+    const Layer& layer = layers_[l];
+    char* k_pages = static_cast<char*>(pools.k) + l * pools.k_layer_bytes;
+    char* v_pages = static_cast<char*>(pools.v) + l * pools.v_layer_bytes;
+    Norm(x, layer.input_norm, rows, normed);
+    Project(normed, layer.qkv, layer.qkv_bias, rows, qkv_dim, h, false, qkv, DType::kFloat32, false);
+
+    RopeAppendParams rope{};
+    rope.q_in = qkv, rope.k_in = qkv + q, rope.v_in = qkv + q + kv, rope.q_out = rotated;
+    rope.k_pages = k_pages, rope.v_pages = v_pages, rope.packed = true, rope.page_size = 16;
+    rope.slots = PlanSection(plan, kFieldRowSlot), rope.cos_sin = cos_sin, rope.eps = s.rms_eps;
+    rope.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
+    rope.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
+    rope.rows = rows, rope.q_heads = s.q_heads, rope.kv_heads = s.kv_heads;
+    rope.head_dim = rope.v_dim = s.head_dim, rope.pairs = pairs;
+    rope.q_in_stride = rope.k_in_stride = rope.v_in_stride = qkv_dim, rope.q_out_stride = q;
+    rope.in_dtype = DType::kFloat32, rope.dtype = rope.norm_dtype = s.dtype;
+    TTSK_SELECT(RopeAppend)(rope);
+
+    TreeAttentionParams attention{};
+    attention.q = rotated, attention.out = attended, attention.k = k_pages, attention.v = v_pages;
+    attention.plan = plan, attention.rows = rows, attention.q_heads = s.q_heads, attention.kv_heads = s.kv_heads;
+    attention.head_dim = attention.v_dim = s.head_dim, attention.q_stride = attention.out_stride = q;
+    attention.dtype = s.dtype, attention.packed = true, attention.scale = s.scale, attention.softcap = s.softcap;
+    attention.window = static_cast<int32_t>(s.window);
+    attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
+    TTSK_SELECT(TreeAttention)(attention);
+
+    if (l + 1 == layers_.size() && !identity) {  // nothing reads the other rows any more
+      float* out_x = Scratch<float>(kOutX, num_out * h);
+      char* out_attended = Scratch<char>(kOutAttended, num_out * q * size);
+      for (int64_t i = 0; i < num_out; ++i) {
+        std::memcpy(out_x + i * h, x + out_rows[i] * h, h * 4);
+        std::memcpy(out_attended + i * q * size, attended + out_rows[i] * q * size, q * size);
+      }
+      x = out_x, attended = out_attended, live = num_out;
+    }
+    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false);
+    Norm(x, layer.post_norm, live, normed);
+    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true);
+    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false);
+  }
+  if (output == DecoderOutput::kHidden) {
+    std::memcpy(out, x, num_out * h * 4);
+    return;
+  }
+  Norm(x, final_norm_, num_out, normed);
+  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false);
+}
+
+DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {
+  *iterations = 0;
+  for (int64_t r = static_cast<int64_t>(all_rows_.size()); r < p.rows; ++r) all_rows_.push_back(static_cast<int32_t>(r));
+  float* logits = Scratch<float>(kLogits, p.rows * shape_.vocab);
+  while (*iterations < p.max_iterations) {
+    if (*iterations > 0 && PlanAdvance(p.plan) != 0) return DecodeStop::kOutOfSlots;
+    Forward(pools, p.plan, p.ids, p.rows, all_rows_.data(), p.rows, DecoderOutput::kLogits, logits);
+    int32_t* tokens = p.tokens + *iterations * p.rows;
+    SampleParams sample{};
+    sample.logits = logits, sample.keys = p.keys, sample.positions = PlanSection(p.plan, kFieldRowPos);
+    sample.options = p.options, sample.tokens = tokens, sample.logprobs = p.logprobs + *iterations * p.rows;
+    sample.count = p.rows, sample.vocab = shape_.vocab, sample.logits_stride = shape_.vocab;
+    sample.position_offset = 1;  // the token being sampled stands one behind the row
+    *bad_row = Sample(sample);
+    if (*bad_row >= 0) return DecodeStop::kBadLogits;
+    ++*iterations;
+    bool ended = false;
+    for (int64_t r = 0; r < p.rows; ++r) {
+      p.ids[r] = tokens[r];
+      p.states[r] = p.next_state[p.states[r] * shape_.vocab + tokens[r]];
+      ended |= p.states[r] < 0;
+    }
+    if (ended) return DecodeStop::kRowEnded;
+  }
+  return DecodeStop::kFull;
+}
+
+}  // namespace ttsk

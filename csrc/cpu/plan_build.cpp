@@ -1,0 +1,397 @@
+#include "ttskernels/plan_build.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <numeric>
+
+namespace ttsk {
+
+TreeSpec::TreeSpec(const int32_t* packed)
+    : nodes(packed[0]), rows(packed[1]), num_pages(packed[2]), page_size(packed[3]) {
+  parent = packed + 4;
+  length = parent + nodes;
+  capacity = length + nodes;
+  cached = capacity + nodes;
+  first_offset = cached + nodes;
+  page_indptr = first_offset + nodes;
+  pages = page_indptr + nodes + 1;
+  row_node = pages + num_pages;
+  row_pos = row_node + rows;
+}
+
+int64_t Planner::Blocks(int64_t rows) const {
+  const int64_t most = static_cast<int64_t>(costs_.block_rows);
+  return (rows + most - 1) / most;
+}
+
+double Planner::BlockRate(int64_t rows) const {
+  const int64_t tile = static_cast<int64_t>(costs_.tile_rows);
+  const int64_t padded = (rows * static_cast<int64_t>(costs_.group) + tile - 1) / tile * tile;
+  return std::max(costs_.byte_us, costs_.flop_us * static_cast<double>(padded));
+}
+
+double Planner::RowRate(int64_t rows) const {
+  const int64_t blocks = Blocks(rows), size = (rows + blocks - 1) / blocks;
+  return static_cast<double>(blocks - 1) * BlockRate(size) + BlockRate(rows - (blocks - 1) * size);
+}
+
+void Planner::Build(const TreeSpec& spec, const PlanCosts& costs) {
+  costs_ = costs;
+  page_size_ = spec.page_size;
+  Measure(spec);
+  SortRows(spec);
+  Choose();
+  MakeItems(spec);
+  SplitItems();
+  AssignSlots();
+  AssignQueues();
+  SetRowTargets(spec);
+}
+
+// Positions, rows at and below every node, and how much of it is read.
+void Planner::Measure(const TreeSpec& spec) {
+  const int32_t n = spec.nodes;
+  nodes_.assign(n, Node{});
+  for (int32_t v = 0; v < n; ++v) {
+    Node& node = nodes_[v];
+    node.parent = spec.parent[v];
+    node.length = spec.length[v];
+    node.pos0 = node.parent < 0 ? 0 : nodes_[node.parent].pos0 + nodes_[node.parent].length;
+    node.leaf = node.pushed = true;
+    node.seg_lo = -1;
+  }
+  for (int32_t r = 0; r < spec.rows; ++r) {
+    Node& node = nodes_[spec.row_node[r]];
+    ++node.own;
+    node.reach = std::max(node.reach, spec.row_pos[r] - node.pos0 + 1);
+  }
+  for (int32_t v = n - 1; v >= 0; --v) {
+    Node& node = nodes_[v];
+    node.total += node.own;
+    if (node.parent >= 0 && node.total > 0) {
+      nodes_[node.parent].total += node.total;
+      nodes_[node.parent].leaf = false;
+    }
+  }
+  int32_t root_cursor = 0;
+  unique_tokens_ = 0;
+  for (int32_t v = 0; v < n; ++v) {
+    Node& node = nodes_[v];
+    int32_t& cursor = node.parent < 0 ? root_cursor : nodes_[node.parent].cursor;
+    node.row_lo = cursor;
+    cursor += node.total;
+    node.cursor = node.row_lo + node.own;
+    node.seen = node.leaf ? node.reach : node.length;
+    node.growing = node.leaf && node.own == 1 && node.reach == node.length;
+    node.extent = node.growing ? std::max(spec.capacity[v], node.reach) : node.seen;
+    if (node.total > 0) unique_tokens_ += node.seen;
+  }
+}
+
+// perm_: plan row -> caller row. Own rows of a node by position, then in the caller's order.
+void Planner::SortRows(const TreeSpec& spec) {
+  perm_.resize(spec.rows);
+  pos_.resize(spec.rows);
+  input_pos_.assign(spec.row_pos, spec.row_pos + spec.rows);
+  for (Node& node : nodes_) node.cursor = node.row_lo;
+  bool sorted = true;
+  for (int32_t r = 0; r < spec.rows; ++r) {
+    Node& node = nodes_[spec.row_node[r]];
+    const int32_t at = node.cursor++;
+    perm_[at] = r;
+    sorted = sorted && (at == node.row_lo || spec.row_pos[perm_[at - 1]] <= spec.row_pos[r]);
+  }
+  if (!sorted) {
+    for (const Node& node : nodes_) {
+      std::stable_sort(perm_.begin() + node.row_lo, perm_.begin() + node.row_lo + node.own,
+                       [&](int32_t a, int32_t b) { return spec.row_pos[a] < spec.row_pos[b]; });
+    }
+  }
+  flat_tokens_ = 0;
+  for (int32_t i = 0; i < spec.rows; ++i) {
+    pos_[i] = spec.row_pos[perm_[i]];
+    flat_tokens_ += pos_[i] + 1;
+  }
+}
+
+void Planner::Choose() {
+  const int32_t n = static_cast<int32_t>(nodes_.size());
+  for (int32_t v = n - 1; v >= 0; --v) {
+    Node& node = nodes_[v];
+    if (node.total == 0) continue;
+    if (node.own > 0) {
+      const double own_rate = RowRate(node.own);
+      const int64_t blocks = Blocks(node.own);
+      node.rate += own_rate;
+      node.flat_rate += own_rate;
+      node.flat += static_cast<double>(blocks) * costs_.item_us;
+      node.empty += blocks;
+    }
+    if (node.seen > 0) {
+      const double tokens = node.seen;
+      const int64_t rows = node.total, groups = (node.seen + kPartialTokens - 1) / kPartialTokens;
+      node.flat += tokens * node.flat_rate;
+      const double push = tokens * node.rate + static_cast<double>(node.empty) * costs_.item_us;
+      const double once_rate = RowRate(rows);
+      const double once = static_cast<double>(Blocks(rows)) * costs_.item_us + tokens * once_rate;
+      double extra = 0.0;
+      if (node.pos0 == 0) extra = static_cast<double>(rows + node.records - node.open_rows) * costs_.partial_us;
+      if (once + extra < push) {
+        node.pushed = false;
+        node.done += node.front_cost + static_cast<double>(node.records) * costs_.partial_us;
+        node.front_cost = once;
+        node.rate = once_rate;
+        node.empty = 0;
+        node.records = rows * groups;
+        node.open_rows = rows;
+      } else {
+        node.front_cost += push;
+        node.empty = 0;
+        node.records += rows * groups;
+      }
+    }
+    if (node.parent < 0) continue;
+    Node& up = nodes_[node.parent];
+    up.front_cost += node.front_cost;
+    up.rate += node.rate;
+    up.empty += node.empty;
+    up.records += node.records;
+    up.open_rows += node.open_rows;
+    up.flat_rate += node.flat_rate;
+    up.done += node.done;
+    up.flat += node.flat;
+  }
+  double modelled = 0.0, flat = 0.0;
+  bool any_flat = false;
+  for (int32_t v = n - 1; v >= 0; --v) {
+    Node& node = nodes_[v];
+    if (node.parent >= 0 || node.total == 0) continue;
+    double cost = node.done + node.front_cost + static_cast<double>(node.open_rows) * costs_.partial_us;
+    if (cost > node.flat) {
+      node.flat_tree = any_flat = true;
+      cost = node.flat;
+    }
+    modelled += cost;
+    flat += node.flat;
+  }
+  if (any_flat) {
+    for (Node& node : nodes_) {
+      if (node.parent >= 0 && nodes_[node.parent].flat_tree) node.flat_tree = true;
+      if (node.flat_tree) node.pushed = true;
+    }
+  }
+  modelled_us_ = modelled / costs_.workers;
+  flat_us_ = flat / costs_.workers;
+}
+
+void Planner::AppendSegs(const TreeSpec& spec, int32_t v) {
+  Node& node = nodes_[v];
+  if (node.seg_lo >= 0) {  // in an earlier chain already
+    for (int32_t i = 0; i < node.seg_n; ++i) {
+      const PlanSeg seg = segs_[node.seg_lo + i];
+      segs_.push_back(seg);
+    }
+    return;
+  }
+  node.seg_lo = static_cast<int32_t>(segs_.size());
+  const int32_t* pages = spec.pages + spec.page_indptr[v];
+  int32_t offset = spec.first_offset[v], to_partial = 0;
+  for (int32_t token = 0; token < node.extent;) {
+    const bool begin = to_partial == 0;
+    if (begin) to_partial = kPartialTokens;
+    const int32_t count = std::min({page_size_ - offset, node.extent - token, to_partial});
+    segs_.push_back({*pages, offset, count, begin});
+    token += count;
+    to_partial -= count;
+    offset += count;
+    if (offset == page_size_) {
+      offset = 0;
+      ++pages;
+    }
+  }
+  node.seg_n = static_cast<int32_t>(segs_.size()) - node.seg_lo;
+}
+
+// One item per chain and block of rows.
+void Planner::MakeItems(const TreeSpec& spec) {
+  items_.clear();
+  segs_.clear();
+  for (int32_t v = 0; v < spec.nodes; ++v) {
+    const Node& node = nodes_[v];
+    const int32_t rows = node.pushed ? node.own : node.total;
+    if (rows == 0) continue;
+    chain_.assign(1, v);
+    for (int32_t up = node.parent; up >= 0 && nodes_[up].pushed; up = nodes_[up].parent) chain_.push_back(up);
+    const int32_t pos0 = nodes_[chain_.back()].pos0, seg_lo = static_cast<int32_t>(segs_.size());
+    for (size_t i = chain_.size(); i-- > 0;) AppendSegs(spec, chain_[i]);
+    const int32_t seg_n = static_cast<int32_t>(segs_.size()) - seg_lo, row_end = node.row_lo + rows;
+    const int32_t blocks = static_cast<int32_t>(Blocks(rows)), size = (rows + blocks - 1) / blocks;
+    for (int32_t lo = node.row_lo; lo < row_end; lo += size) {
+      const int32_t hi = std::min(lo + size, row_end), last = pos_[hi - 1];
+      int32_t end = node.pos0 + node.extent, n = seg_n;
+      if (!node.growing) {  // the block's last row sees nothing of later segments
+        while (n > 1 && end - segs_[seg_lo + n - 1].count > last) end -= segs_[seg_lo + --n].count;
+      }
+      const double seen = std::min(end, last + 1) - pos0;
+      items_.push_back({lo, hi - lo, seg_lo, n, pos0, end - pos0, -1, costs_.item_us + seen * BlockRate(hi - lo),
+                        node.growing});
+    }
+  }
+}
+
+// Cuts long items at partial starts while there are too few (item, kv head) tasks for the workers.
+void Planner::SplitItems() {
+  double total = 0.0;
+  for (const Item& item : items_) total += item.cost;
+  const double target = total / costs_.tasks * costs_.kv_heads;
+  split_.clear();
+  for (const Item& item : items_) {
+    const int64_t pieces = static_cast<int64_t>(
+        std::min(std::ceil(item.cost / target), std::floor(item.cost / costs_.min_piece_us)));
+    if (pieces <= 1 || item.tokens <= kPartialTokens) {
+      split_.push_back(item);
+      continue;
+    }
+    int32_t lo = item.seg_lo, start = 0, token = 0;
+    int64_t made = 1;
+    const int32_t end = item.seg_lo + item.seg_n;
+    for (int32_t s = lo; s <= end; ++s) {
+      const bool cut = s == end || (segs_[s].begin != 0 && s > item.seg_lo && token * pieces >= item.tokens * made);
+      if (cut) {
+        Item piece = item;
+        piece.seg_lo = lo;
+        piece.seg_n = s - lo;
+        piece.pos0 = item.pos0 + start;
+        piece.tokens = token - start;
+        if (!item.growing) {  // leading rows that see nothing of this piece
+          while (pos_[piece.row_lo] < piece.pos0) ++piece.row_lo, --piece.row_n;
+        }
+        const int32_t seen = std::min(piece.tokens, pos_[piece.row_lo + piece.row_n - 1] + 1 - piece.pos0);
+        piece.cost = costs_.item_us + static_cast<double>(std::max(0, seen)) * BlockRate(piece.row_n);
+        split_.push_back(piece);
+        lo = s;
+        start = token;
+        ++made;
+      }
+      if (s < end) token += segs_[s].count;
+    }
+  }
+  items_.swap(split_);
+}
+
+// Slots and merge lists. Items are in root-to-leaf order for every row.
+void Planner::AssignSlots() {
+  const int32_t rows = static_cast<int32_t>(perm_.size());
+  parts_.assign(rows, 0);
+  for (const Item& item : items_) {
+    for (int32_t r = item.row_lo; r < item.row_lo + item.row_n; ++r) ++parts_[r];
+  }
+  num_slots_ = 0;
+  merge_indptr_.assign(rows + 1, 0);
+  for (Item& item : items_) {
+    bool direct = item.pos0 == 0;
+    for (int32_t r = item.row_lo; direct && r < item.row_lo + item.row_n; ++r) direct = parts_[r] == 1;
+    if (direct) continue;
+    int32_t groups = item.pos0 == 0;
+    if (groups == 0) {
+      for (int32_t s = item.seg_lo; s < item.seg_lo + item.seg_n; ++s) groups += segs_[s].begin;
+    }
+    item.slot = num_slots_;
+    num_slots_ += groups * item.row_n;
+    for (int32_t r = item.row_lo; r < item.row_lo + item.row_n; ++r) merge_indptr_[r + 1] += groups;
+  }
+  std::partial_sum(merge_indptr_.begin(), merge_indptr_.end(), merge_indptr_.begin());
+  merge_cursor_.assign(merge_indptr_.begin(), merge_indptr_.end() - 1);
+  merge_slots_.resize(merge_indptr_[rows]);
+  for (size_t i = 0; i < items_.size(); ++i) {
+    const Item& item = items_[i];
+    if (item.slot < 0) continue;
+    int32_t end = num_slots_;  // the next item with slots starts where this one ends
+    for (size_t j = i + 1; j < items_.size(); ++j) {
+      if (items_[j].slot >= 0) {
+        end = items_[j].slot;
+        break;
+      }
+    }
+    for (int32_t slot = item.slot; slot < end; slot += item.row_n) {
+      for (int32_t r = 0; r < item.row_n; ++r) merge_slots_[merge_cursor_[item.row_lo + r]++] = slot + r;
+    }
+  }
+}
+
+// Most expensive item first; longest processing time first over the queues.
+void Planner::AssignQueues() {
+  const int32_t n = static_cast<int32_t>(items_.size()), queues = static_cast<int32_t>(costs_.queues);
+  order_.resize(n);
+  std::iota(order_.begin(), order_.end(), 0);
+  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return items_[a].cost > items_[b].cost; });
+  worker_indptr_.assign(queues + 1, 0);
+  worker_indptr_[queues] = n;
+  if (queues == 1) return;
+  std::vector<std::pair<double, int32_t>> heap(queues);
+  for (int32_t q = 0; q < queues; ++q) heap[q] = {0.0, q};
+  const auto later = [](const auto& a, const auto& b) { return a > b; };
+  queue_.resize(n);
+  for (int32_t i = 0; i < n; ++i) {
+    std::pop_heap(heap.begin(), heap.end(), later);
+    auto& [load, q] = heap.back();
+    queue_[order_[i]] = q;
+    load += items_[order_[i]].cost;
+    std::push_heap(heap.begin(), heap.end(), later);
+  }
+  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return queue_[a] < queue_[b]; });
+  for (int32_t q = 0, i = 0; q < queues; ++q) {
+    worker_indptr_[q] = i;
+    while (i < n && queue_[order_[i]] == q) ++i;
+  }
+}
+
+void Planner::SetRowTargets(const TreeSpec& spec) {
+  row_slot_.resize(spec.rows);
+  row_leaf_.resize(4 * static_cast<size_t>(spec.rows));
+  for (int32_t r = 0; r < spec.rows; ++r) {
+    const int32_t v = spec.row_node[r];
+    const Node& node = nodes_[v];
+    int32_t token = spec.row_pos[r] - node.pos0;
+    const int32_t at = spec.first_offset[v] + token, page = at / page_size_;
+    row_slot_[r] = token < spec.cached[v] ? -1
+                                          : spec.pages[spec.page_indptr[v] + page] * page_size_ + at - page * page_size_;
+    int32_t* leaf = &row_leaf_[4 * static_cast<size_t>(r)];
+    leaf[0] = leaf[2] = -1;
+    leaf[1] = leaf[3] = 0;
+    if (!node.growing) continue;
+    leaf[0] = node.seg_lo;
+    leaf[2] = node.seg_lo + node.seg_n;
+    for (; token >= segs_[leaf[0]].count; ++leaf[0]) token -= segs_[leaf[0]].count;
+    leaf[1] = token;
+  }
+}
+
+void Planner::Write(int32_t* plan) const {
+  plan[kFieldPageSize] = page_size_;
+  plan[kFieldNumRows] = rows();
+  plan[kFieldNumItems] = items();
+  plan[kFieldNumSegs] = segs();
+  plan[kFieldNumSlots] = num_slots_;
+  plan[kFieldNumMerges] = merges();
+  const auto copy = [&](PlanField field, const auto& from) {
+    if (!from.empty()) std::memcpy(PlanSection(plan, field), from.data(), from.size() * sizeof(from[0]));
+  };
+  copy(kFieldRowPos, input_pos_);
+  copy(kFieldRowSlot, row_slot_);
+  copy(kFieldRowPerm, perm_);
+  copy(kFieldRowLeaf, row_leaf_);
+  copy(kFieldSegs, segs_);
+  copy(kFieldMergeIndptr, merge_indptr_);
+  copy(kFieldMergeSlots, merge_slots_);
+  copy(kFieldWorkerIndptr, worker_indptr_);
+  auto* out = reinterpret_cast<PlanItem*>(PlanSection(plan, kFieldItems));
+  for (const int32_t i : order_) {
+    const Item& item = items_[i];
+    *out++ = {item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, item.slot, item.pos0 == 0 ? kFold : 0,
+              item.tokens};
+  }
+}
+
+}  // namespace ttsk

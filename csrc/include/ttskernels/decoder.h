@@ -1,0 +1,88 @@
+// One configured decoder: pre-norm, grouped-query attention with rotary positions, SwiGLU. Torch-free.
+// Llama 1-3.x, SmolLM2, Mistral, Qwen2 / 2.5 (biases) and Qwen3 (q/k norm) differ by configuration only.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+#include "ttskernels/decoder_memory.h"
+#include "ttskernels/dtype.h"
+#include "ttskernels/sample.h"
+
+namespace ttsk {
+
+struct DecoderShape {
+  int64_t vocab, hidden, layers, q_heads, kv_heads, head_dim, intermediate, window;  // window 0: none
+  DType dtype;
+  float rms_eps, rope_scale, scale, softcap;
+};
+
+// Weights as the checkpoint has them, row-major, of the decoder's dtype; null where the family has none.
+struct LayerWeights {
+  const void *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate, *up,
+      *down;
+};
+
+// KV of all layers, packed layout, page_size 16; layer l begins `*_layer_bytes * l` bytes in.
+struct KvPools {
+  void *k, *v;
+  int64_t k_layer_bytes, v_layer_bytes;
+};
+
+enum class DecoderOutput : int { kHidden = 0, kLogits = 1 };
+
+// Why Decode returned. Iterations that are done have their tokens, log-probabilities and states written.
+enum class DecodeStop : int { kRowEnded, kFull, kOutOfSlots, kBadLogits };
+
+struct DecodeParams {
+  int32_t* plan;                // advanced between iterations
+  int32_t* ids;                 // [rows] in: token whose KV is appended next; out: last sampled token
+  const int64_t* keys;          // [rows]
+  const SampleOptions* options; // [rows]
+  const int32_t* next_state;    // [states, vocab]
+  int32_t* states;              // [rows] in, out
+  int32_t* tokens;              // [max_iterations, rows]
+  float* logprobs;              // [max_iterations, rows]
+  int64_t rows, max_iterations;
+};
+
+class Decoder {
+ public:
+  // Copies every weight (matrices packed); the caller's memory may go away. lm_head: null for a model without one;
+  // tied embeddings pass the embedding. inv_freq: [head_dim / 2].
+  Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
+          const void* lm_head, const std::vector<LayerWeights>& layers);
+
+  const DecoderShape& shape() const { return shape_; }
+  bool has_lm_head() const { return !lm_head_.empty(); }
+
+  // Runs the plan's rows; row r's token is ids[r] (checked by the caller to lie in the vocabulary). Writes K, V of rows
+  // with a slot, all of a layer before its attention, and out[i] = hidden state before the final norm [hidden] or
+  // logits [vocab] of row out_rows[i]. The last layer's output and MLP run for out_rows only. Not reentrant.
+  void Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows, const int32_t* out_rows,
+               int64_t num_out, DecoderOutput output, float* out);
+
+  // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop; with
+  // kBadLogits, bad_row is the first row whose logits are not finite. next_state holds states that exist or negatives.
+  DecodeStop Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row);
+
+ private:
+  struct Layer {
+    Bytes input_norm, qkv, q_norm, k_norm, o, post_norm, gate_up, down;
+    std::vector<float> qkv_bias, o_bias;
+  };
+  template <typename T>
+  T* Scratch(int index, int64_t count);
+  void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;
+  void Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
+               int64_t k, bool add, void* y, DType y_dtype, bool swiglu);
+
+  DecoderShape shape_;
+  std::vector<float> inv_freq_;
+  Bytes embed_, final_norm_, lm_head_;
+  std::vector<Layer> layers_;
+  std::vector<Bytes> scratch_;
+  std::vector<int32_t> all_rows_;
+};
+
+}  // namespace ttsk

@@ -1,0 +1,49 @@
+// y = x W^T + b with weights packed once. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "ttskernels/dtype.h"
+#include "ttskernels/isa.h"
+
+namespace ttsk {
+
+// Packed weights: panels of 64 output columns, each contiguous over k. bf16: [panel][ceil(k / 2)][64][2], fp16 and
+// fp32: [panel][k][64]. Columns past n and the odd k are zero.
+constexpr int64_t kPanelColumns = 64;
+int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype);
+
+// Where row i of a weight goes: column first + i / group * step + i % group of the packed matrix. Several weights can
+// share one matrix: q|k|v one after the other, gate and up in alternating groups of 32.
+struct PackColumns {
+  int64_t first, group, step;
+};
+// weight: [n, k] of `dtype`, rows row_stride elements apart. Writes only its own columns; `packed` starts zeroed.
+void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
+                void* packed);
+
+enum class LinearEpilogue : int {
+  kStore,   // y = acc + bias
+  kAdd,     // y += acc + bias
+  kSwiGlu,  // every panel is 32 gate and 32 up columns: y = silu(gate) * up, [rows, n / 2]; n a multiple of 64
+};
+
+// x: [rows, k] of the weight dtype or float32; y: [rows, n] float32 or of the weight dtype; y must not overlap x.
+// bias: [n] float32 or null, in packed column order. workspace: LinearWorkspaceBytes.
+// Every output element is one chain of multiply-adds over ascending k from zero, the bias added last, at every rows,
+// thread count and tail: y[r] alone equals y[r] in any batch bitwise. Reads the weights once per 384 rows.
+struct LinearParams {
+  const void* x;
+  const void* packed;
+  const float* bias;
+  void* y;
+  void* workspace;
+  int64_t rows, n, k, x_stride, y_stride;
+  DType x_dtype, weight_dtype, y_dtype;
+  LinearEpilogue epilogue;
+};
+int64_t LinearWorkspaceBytes(int64_t rows, int64_t k);
+
+TTSK_DECLARE_PER_ISA(void Linear(const LinearParams& p);)
+
+}  // namespace ttsk

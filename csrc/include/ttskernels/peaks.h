@@ -1,0 +1,16 @@
+// What this machine can do at most, for benchmarks to compare with. Torch-free.
+#pragma once
+
+#include <cstdint>
+
+#include "ttskernels/isa.h"
+
+namespace ttsk {
+
+// Independent fused multiply-adds in registers on every thread; returns GFLOP/s (a multiply-add is 2), best of 5 runs.
+TTSK_DECLARE_PER_ISA(double PeakFmaGflops();)
+
+// Sums `count` floats with every thread; returns GB/s, best of 5 runs. Larger than the last cache: memory's rate.
+TTSK_DECLARE_PER_ISA(double ReadGbPerSecond(const float* data, int64_t count);)
+
+}  // namespace ttsk

@@ -1,0 +1,43 @@
+// Step scores of a few rows of hidden states: gather -> RMS norm -> optional inner layer -> head -> squash, float32
+// inside. Torch-free. No value of a row depends on which other rows there are.
+#pragma once
+
+#include <cstdint>
+
+#include "ttskernels/dtype.h"
+#include "ttskernels/isa.h"
+
+namespace ttsk {
+
+enum class Squash : int {
+  kNone = 0,        // logit[label]
+  kSigmoid = 1,     // of logit[label]
+  kSoftmax = 2,     // p[label]
+  kDifference = 3,  // p[label] - p[0]
+};
+
+// scores[i] of hidden row rows[i]; NaN if that row holds a value that is not finite, or its logits overflow.
+// hidden [tokens, dim], rows `hidden_stride` elements apart; norm_weight [dim] or null; inner_weight [inner, dim] with
+// inner_bias [inner] or null, followed by ReLU (inner = 0: none); weight [labels, inner or dim], bias [labels] or null.
+// Vectors are float32, inner_weight and weight of `weight_dtype`, all contiguous.
+// scratch: num_rows * (dim + inner) floats. Opens an OpenMP team; reads each weight once per four rows.
+struct StepScoreParams {
+  const void* hidden;
+  const int32_t* rows;
+  const float* norm_weight;
+  const void* inner_weight;
+  const float* inner_bias;
+  const void* weight;
+  const float* bias;
+  float* scores;
+  float* scratch;
+  int64_t num_rows, dim, hidden_stride, inner, labels;
+  float eps;
+  Squash squash;
+  int32_t label;
+  DType hidden_dtype, weight_dtype;
+};
+
+TTSK_DECLARE_PER_ISA(void StepScore(const StepScoreParams& p);)
+
+}  // namespace ttsk

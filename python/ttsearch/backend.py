@@ -1,0 +1,49 @@
+"""Which engine runs the models. The local one is imported only when it is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .protocols import Backend
+
+
+def load_backend(
+    policy: str | Path | None = None,
+    verifier: str | Path | None = None,
+    *,
+    prm_family: str | None = None,
+    prompt_style: str | None = None,
+    kv_gib: float | None = None,
+    **options: Any,
+) -> Backend:
+    """Load models on the local engine.
+
+    Args:
+        policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
+        verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
+            "likelihood": steps score their own mean token likelihood, no second model.
+        prm_family: which text the verifier reads (`ttsearch.verifiers.FAMILIES`). None: seen in its config.
+        prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
+        kv_gib: memory for both KV forests. None: the engine decides.
+        options: handed to the engine (`dtype`, `impl`, `device`).
+    """
+    if kv_gib is not None and not kv_gib > 0:
+        raise ValueError(f"kv_gib must be > 0, got {kv_gib}")
+    if policy is None:
+        from .demo import policy_path, verifier_path
+
+        policy = policy_path()
+        verifier = verifier_path() if verifier is None else verifier
+    if verifier == "none":
+        verifier = None
+    try:
+        from .policies.local import LocalBackend
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels"
+        ) from error
+    return LocalBackend.load(
+        policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
+        kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
+    )  # fmt: skip

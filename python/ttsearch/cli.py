@@ -1,0 +1,308 @@
+"""`ttsearch`: solve a problem, list the strategies, evaluate over a problem file, compare two runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from .budget import Budget
+from .strategies import STRATEGIES, get_strategy
+from .types import Problem
+
+DEMO_PROMPT = "2;a+57;b-49;c+88;d-70?"
+INTERRUPTED = 130  # exit status of a program ended by Ctrl-C
+
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Search over reasoning steps with a policy and a process reward model.",
+)  # fmt: skip
+out, err = Console(), Console(stderr=True)
+
+Strategy = Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")]
+N = Annotated[int, typer.Option("--n", help="Budget: paths kept alive per problem.")]
+Width = Annotated[int, typer.Option(help="Beam width M: children per survivor.")]
+Policy = Annotated[
+    str | None, typer.Option(help="Policy: checkpoint folder or hub id [default: the demo policy].")
+]
+Verifier = Annotated[
+    str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
+]
+PrmFamily = Annotated[
+    str | None, typer.Option(help="What text the verifier reads [default: seen in its config].")
+]
+PromptStyle = Annotated[
+    str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
+]
+Limit = Annotated[int | None, typer.Option(help="Only the first problems of the file.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same tree.")]
+Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
+MinP = Annotated[
+    float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
+]
+Aggregate = Annotated[str, typer.Option(help="Path score from step scores: product, min, mean or last.")]
+Vote = Annotated[str, typer.Option(help="Answer from paths: max, weighted, softmax or majority.")]
+MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
+MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
+MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
+KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
+Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
+
+
+@contextmanager
+def friendly_errors():
+    """A wrong argument gets its message, not a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not _is_expected(error):
+            raise
+        err.print(f"error: {error}", style="red", markup=False, highlight=False)
+        raise typer.Exit(2) from None
+
+
+def _is_expected(error: RuntimeError) -> bool:
+    from ttskernels.errors import OutOfPagesError, UnavailableError
+
+    return isinstance(error, (OutOfPagesError, UnavailableError))
+
+
+@app.command()
+def solve(
+    problem: Annotated[
+        str | None, typer.Argument(help="Problem text [default: a problem of the demo task].")
+    ] = None,
+    strategy: Strategy = "beam_search",
+    n: N = 16,
+    width: Width = 4,
+    policy: Policy = None,
+    verifier: Verifier = None,
+    prm_family: PrmFamily = None,
+    prompt_style: PromptStyle = None,
+    problem_file: Annotated[
+        str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")
+    ] = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    aggregate: Aggregate = "product",
+    vote: Vote = "weighted",
+    max_tokens: MaxTokens = 8192,
+    max_step_tokens: MaxStepTokens = 2048,
+    max_steps: MaxSteps = 40,
+    kv_gib: KvGib = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Solve a problem; show the search tree, the answer and what it cost. Ctrl-C shows what is finished."""
+    from .backend import load_backend
+    from .data import load_problems
+    from .plot import plot_tree
+    from .solve import solve as solve_problem
+
+    with friendly_errors():
+        if problem is not None and problem_file is not None:
+            raise ValueError("pass a problem or --problem-file, not both")
+        if plot is not None and problem_file is not None:
+            raise ValueError("--plot draws the tree of one problem; it cannot be used with --problem-file")
+        sampling = dict(
+            seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens,
+            max_step_tokens=max_step_tokens, max_steps=max_steps,
+        )  # fmt: skip
+        get_strategy(strategy).prepare(
+            Budget(n, width, aggregate=aggregate, vote=vote, **sampling)
+        )  # or say why not
+        problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
+        backend = load_backend(
+            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+        )
+        records, interrupted = [], False
+        try:
+            for item in problems:
+                with _live(not as_json) as progress:
+                    result = solve_problem(
+                        item,
+                        backend=backend,
+                        strategy=strategy,
+                        n=n,
+                        width=width,
+                        aggregate=aggregate,
+                        vote=vote,
+                        progress=progress,
+                        **sampling,
+                    )
+                records.append(result.to_dict())
+                interrupted = result.interrupted
+                if plot is not None:
+                    plot_tree(result, plot)
+                if not as_json:
+                    _show(result)
+                if interrupted:
+                    break
+        finally:
+            backend.close()
+        if as_json:
+            _print_json(records if problem_file else records[0])
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _one_problem(text: str | None, policy: str | None) -> Problem:
+    if text is not None:
+        return Problem(text)
+    if policy is not None:
+        raise ValueError("pass a problem, or --problem-file; the demo problem is for the demo policy")
+    return Problem(DEMO_PROMPT)
+
+
+def _show(result) -> None:
+    from .show import render_result
+
+    out.print(render_result(result))
+
+
+@contextmanager
+def _live(enabled: bool):
+    from .show import progress_line
+
+    if not enabled or not err.is_terminal:
+        yield None
+        return
+    with Live(console=err, transient=True, auto_refresh=False) as live:
+        yield lambda progress: live.update(progress_line(progress), refresh=True)
+
+
+def _print_json(document) -> None:
+    sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@app.command()
+def strategies(as_json: AsJson = False) -> None:
+    """List the strategies."""
+    if as_json:
+        _print_json(
+            [{"name": s.name, "description": s.description, "source": s.source} for s in STRATEGIES.values()]
+        )
+        return
+    table = Table("strategy", "what it does", "verifier", "source")
+    for s in STRATEGIES.values():
+        table.add_row(s.name, s.description, "yes" if s.needs_verifier else "no", s.source)
+    out.print(table)
+
+
+@app.command()
+def evaluate(
+    problem_file: Annotated[str, typer.Argument(help="JSONL file or hub dataset, with answers.")],
+    strategy: Annotated[list[str], typer.Option(help="May be given several times.")] = ["beam_search"],  # noqa: B006
+    n: Annotated[list[int], typer.Option("--n", help="May be given several times.")] = [16],  # noqa: B006
+    width: Width = 4,
+    policy: Policy = None,
+    verifier: Verifier = None,
+    prm_family: PrmFamily = None,
+    prompt_style: PromptStyle = None,
+    limit: Limit = None,
+    seed: Seed = 0,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    aggregate: Aggregate = "product",
+    vote: Vote = "weighted",
+    max_tokens: MaxTokens = 8192,
+    max_step_tokens: MaxStepTokens = 2048,
+    max_steps: MaxSteps = 40,
+    kv_gib: KvGib = None,
+    concurrency: Concurrency = 8,
+    results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
+        "runs/evaluate"
+    ),
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy with a 95 % interval and mean cost, for every strategy at every N."""
+    from .backend import load_backend
+    from .data import load_problems
+    from .evaluate import sweep
+    from .report import HEADER, row
+
+    with friendly_errors():
+        budget = Budget(
+            n[0],
+            width,
+            max_steps,
+            max_tokens,
+            max_step_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            seed,
+            aggregate,
+            vote,
+        )
+        problems = load_problems(problem_file, limit)
+        backend = load_backend(
+            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+        )
+
+        def progress(name: str, count: int, done: int, total: int) -> None:
+            err.print(
+                f"{name} N={count}: {done} of {total}", end="\r" if err.is_terminal else "\n", highlight=False
+            )
+
+        try:
+            summaries = sweep(
+                problems, backend, strategy, budget, n, results, concurrency=concurrency, progress=progress
+            )
+        finally:
+            backend.close()
+    if as_json:
+        _print_json([summary.to_dict() for summary in summaries])
+    else:
+        table = Table(*HEADER)
+        for summary in summaries:
+            table.add_row(*row(summary))
+        out.print(table)
+    if any(summary.problems < len(problems) for summary in summaries) or not summaries:
+        raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(help="Results file a.")],
+    second: Annotated[Path, typer.Argument(help="Results file b.")],
+    as_json: AsJson = False,
+) -> None:
+    """Accuracy of b minus a over the problems they share, with a 95 % paired-bootstrap interval."""
+    from dataclasses import asdict
+
+    from .report import compare as compare_runs
+    from .results import read_results
+
+    with friendly_errors():
+        found = compare_runs(read_results(first), read_results(second))
+    if as_json:
+        _print_json(asdict(found) | {"differs": found.differs})
+        return
+    verdict = "they differ" if found.differs else "no difference shown"
+    out.print(
+        f"{100 * found.difference:+.1f} points ({100 * found.low:+.1f} to {100 * found.high:+.1f}) "
+        f"on {found.problems} problems; only a solves {found.only_a}, only b {found.only_b}: {verdict}",
+        highlight=False,
+    )
+
+
+def main() -> None:
+    app()

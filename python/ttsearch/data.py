@@ -1,0 +1,105 @@
+"""Problem sets: JSONL files in the shapes of GSM8K, MATH-500, AIME and AMC, or a dataset on the hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .grade import gold_answer
+from .types import Problem
+
+PROMPT_FIELDS = ("problem", "question", "prompt")
+ANSWER_FIELDS = ("answer", "extracted_groundtruth", "solution")
+ID_FIELDS = ("id", "unique_id", "url")
+
+
+def load_problems(source: str | Path, limit: int | None = None, split: str = "test") -> list[Problem]:
+    """Problems of a JSONL file, or of a dataset on the hub ("HuggingFaceH4/MATH-500"; needs `pip install
+    datasets`).
+
+    A record needs `problem` or `question`; its answer is read from `answer` (GSM8K's `#### 42` too), else
+    from `extracted_groundtruth`, else from a boxed `solution`. A missing or repeated id is replaced by a hash
+    of the prompt.
+
+    Raises:
+        ValueError: no such file or dataset, or a record without a question, with its line.
+    """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be >= 1, got {limit}")
+    path = Path(source)
+    if path.exists():
+        records = _read_jsonl(path)
+    elif path.suffix in (".jsonl", ".json") or "/" not in str(source):
+        raise ValueError(
+            f"problem file {str(source)!r} does not exist; pass a JSONL file or a hub dataset like owner/name"
+        )
+    else:
+        records = _read_hub(str(source), split)
+    problems: list[Problem] = []
+    for record, where in records:
+        if limit is not None and len(problems) == limit:
+            break
+        problems.append(parse_record(record, where))
+    if not problems:
+        raise ValueError(f"{source} holds no problem")
+    return _with_unique_ids(problems)
+
+
+def parse_record(record: dict[str, Any], where: str = "record") -> Problem:
+    prompt = next((record[f] for f in PROMPT_FIELDS if record.get(f)), None)
+    if not isinstance(prompt, str):
+        raise ValueError(
+            f"{where}: needs a text field {' or '.join(PROMPT_FIELDS)}, got fields {sorted(record)}"
+        )
+    answer = next((record[f] for f in ANSWER_FIELDS if record.get(f) is not None), None)
+    if isinstance(answer, float) and answer.is_integer():
+        answer = int(answer)
+    identity = next((str(record[f]) for f in ID_FIELDS if record.get(f)), "")
+    return Problem(
+        prompt, None if answer is None else gold_answer(str(answer)), identity, record.get("level")
+    )
+
+
+def _with_unique_ids(problems: list[Problem]) -> list[Problem]:
+    """Ids seed the sampling and name results, so they may not repeat; a repeated one gets a suffix."""
+    seen: set[str] = set()
+    unique = []
+    for problem in problems:
+        identity = problem.id
+        if identity in seen:
+            base = identity = Problem(problem.prompt).id
+            copy = 2
+            while identity in seen:
+                identity, copy = f"{base}-{copy}", copy + 1
+            problem = Problem(problem.prompt, problem.answer, identity, problem.level)
+        seen.add(identity)
+        unique.append(problem)
+    return unique
+
+
+def _read_jsonl(path: Path) -> Iterable[tuple[dict, str]]:
+    with path.open() as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path.name} line {number}"
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{where}: not JSON ({error}); the file must hold one JSON object a line"
+                ) from None
+            if not isinstance(record, dict):
+                raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
+            yield record, where
+
+
+def _read_hub(name: str, split: str) -> Iterable[tuple[dict, str]]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise ValueError(f"{name!r} is no file; to read it from the hub, `pip install datasets`") from None
+    for number, record in enumerate(load_dataset(name, split=split)):
+        yield dict(record), f"{name} record {number}"

@@ -1,0 +1,270 @@
+"""The local engine behind the `Policy` protocol: text on this side, token ids and KV handles on the other."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ttskernels.engine.batcher import Engine
+from ttskernels.engine.keys import root_key
+from ttskernels.engine.work import Sampling, Session, StepEnd
+from ttskernels.models.model import load_model
+from ttskernels.models.sources import resolve
+
+from ..budget import Budget, Limits
+from ..prompts import TextPolicy, detect_style
+from ..tokenizer import load_tokenizer
+from ..types import Cost, ModelCost, Problem, SearchNode
+from ..verifiers import TextVerifier, detect_family
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_KV_BYTES = 2 << 30
+LIKELIHOOD = "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
+
+
+@dataclass(eq=False)
+class _Handle:
+    """What a search node holds in the engine."""
+
+    policy: Any  # forest node, None once given back
+    verifier: Any
+    key: int
+    children: int = 0  # ordinals handed out
+
+
+class LocalBackend:
+    """A policy and, optionally, a verifier in this process. One engine serves every problem at once."""
+
+    def __init__(
+        self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None, likelihood: bool = False
+    ):
+        self.engine, self.text_policy, self.text_verifier = engine, text_policy, text_verifier
+        self.likelihood = likelihood
+        self.has_verifier = likelihood or text_verifier is not None
+
+    @classmethod
+    def load(
+        cls,
+        policy: str | Path,
+        verifier: str | Path | None = None,
+        *,
+        prm_family: str | None = None,
+        prompt_style: str | None = None,
+        kv_bytes: int | None = None,
+        dtype: str = "bf16",
+        impl: str = "auto",
+    ) -> LocalBackend:
+        """Load both models and start the engine.
+
+        Args:
+            policy, verifier: checkpoint folder, hub id or .gguf file. verifier="likelihood" needs no second model: a step
+                scores the geometric mean of its tokens' probabilities under the policy (a baseline, not a PRM).
+            prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
+            kv_bytes: KV budget of both models together; None: 2 GiB.
+            dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        model = load_model(policy, DTYPES[dtype], impl)
+        tokenizer = load_tokenizer(policy)
+        style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
+        text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
+        scorer = text_verifier = None
+        likelihood = verifier == LIKELIHOOD
+        if verifier is not None and not likelihood:
+            scorer = load_model(verifier, DTYPES[dtype], impl)
+            if scorer.head is None:
+                raise ValueError(f"verifier {verifier} has no score head; pass a process reward model")
+            family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family)
+            text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
+        table = torch.from_numpy(text_policy.next_state.copy())
+        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
+        return cls(engine, text_policy, text_verifier, likelihood)
+
+    def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
+        return LocalPolicy(self, problem, budget)
+
+    def close(self) -> None:
+        self.engine.shutdown()
+
+    def __enter__(self) -> LocalBackend:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class LocalPolicy:
+    """A session of one problem; see `ttsearch.protocols.Policy`."""
+
+    def __init__(self, backend: LocalBackend, problem: Problem, budget: Budget):
+        self._backend, self._engine, self._budget = backend, backend.engine, budget
+        self._opened = time.perf_counter()
+        self._sampling = Sampling(budget.temperature, budget.top_k, budget.top_p, budget.min_p)
+        prompt = backend.text_policy.prompt_ids(problem.prompt)
+        verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.text_verifier else None
+        self._prompt_tokens = len(prompt)
+        room = self._engine.policy_model.config.max_positions - len(prompt)
+        self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
+        self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=self._max_tokens)
+        handle = _Handle(self._session.root, self._session.verifier_root, root_key(budget.seed, problem.id))
+        self.root = SearchNode(num_tokens=len(prompt), handle=handle)
+
+    async def expand(
+        self,
+        nodes: Sequence[SearchNode],
+        n: int | Sequence[int],
+        until: str = "step",
+        score: bool = True,
+        limits: Limits | None = None,
+    ) -> list[SearchNode]:
+        counts = [n] * len(nodes) if isinstance(n, int) else list(n)
+        if len(counts) != len(nodes):
+            raise ValueError(f"n must be one number or one per node, got {len(counts)} for {len(nodes)} nodes")
+        if until not in ("step", "end"):
+            raise ValueError(f'until must be "step" or "end", got {until!r}')
+        for node in nodes:
+            if node.finished or node.released or not isinstance(node.handle, _Handle):
+                state = "finished" if node.finished else "released" if node.released else "of another session"
+                raise ValueError(f"node {node.path_key} is {state} and cannot be expanded")
+        limits = limits or self._budget.limits
+        group = object()
+        chains = [
+            _Chain(self, node, first + i, score and self._backend.has_verifier)
+            for node, count in zip(nodes, counts, strict=True)
+            for first in [self._ordinals(node, count)]
+            for i in range(count)
+        ]
+        inbox: dict[tuple[SearchNode, int], _Chain] = {(c.parent, c.ordinal): c for c in chains}
+        loop = asyncio.get_running_loop()
+        for node, count in zip(nodes, counts, strict=True):
+            handle = node.handle
+
+            def on_step(ordinal: int, end: StepEnd | BaseException, node: SearchNode = node) -> None:
+                try:
+                    loop.call_soon_threadsafe(inbox[node, ordinal].events.put_nowait, end)
+                except RuntimeError:  # the caller's loop is gone; its session is about to be closed
+                    return
+
+            self._engine.branch(
+                self._session, handle.policy, key=handle.key, path_key=node.path_key,
+                ordinals=range(handle.children - count, handle.children), sampling=self._sampling,
+                max_step_tokens=limits.max_step_tokens, max_length=self._prompt_tokens + min(limits.max_tokens, self._max_tokens),
+                max_steps=limits.max_steps - len(node.path_key) if until == "end" else 1, group=group, on_step=on_step,
+            )  # fmt: skip
+        tasks = [asyncio.ensure_future(chain.run()) for chain in chains]
+        try:
+            return await asyncio.gather(*tasks)
+        except BaseException:
+            self._engine.cancel(group)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.release([c.last for c in chains if c.last is not None and not c.last.released])
+            raise
+
+    def _ordinals(self, node: SearchNode, count: int) -> int:
+        first = node.handle.children
+        node.handle.children += count
+        return first
+
+    def release(self, nodes: Iterable[SearchNode]) -> None:
+        nodes = list(nodes)
+        for node in nodes:
+            if node.released or node is self.root:
+                raise ValueError(f"node {node.path_key} was released before, or is the root")
+        handles = [node.handle for node in nodes]
+        for node in nodes:
+            node.released, node.handle = True, None
+        policy = [h.policy for h in handles if h.policy is not None]
+        verifier = [h.verifier for h in handles if h.verifier is not None]
+        self._engine.release(self._session, policy=policy, verifier=verifier)
+
+    def cost(self) -> Cost:
+        c = self._session.counters
+        policy = ModelCost(
+            tokens_prefilled=c.policy_prefilled, tokens_decoded=c.policy_decoded, tokens_reused=c.policy_reused,
+            tokens_recomputed=c.policy_recomputed, flops=c.policy_flops,
+        )  # fmt: skip
+        verifier = ModelCost(
+            tokens_prefilled=c.verifier_prefilled, tokens_reused=c.verifier_reused,
+            tokens_recomputed=c.verifier_recomputed, flops=c.verifier_flops,
+        )  # fmt: skip
+        known = c.prefill_seconds + c.decode_seconds + c.score_seconds
+        other = max(0.0, time.perf_counter() - self._opened - known)
+        return Cost(policy, verifier, c.prefill_seconds, c.decode_seconds, c.score_seconds, other, c.peak_kv_bytes)
+
+    def close(self) -> None:
+        self._engine.close(self._session)
+
+
+class _Chain:
+    """One requested child, and the steps below it with until="end". Scores a chain once, when it has ended."""
+
+    def __init__(self, policy: LocalPolicy, parent: SearchNode, ordinal: int, score: bool):
+        self.policy, self.parent, self.ordinal, self.score = policy, parent, ordinal, score
+        self.events: asyncio.Queue[StepEnd | BaseException] = asyncio.Queue()
+        self.last: SearchNode | None = None  # the newest step; the only one that holds KV
+
+    async def run(self) -> SearchNode:
+        steps: list[SearchNode] = []
+        more = True
+        while more:
+            end = await self.events.get()
+            if isinstance(end, BaseException):
+                raise end
+            more = end.more
+            steps.append(self._node(end, steps[-1] if steps else self.parent))
+            self.last = steps[-1]
+        if self.score and self.policy._backend.likelihood:
+            for step in steps:
+                step.step_score = math.exp(step.logprob / step.num_tokens)
+        elif self.score:
+            await self._score(steps)
+        for parent, step in zip([self.parent, *steps], steps, strict=False):
+            parent.children.append(step)
+            step.released = step is not steps[-1]
+        return steps[-1]
+
+    def _node(self, end: StepEnd, parent: SearchNode) -> SearchNode:
+        text_policy = self.policy._backend.text_policy
+        reason = end.reason if end.reason != "end" else text_policy.finish_reason(-2, end.ids[-1])
+        ordinal = self.ordinal if parent is self.parent else 0
+        handle = None if end.more else _Handle(end.node, None, end.key)
+        return SearchNode(
+            parent, (*parent.path_key, ordinal), text_policy.decode(end.ids), len(end.ids), finished=end.finished,
+            finish_reason=reason, logprob=end.logprob, handle=handle,
+        )  # fmt: skip
+
+    async def _score(self, steps: list[SearchNode]) -> None:
+        """One job for all steps of the chain: their ids in a row, read at each step's end."""
+        text_verifier = self.policy._backend.text_verifier
+        above = self.parent.handle.verifier
+        ids: list[int] = []
+        reads: list[int] = []
+        owners: list[SearchNode] = []
+        for step in steps:
+            step_ids, step_reads = text_verifier.step_ids(step.text)
+            reads += [len(ids) + read for read in step_reads]
+            owners += [step] * len(step_reads)
+            ids += step_ids
+        last = steps[-1]
+        if not ids:  # no visible text: nothing to read; children continue below the same prefix
+            self.policy._engine.retain(above)
+            last.handle.verifier = above
+            return
+        if not text_verifier.fits(above.pos0 + len(above.ids) + len(ids)):
+            last.finished, last.finish_reason = True, "refused"
+            return
+        future = self.policy._engine.score(self.policy._session, above, ids, reads)
+        node, scores = await asyncio.wrap_future(future)
+        last.handle.verifier = node
+        for owner, score in zip(owners, scores, strict=True):
+            owner.step_score = score if owner.step_score is None else min(owner.step_score, score)

@@ -1,0 +1,35 @@
+"""The tokenizer of a checkpoint: folder, hub id or .gguf file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .gguf_tokenizer import TOKENIZER_FILES, load_gguf_tokenizer, save_gguf_tokenizer
+
+
+def load_tokenizer(source: str | Path):
+    """Tokenizer of `source`; one inside a GGUF file is converted once and kept beside the converted weights.
+
+    Raises:
+        ValueError: the folder has no tokenizer files and no .gguf to read one from.
+    """
+    from transformers import AutoTokenizer
+
+    path = Path(source).expanduser()
+    gguf = path if path.suffix.lower() == ".gguf" else next(iter(sorted(path.glob("*.gguf"))), None)
+    has_files = path.is_dir() and any((path / name).is_file() for name in TOKENIZER_FILES)
+    if gguf is not None and not has_files:
+        import torch
+
+        from ttskernels.models.sources import resolve
+
+        folder = resolve(gguf, torch.bfloat16)
+        if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+            save_gguf_tokenizer(gguf, folder)
+        return AutoTokenizer.from_pretrained(folder)
+    if path.is_dir() and not has_files:
+        raise ValueError(f"{path} has no tokenizer files (tokenizer.json, ...); copy them from the original checkpoint")
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot load a tokenizer from {source}: {error}") from error

@@ -1,0 +1,150 @@
+"""The engine on tiny random models: the same trees whatever shares the batch and however little memory there is."""
+
+import threading
+
+import pytest
+import torch
+from engines import END, STEP, Search, make_engine, run_together
+from tiny_models import write_tiny
+
+from ttskernels.engine.keys import root_key
+from ttskernels.engine.work import Sampling
+
+PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
+    write_tiny(policy, "llama", seed=1)
+    write_tiny(verifier, "qwen2", seed=2, kind="ForTokenClassification", num_labels=2)
+    return policy, verifier
+
+
+@pytest.fixture
+def engine(folders):
+    engine = make_engine(*folders)
+    yield engine
+    engine.shutdown()
+
+
+def prompts(count):
+    return [[(7 * i + t) % 100 + 8 for t in PROMPT[: 5 + 3 * i]] for i in range(count)]
+
+
+def leaked(engine):
+    return len(engine.policy_forest._live) + len(engine.verifier_forest._live) + engine.budget.used_bytes
+
+
+def test_a_search_is_deterministic_and_leaks_nothing(engine):
+    first = Search(engine, PROMPT, seed=0).run()
+    second = Search(engine, PROMPT, seed=0).run()
+    other = Search(engine, PROMPT, seed=1).run()
+    assert first == second != other
+    assert len(first) > 8 and all(0 <= score <= 1 for _, _, score in first.values())
+    assert leaked(engine) == 0
+
+
+def test_problems_together_equal_problems_alone(engine, cpu_extension):
+    alone = [Search(engine, p, seed=3).run() for p in prompts(8)]
+    assert run_together([Search(engine, p, seed=3) for p in prompts(8)]) == alone
+    assert leaked(engine) == 0
+
+
+def test_a_quarter_of_the_memory_changes_nothing_but_time(folders, cpu_extension):
+    searches = dict(width=4, keep=3, depth=4)
+    roomy = make_engine(*folders)
+    expected = [Search(roomy, p, seed=5, **searches).run() for p in prompts(8)]
+    peak = roomy.budget.peak_bytes
+    roomy.shutdown()
+    tight = make_engine(*folders, kv_bytes=peak // 4)
+    together = [Search(tight, p, seed=5, **searches) for p in prompts(8)]
+    assert run_together(together) == expected
+    assert tight.budget.peak_bytes <= peak // 4
+    assert sum(s.session.counters.policy_recomputed + s.session.counters.verifier_recomputed for s in together) > 0
+    assert leaked(tight) == 0
+    tight.shutdown()
+
+
+def test_tokens_equal_a_plain_decode_loop(folders, engine, cpu_extension):
+    """Against transformers: greedy tokens of a branch, continued through a fork."""
+    from transformers import AutoModelForCausalLM
+
+    reference = AutoModelForCausalLM.from_pretrained(folders[0], dtype=torch.float32)
+    session = engine.open(PROMPT, None, max_new_tokens=24)
+    done, ends = threading.Event(), []
+
+    def on_step(ordinal, end):
+        ends.append(end)
+        if not end.more:
+            done.set()
+
+    engine.branch(session, session.root, key=1, ordinals=[0], path_key=(), sampling=Sampling(0.0),
+                  max_step_tokens=12, max_length=len(PROMPT) + 24, max_steps=9, on_step=on_step)  # fmt: skip
+    assert done.wait(60)
+    got = [t for end in ends for t in end.ids]
+    ids = torch.tensor([PROMPT])
+    while ids.shape[1] < len(PROMPT) + len(got):
+        ids = torch.cat([ids, reference(ids).logits[:, -1:].argmax(-1)], 1)
+    assert got == ids[0, len(PROMPT) :].tolist()
+    engine.close(session)
+
+
+def test_counters_follow_the_tree(engine):
+    search = Search(engine, PROMPT, seed=0, width=4, keep=1, depth=2)
+    tree = search.run()
+    counters = search.session.counters
+    assert counters.policy_decoded == sum(len(ids) for ids, _, _ in tree.values())
+    survivor = max((k for k in tree if len(k) == 1 and tree[k][1] == "step"), key=lambda k: (tree[k][2], -k[0]), default=None)
+    flushed = 1 if survivor is not None else 0  # the survivor's last token is computed once for its four children
+    assert counters.policy_prefilled == len(PROMPT) + flushed
+    assert counters.verifier_prefilled == len(PROMPT) + counters.policy_decoded
+    assert counters.policy_recomputed == counters.verifier_recomputed == 0
+    assert counters.policy_flops > 0 and counters.verifier_flops > 0
+
+
+def test_closing_in_the_middle_frees_everything(engine):
+    session = engine.open(PROMPT, PROMPT, max_new_tokens=200)
+    started = threading.Event()
+    engine.branch(session, session.root, key=root_key(0, "x"), ordinals=range(16), path_key=(), sampling=Sampling(1.0),
+                  max_step_tokens=200, max_length=230, max_steps=99, on_step=lambda o, e: started.set())  # fmt: skip
+    assert started.wait(60)
+    engine.close(session)
+    engine.close(session)
+    assert leaked(engine) == 0
+
+
+def test_bad_input_is_refused_before_work_starts(engine, folders):
+    with pytest.raises(ValueError, match="prompt must hold at least one token id"):
+        engine.open([], None, max_new_tokens=5)
+    with pytest.raises(ValueError, match=r"prompt must hold ids in 0 .. 130, got 131"):
+        engine.open([1, 131], None, max_new_tokens=5)
+    with pytest.raises(ValueError, match="prompt has 300 tokens, the policy allows 256"):
+        engine.open([1] * 300, None, max_new_tokens=5)
+    with pytest.raises(ValueError, match="temperature >= 0"):
+        Sampling(-1.0)
+    small = make_engine(*folders, kv_bytes=1 << 16)
+    with pytest.raises(ValueError, match="raise kv_bytes or lower max_new_tokens"):
+        small.open(PROMPT, PROMPT, max_new_tokens=200)
+    small.shutdown()
+
+
+def test_a_path_past_the_verifier_limit_is_an_error_of_that_job_only(engine):
+    session = engine.open(PROMPT, PROMPT, max_new_tokens=5)
+    too_long = engine.score(session, session.verifier_root, [9] * 250, [249])
+    fine = engine.score(session, session.verifier_root, [9] * 3, [2])
+    with pytest.raises(ValueError, match="the verifier allows 256"):
+        too_long.result(60)
+    assert 0 <= fine.result(60)[1][0] <= 1
+    with pytest.raises(ValueError, match="reads must be indices into ids"):
+        engine.score(session, session.verifier_root, [9], [1])
+    engine.close(session)
+
+
+def test_several_reads_of_one_job_equal_step_by_step(engine, cpu_extension):
+    session = engine.open(PROMPT, PROMPT, max_new_tokens=5)
+    at_once = engine.score(session, session.verifier_root, [9, STEP, 12, 13, END], [1, 4]).result(60)[1]
+    first, (a,) = engine.score(session, session.verifier_root, [9, STEP], [1]).result(60)
+    _, (b,) = engine.score(session, first, [12, 13, END], [2]).result(60)
+    assert at_once == pytest.approx([a, b], abs=1e-5)
+    engine.close(session)

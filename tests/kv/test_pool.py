@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from ttskernels.errors import OutOfPagesError
+from ttskernels.kv import ByteBudget, PagePool
+
+
+@pytest.mark.parametrize(
+    "dtype, k_shape, v_shape",
+    [
+        (torch.bfloat16, (2, 5, 3, 32, 16, 2), (2, 5, 3, 8, 48, 2)),
+        (torch.float16, (2, 5, 3, 64, 16, 1), (2, 5, 3, 16, 48, 1)),
+    ],
+)
+def test_layout(dtype, k_shape, v_shape):
+    pool = PagePool(2, 3, 64, 5, dtype, v_dim=48)
+    assert pool.k.shape == k_shape and pool.v.shape == v_shape
+    assert pool.page_bytes * 5 == pool.k.nbytes + pool.v.nbytes
+
+
+def test_take_and_give():
+    budget = ByteBudget(10**9)
+    pool = PagePool(1, 1, 4, 8, torch.float32, budget)
+    first = pool.take(3)
+    assert first == [0, 1, 2] and pool.num_free == 5
+    pool.give([1])
+    assert sorted(pool.take(3)) == [1, 3, 4]  # a used page first
+    assert pool.peak_pages == 5 and budget.used_bytes == 5 * pool.page_bytes
+    with pytest.raises(
+        OutOfPagesError, match=r"take\(4\) needs 4 pages, 3 of 8 are free; release nodes or raise"
+    ):
+        pool.take(4)
+    pool.give(range(5))
+    assert pool.num_free == 8 and budget.used_bytes == 0 and pool.peak_bytes == 5 * pool.page_bytes
+    assert pool.take(0) == [] and sorted(pool.take(8)) == list(range(8))
+
+
+def test_pool_invalid():
+    pool = PagePool(1, 1, 4, 8, torch.float32)
+    pages = pool.take(3)
+    for bad in ([0, 1, 0], [7], [-1], [8]):
+        with pytest.raises(ValueError, match=f"page {bad[-1]} is not in use"):
+            pool.give(bad)
+        assert pool.used_pages == 3 and all(pool.is_used(p) for p in pages)
+    with pytest.raises(ValueError, match="n >= 0, got -1"):
+        pool.take(-1)
+    with pytest.raises(ValueError, match="head_dim must be even"):
+        PagePool(1, 1, 5, 8, torch.bfloat16)
+    with pytest.raises(ValueError, match="must be positive"):
+        PagePool(1, 0, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="dtype must be float32"):
+        PagePool(1, 1, 4, 8, torch.float64)
+    with pytest.raises(ValueError, match="total_bytes must be positive, got 0"):
+        ByteBudget(0)

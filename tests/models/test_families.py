@@ -1,0 +1,102 @@
+import pytest
+import torch
+from tiny_models import LLAMA3, VARIANTS, YARN, config_of
+
+from ttskernels.models.families import decoder_config
+
+
+def raw(variant="llama", **changes):
+    return config_of(variant).to_dict() | changes
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_rope_equals_transformers(variant):
+    from transformers import AutoModel
+
+    config = config_of(variant)
+    rotary = AutoModel.from_config(config).rotary_emb
+    ours = decoder_config(config.to_dict(), torch.float32)
+    assert torch.equal(ours.inv_freq, rotary.inv_freq)
+    assert ours.rope_scale == rotary.attention_scaling
+
+
+def test_old_rope_spelling():
+    scaling = {k: v for k, v in LLAMA3.items() if k != "rope_theta"}
+    old = {k: v for k, v in raw().items() if k != "rope_parameters"} | {
+        "rope_theta": 10000.0,
+        "rope_scaling": scaling,
+    }
+    new = raw(rope_parameters=LLAMA3)
+    assert torch.equal(
+        decoder_config(old, torch.float32).inv_freq, decoder_config(new, torch.float32).inv_freq
+    )
+
+
+def test_fields():
+    config = decoder_config(raw("qwen2_yarn", eos_token_id=[3, 4]), torch.bfloat16)
+    assert (config.max_positions, config.eos_ids, config.qkv_bias, config.o_bias) == (
+        256,
+        (3, 4),
+        True,
+        False,
+    )
+    assert YARN["factor"] * YARN["original_max_position_embeddings"] == 256
+    assert decoder_config(raw("mistral_window"), torch.float32).window == 9
+    assert (
+        decoder_config(raw("mistral_window", sliding_window=4096), torch.float32).window == 0
+    )  # longer than any row
+    assert decoder_config(raw("qwen3"), torch.float32).qk_norm
+
+
+def test_flops_and_bytes():
+    config = decoder_config(raw(), torch.bfloat16)
+    queries, keys, hidden, inner, layers, vocab = 4 * 64, 2 * 64, 64, 96, 2, 131
+    weights = layers * (hidden * (2 * queries + 2 * keys) + 3 * hidden * inner)
+    assert config.flops_per_token(10) == 2 * (weights + hidden * vocab + layers * 2 * queries * 10)
+    assert config.flops_per_token(10, output="hidden") == 2 * (weights + layers * 2 * queries * 10)
+    assert config.kv_bytes_per_token == layers * 2 * keys * 2
+    window = decoder_config(raw("mistral_window"), torch.bfloat16)
+    assert window.flops_per_token(100) == window.flops_per_token(9)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"model_type": "mamba"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'mamba'"),
+        ({"model_type": None}, "got None"),
+        ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
+        ({"mlp_bias": True}, "mlp_bias must be false"),
+        ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
+        ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            "rope_type must be one of default, linear, llama3, yarn, got 'dynamic'",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor must be 1, got 0.5",
+        ),
+    ],
+)
+def test_unsupported(changes, message):
+    with pytest.raises(ValueError, match=message):
+        decoder_config(raw(**changes), torch.float32)
+
+
+def test_longrope_is_refused():
+    factors = [1.0] * 32
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 1e4,
+        "factor": 2.0,
+        "short_factor": factors,
+        "long_factor": factors,
+    }
+    with pytest.raises(ValueError, match="got 'longrope'"):
+        decoder_config(raw(rope_parameters=rope | {"original_max_position_embeddings": 128}), torch.float32)
+
+
+def test_mixed_windows_are_refused():
+    mixed = raw("qwen2_window", max_window_layers=1, layer_types=None)
+    with pytest.raises(ValueError, match="a mix of full_attention and sliding_attention"):
+        decoder_config(mixed, torch.float32)

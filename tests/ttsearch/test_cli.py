@@ -1,0 +1,146 @@
+"""The command line over a scripted backend."""
+
+import json
+import os
+import signal
+import threading
+
+import pytest
+import ttsearch.backend
+from scripted import ScriptedBackend
+from ttsearch.cli import app
+from typer.testing import CliRunner
+
+runner = CliRunner()
+
+
+def script(key):
+    score = 0.9 - 0.1 * (sum(key) % 4)
+    return (
+        (f"{len(key)}:1+1=2\n\n", score) if len(key) < 3 else (f"\\boxed{{{sum(key) % 2}}}", score, "boxed")
+    )
+
+
+@pytest.fixture
+def backend(monkeypatch):
+    backend = ScriptedBackend(script)
+    backend.loaded = []
+
+    def load(policy, verifier, **options):
+        backend.loaded.append((policy, verifier, options))
+        return backend
+
+    monkeypatch.setattr(ttsearch.backend, "load_backend", load)
+    return backend
+
+
+def run(*args, code=0):
+    result = runner.invoke(app, args)
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result
+
+
+def test_solve_shows_tree_answer_and_one_line_of_cost(backend):
+    output = run("solve", "1+1?", "--n", "8", "--kv-gib", "1").stdout
+    assert "1:1+1=2" in output and "Answer: " in output and "8 paths voted" in output
+    assert output.rstrip().splitlines()[-1].count("tokens decoded") == 1 and "peak KV" in output
+    assert backend.loaded == [(None, None, {"prm_family": None, "prompt_style": None, "kv_gib": 1.0})]
+
+
+def test_solve_json_is_one_document(backend):
+    record = json.loads(run("solve", "1+1?", "--n", "4", "--json", "--strategy", "dvts").stdout)
+    assert record["strategy"] == "dvts" and record["num_voted"] == 1 and record["budget"]["n"] == 4
+
+
+def test_solve_options_reach_the_budget(backend):
+    record = json.loads(run(
+        "solve", "q", "--json", "--n", "6", "--width", "3", "--seed", "7", "--temperature", "0.5",
+        "--aggregate", "min", "--vote", "max", "--max-tokens", "99", "--max-step-tokens", "33",
+        "--max-steps", "5", "--top-k", "4", "--top-p", "0.9", "--min-p", "0.1",
+    ).stdout)  # fmt: skip
+    assert record["budget"] == dict(
+        n=6, width=3, seed=7, temperature=0.5, aggregate="min", vote="max", max_tokens=99, max_step_tokens=33,
+        max_steps=5, top_k=4, top_p=0.9, min_p=0.1,
+    )  # fmt: skip
+
+
+def test_solve_without_a_problem_takes_the_demo_one(backend):
+    assert json.loads(run("solve", "--json").stdout)["prompt"] == "2;a+57;b-49;c+88;d-70?"
+
+
+def test_solve_a_file(backend, tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": "1"}) + "\n" for i in range(3)))
+    assert len(json.loads(run("solve", "--problem-file", str(path), "--limit", "2", "--json").stdout)) == 2
+
+
+def test_solve_plots(backend, tmp_path):
+    pytest.importorskip("matplotlib")
+    run("solve", "1+1?", "--plot", str(tmp_path / "tree.svg"))
+    assert (tmp_path / "tree.svg").read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["q", "--n", "6"], "n must be a multiple of width=4, got 6"),
+        (["q", "--n", "0"], "n must be an integer >= 1, got 0"),
+        (["q", "--strategy", "x"], "strategy must be one of"),
+        (["q", "--aggregate", "x"], "aggregate must be one of product, min, mean, last, got 'x'"),
+        (["q", "--vote", "x"], "vote must be one of"),
+        (["q", "--problem-file", "f.jsonl"], "not both"),
+        (["--problem-file", "absent.jsonl"], "'absent.jsonl' does not exist"),
+        (["--policy", "m"], "pass a problem"),
+    ],
+)
+def test_errors_are_one_line(backend, args, message):
+    result = run("solve", *args, code=2)
+    assert (
+        message in " ".join(result.stderr.split()) and "Traceback" not in result.output and not result.stdout
+    )
+
+
+def test_an_engine_bug_keeps_its_traceback(backend):
+    backend.options = {"fail_after": 0}
+    assert isinstance(runner.invoke(app, ["solve", "q"]).exception, RuntimeError)
+
+
+def test_ctrl_c_shows_what_is_finished(backend):
+    backend.options = {"pause_after": 2}
+
+    def watch():
+        while not (backend.opened and backend.opened[-1].waiting.is_set()):
+            threading.Event().wait(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=watch, daemon=True).start()
+    record = json.loads(run("solve", "q", "--json", code=130).stdout)
+    assert record["interrupted"] and record["candidates"] and record["answer"] is None
+
+
+def test_strategies(backend):
+    assert [s["name"] for s in json.loads(run("strategies", "--json").stdout)] == [
+        "greedy", "majority", "best_of_n", "beam_search", "dvts"
+    ]  # fmt: skip
+    assert "beam_search" in run("strategies").stdout
+
+
+def test_evaluate_and_compare(backend, tmp_path):
+    path, folder = tmp_path / "p.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": str(i % 2)}) + "\n" for i in range(6)))
+    args = ["evaluate", str(path), "--results", str(folder), "--n", "4", "--n", "8"]
+    args += ["--strategy", "greedy", "--strategy", "beam_search", "--json"]
+    rows = json.loads(run(*args).stdout)
+    assert [(r["strategy"], r["n"]) for r in rows] == [("greedy", 1), ("beam_search", 4), ("beam_search", 8)]
+    assert all(r["problems"] == 6 and r["low"] < r["accuracy"] < r["high"] for r in rows)
+    opened = len(backend.opened)
+    assert json.loads(run(*args).stdout) == rows and len(backend.opened) == opened, "a second run only reads"
+    files = [str(folder / name) for name in ("greedy.jsonl", "beam_search-n8.jsonl")]
+    assert json.loads(run("compare", *files, "--json").stdout)["problems"] == 6
+    assert "points" in run("compare", *files).stdout
+
+
+def test_evaluate_needs_answers(backend, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"problem": "a"}\n')
+    result = run("evaluate", str(tmp_path / "p.jsonl"), "--results", str(tmp_path), code=2)
+    assert "needs an answer for every problem; 1 have none" in " ".join(result.stderr.split())

@@ -1,0 +1,66 @@
+"""`python -m ttskernels`: which implementations can run here, and why the others cannot."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import sys
+
+import torch
+
+import ttskernels
+from ttskernels import _dispatch
+
+SETTINGS = {
+    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_bf16: force an instruction-set level",
+    "TTSK_NUM_THREADS": "threads of the CPU kernels",
+    "TTSK_DISABLE_CPP": "1: run on the reference implementation",
+    "TTSK_CACHE": "folder of converted GGUF checkpoints",
+}
+ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+
+
+def report() -> list[tuple[str, str]]:
+    """(what, state) lines of the environment report."""
+    lines = [
+        ("ttskernels", ttskernels.__version__),
+        ("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
+        ("torch", torch.__version__),
+        ("transformers", _version("transformers")),
+        ("triton", _version("triton")),
+    ]
+    for impl in ("cpu", "triton", "cuda", "reference"):
+        reason = _dispatch.available(impl)
+        state = "available" if reason is None else f"not available: {reason}"
+        if impl == "reference" and _dispatch.load_extension() is not None:
+            state += " (plain PyTorch: correct, slow; it serves everything here)"
+        lines.append((f"impl {impl}", state))
+    if _dispatch.load_extension() is None:
+        library = _dispatch.library()
+        supported = [isa for i, isa in enumerate(ISAS) if library.ttsk_isa_supported(i)]
+        lines.append(("instruction set", f"{_dispatch.isa_name()} in use; this CPU has {', '.join(supported)}"))
+        lines.append(("threads", str(library.ttsk_num_threads())))
+        lines.append(("planner", "C++"))
+    else:
+        lines.append(("planner", "NumPy"))
+    lines += [(name, f"{os.environ.get(name) or 'not set'}  ({what})") for name, what in SETTINGS.items()]
+    return lines
+
+
+def _version(package: str) -> str:
+    if importlib.util.find_spec(package) is None:
+        return "not installed"
+    from importlib.metadata import version
+
+    return version(package)
+
+
+def main() -> int:
+    for name, state in report():
+        print(f"{name:16} {state}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Reference of step_score: float32 (float64 for float64 input) arithmetic, float32 (float64) scores."""
+
+import torch
+from torch import Tensor
+
+
+def step_score(
+    hidden: Tensor,
+    rows: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    inner_weight: Tensor | None,
+    inner_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    squash: str,
+    label: int,
+) -> Tensor:
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    x = hidden[rows.long()].to(wide)
+    bad = ~x.isfinite().all(-1)
+    if norm_weight is not None:
+        x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm_weight.to(wide)
+    if inner_weight is not None:
+        x = x @ inner_weight.to(wide).T
+        x = torch.relu(x if inner_bias is None else x + inner_bias.to(wide))
+    logits = x @ weight.to(wide).T
+    if bias is not None:
+        logits = logits + bias.to(wide)
+    if squash == "none":
+        scores = logits[:, label]
+    elif squash == "sigmoid":
+        scores = torch.sigmoid(logits[:, label])
+    else:
+        p = torch.softmax(logits, -1)
+        scores = p[:, label] if squash == "softmax" else p[:, label] - p[:, 0]
+    bad = bad | ~logits[:, label].isfinite()
+    return scores.masked_fill(bad, float("nan"))

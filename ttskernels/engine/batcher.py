@@ -1,0 +1,299 @@
+"""The engine: one thread that owns models, forests and pages, and runs whatever is waiting across all problems.
+
+Callers talk to it by queue and get futures and callbacks; they hold nodes as opaque handles and never see tensors.
+Decode iterations of all problems share one batch; score jobs gather until a forward is worth its weight reads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import queue
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+
+import torch
+
+from ttskernels.engine.keys import child_key
+from ttskernels.engine.policy import PolicyRunner
+from ttskernels.engine.residency import Residency
+from ttskernels.engine.scorer import ScoreRunner
+from ttskernels.engine.work import Branch, Sampling, ScoreJob, Session, StepEnd
+from ttskernels.kv.forest import Forest, Node
+from ttskernels.kv.pool import PAGE_SIZE, ByteBudget
+
+SCORE_ROWS = 128  # verifier rows worth a forward of their own while branches still decode
+SCORE_PATIENCE = 8  # engine turns that score jobs wait for company at most
+
+
+class Engine:
+    """Runs a policy and, optionally, a verifier on one device within one KV byte budget.
+
+    Args:
+        policy: a `Model`; `verifier`: a `Model` with a score head, or None.
+        next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
+        kv_bytes: budget of both forests together.
+    """
+
+    def __init__(self, policy, verifier=None, *, next_state: torch.Tensor, kv_bytes: int = 4 << 30):
+        self.policy_model, self.verifier_model = policy, verifier
+        self.budget = ByteBudget(kv_bytes)
+        self._sessions: dict[int, Session] = {}
+        self._orders = itertools.count()
+        residency = Residency(self._sessions)
+        self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
+        residency.forests.append(self.policy_forest)
+        self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
+        residency.busy_before = self._policy.busy_before
+        self.verifier_forest = self._scorer = None
+        if verifier is not None:
+            self.verifier_forest = Forest(verifier.new_pool(self._pages(verifier), self.budget))
+            residency.forests.append(self.verifier_forest)
+            self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
+        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._patience = SCORE_PATIENCE
+        self._dead: BaseException | None = None
+        self._thread = threading.Thread(target=self._loop, name="ttskernels-engine", daemon=True)
+        self._thread.start()
+
+    # -- calls from any thread ---------------------------------------------------------------------------------------
+
+    def open(self, prompt: list[int], verifier_prompt: list[int] | None = None, *, max_new_tokens: int) -> Session:
+        """Start a problem. Refused if one path of `max_new_tokens` alone would not fit into the models or the budget.
+
+        Raises:
+            ValueError: empty prompt, ids outside the vocabulary, a prompt longer than the model allows, budget too small.
+        """
+        self._check_ids("prompt", prompt, self.policy_model)
+        length = len(prompt) + max_new_tokens
+        limit = self.policy_model.config.max_positions
+        if len(prompt) >= limit:
+            raise ValueError(f"prompt has {len(prompt)} tokens, the policy allows {limit}; shorten it")
+        need = self._path_bytes(self.policy_model, min(length, limit))
+        if self.verifier_model is not None and verifier_prompt is not None:
+            self._check_ids("verifier_prompt", verifier_prompt, self.verifier_model)
+            # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
+            verifier_limit = self.verifier_model.config.max_positions
+            if len(verifier_prompt) >= verifier_limit:
+                raise ValueError(f"verifier_prompt has {len(verifier_prompt)} tokens, the verifier allows {verifier_limit}")
+            tokens = min(2 * (len(verifier_prompt) + max_new_tokens), verifier_limit)
+            need = max(need, self._path_bytes(self.verifier_model, tokens))
+        if need > self.budget.total_bytes:
+            raise ValueError(
+                f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
+                f"{self.budget.total_bytes:,}; raise kv_bytes or lower max_new_tokens"
+            )
+        return self._call(lambda: self._open(prompt, verifier_prompt)).result()
+
+    def branch(
+        self,
+        session: Session,
+        parent: Node,
+        *,
+        key: int,
+        ordinals: Iterable[int],
+        path_key: tuple[int, ...],
+        sampling: Sampling,
+        max_step_tokens: int,
+        max_length: int,
+        max_steps: int = 1,
+        group: object = None,
+        on_step: Callable[[int, StepEnd | BaseException], None],
+    ) -> None:
+        """Fork `parent` once per ordinal and decode every child to its step end, or through up to `max_steps` steps.
+
+        `key` is the parent's; `max_length` counts the whole path, prompt included. `on_step(ordinal, end)` is called
+        on the engine's thread at each step end and must return quickly. `cancel(group)` drops what is not done.
+        """
+        max_length = min(max_length, self.policy_model.config.max_positions)
+        ordinals = list(ordinals)
+
+        def start() -> None:
+            try:
+                if parent.pos0 + len(parent.ids) >= max_length:
+                    raise ValueError(f"the path has reached its limit of {max_length} tokens; it cannot be continued")
+                children = self.policy_forest.fork(parent, len(ordinals))
+            except Exception as error:
+                for ordinal in ordinals:
+                    on_step(ordinal, error)
+                return
+            for ordinal, child in zip(ordinals, children, strict=True):
+                session.policy_nodes.add(child)
+                session.counters.policy_reused += parent.pos0 + parent.cached
+                self._policy.add(
+                    Branch(session, child, child_key(key, ordinal), (*path_key, ordinal), sampling, max_step_tokens,
+                           max_length, max_steps, lambda end, o=ordinal: on_step(o, end), group)
+                )  # fmt: skip
+
+        self._call(start)
+
+    def score(self, session: Session, parent: Node, ids: list[int], reads: list[int]) -> Future:
+        """Append `ids` below `parent` in the verifier's forest; the future gives (node, score of each id in `reads`)."""
+        self._check_ids("ids", ids, self.verifier_model)
+        if any(not 0 <= r < len(ids) for r in reads) or not reads:
+            raise ValueError(f"reads must be indices into ids (0 .. {len(ids) - 1}), got {reads}")
+        result: Future = Future()
+        job = ScoreJob(session, parent, list(ids), list(reads), result)
+
+        def submit() -> None:
+            length = parent.pos0 + len(parent.ids) + len(ids)
+            if session.closed or parent.released:
+                result.cancel()
+            elif length > self.verifier_model.config.max_positions:
+                limit = self.verifier_model.config.max_positions
+                result.set_exception(ValueError(f"path has {length} verifier tokens, the verifier allows {limit}"))
+            else:
+                self._scorer.jobs.append(job)
+
+        self._call(submit)
+        return result
+
+    def cancel(self, group: object) -> None:
+        """Drop the branches of a group; steps already reported stay with the caller."""
+        self._call(lambda: self._policy.drop(lambda branch: branch.group is group))
+
+    def release(self, session: Session, *, policy: Iterable[Node] = (), verifier: Iterable[Node] = ()) -> None:
+        """Give back handles that branch ends and score jobs returned."""
+        policy, verifier = list(policy), list(verifier)
+
+        def run() -> None:
+            if session.closed:
+                return
+            for node in policy:
+                self.policy_forest.release(node)
+            for node in verifier:
+                self.verifier_forest.release(node)
+
+        self._call(run)
+
+    def retain(self, verifier: Node) -> None:
+        """One more handle on a node of the verifier's forest, to be released like any other."""
+        self._call(lambda: self.verifier_forest.retain(verifier))
+
+    def close(self, session: Session) -> None:
+        """Drop the session's branches and jobs and release all its nodes. Idempotent."""
+        self._call(lambda: self._close(session)).result()
+
+    def shutdown(self) -> None:
+        """Stop the engine's thread; sessions still open are closed."""
+        if self._thread.is_alive():
+            self._commands.put(None)
+            self._thread.join()
+
+    # -- the engine's thread -----------------------------------------------------------------------------------------
+
+    def _call(self, function: Callable) -> Future:
+        if self._dead is not None:
+            raise RuntimeError(f"the engine has stopped: {self._dead}") from self._dead
+        result: Future = Future()
+        self._commands.put((function, result))
+        return result
+
+    def _loop(self) -> None:
+        busy = False
+        try:
+            while True:
+                for command in self._drain(block=not busy):
+                    if command is None:
+                        for session in list(self._sessions.values()):
+                            self._close(session)
+                        return
+                    function, result = command
+                    try:
+                        result.set_result(function())
+                    except BaseException as error:
+                        result.set_exception(error)
+                busy = self._turn()
+        except BaseException as error:  # a bug of ours: everyone waiting must hear of it
+            self._dead = error
+            self._abort(error)
+
+    def _drain(self, block: bool) -> list:
+        commands = []
+        try:
+            commands.append(self._commands.get(block))
+            while True:
+                commands.append(self._commands.get_nowait())
+        except queue.Empty:
+            return commands
+
+    def _turn(self) -> bool:
+        """One batch of work. Scores first when they are worth a forward; else decode; else whatever scores wait."""
+        scorer, policy = self._scorer, self._policy
+        if scorer is not None and scorer.jobs:
+            self._patience -= 1
+            if not policy.branches or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
+                self._patience = SCORE_PATIENCE
+                if scorer.step():
+                    self._note_peak()
+                    return True
+                if not policy.branches:
+                    scorer.fail_first()
+                    return True
+        try:
+            worked = policy.step()
+        except (ValueError, RuntimeError) as error:  # for example non-finite logits: the running problems hear of it
+            policy.abort(error)
+            worked = True
+        self._note_peak()
+        return worked or bool(scorer is not None and scorer.jobs)
+
+    def _note_peak(self) -> None:
+        used = self.budget.used_bytes
+        for session in self._sessions.values():
+            session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
+
+    def _open(self, prompt: list[int], verifier_prompt: list[int] | None) -> Session:
+        root = self.policy_forest.add(None, prompt)
+        session = Session(next(self._orders), root, None, policy_nodes={root})
+        root.owner = session
+        if verifier_prompt is not None and self.verifier_forest is not None:
+            session.verifier_root = self.verifier_forest.add(None, verifier_prompt)
+            session.verifier_root.owner = session
+            session.verifier_nodes.add(session.verifier_root)
+        self._sessions[session.order] = session
+        return session
+
+    def _close(self, session: Session) -> None:
+        if session.closed:
+            return
+        self._policy.drop(lambda branch: branch.session is session)
+        if self._scorer is not None:
+            self._scorer.drop(session)
+            self._sweep(self.verifier_forest, session.verifier_nodes)
+        self._sweep(self.policy_forest, session.policy_nodes)
+        session.closed = True
+        del self._sessions[session.order]
+
+    @staticmethod
+    def _sweep(forest: Forest, nodes: set[Node]) -> None:
+        for node in nodes:
+            while node.refs > 0:
+                forest.release(node)
+        nodes.clear()
+
+    def _abort(self, error: BaseException) -> None:
+        self._policy.abort(error)
+        if self._scorer is not None:
+            for job in self._scorer.jobs:
+                job.result.set_exception(error)
+        for command in self._drain(block=False):
+            if command is not None:
+                command[1].set_exception(error)
+
+    # -- checks ------------------------------------------------------------------------------------------------------
+
+    def _pages(self, model) -> int:
+        return max(1, self.budget.total_bytes // (model.kv_bytes_per_token * PAGE_SIZE))
+
+    def _path_bytes(self, model, tokens: int) -> int:
+        """Pages of a path of `tokens` cut into steps: at worst one page a step is partly used."""
+        return (-(-tokens // PAGE_SIZE) + 1) * PAGE_SIZE * model.kv_bytes_per_token
+
+    @staticmethod
+    def _check_ids(name: str, ids: list[int], model) -> None:
+        if not ids:
+            raise ValueError(f"{name} must hold at least one token id, got none")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= model.config.vocab:
+            raise ValueError(f"{name} must hold ids in 0 .. {model.config.vocab - 1}, got {low if low < 0 else high}; wrong tokenizer?")

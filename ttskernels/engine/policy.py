@@ -1,0 +1,230 @@
+"""Decoding branches: one mixed iteration (prefill, recompute, first tokens) or many pure decode iterations in one call."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ttskernels.engine.keys import as_int64, child_key
+from ttskernels.engine.residency import Residency, missing, uncached_rows
+from ttskernels.engine.work import Branch, StepEnd
+from ttskernels.errors import OutOfPagesError
+from ttskernels.kv.forest import Forest, Node
+from ttskernels.kv.plan import build_plan
+from ttskernels.ops.sample import sample
+
+SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
+MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
+PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
+
+
+class PolicyRunner:
+    """Holds the policy, its forest and pool, and the branches that are under way."""
+
+    def __init__(self, model, forest: Forest, residency: Residency, next_state: torch.Tensor):
+        if next_state.dtype != torch.int32 or next_state.ndim != 2 or next_state.shape[1] != model.config.vocab:
+            raise ValueError(
+                f"next_state must be int32 [states, vocab {model.config.vocab}], got {next_state.dtype} "
+                f"{tuple(next_state.shape)}; compile it with the policy's own tokenizer"
+            )
+        self.model, self.forest, self.residency, self.next_state = model, forest, residency, next_state.contiguous()
+        self.heads = model.config.heads
+        self.branches: list[Branch] = []
+        self._running: list[Branch] = []  # resident, with exactly one uncached token each
+        self._plan = None  # of self._running, while nothing changed
+
+    def busy_before(self, order: int) -> set[Node]:
+        """Nodes that the resident branches of problems older than `order` read."""
+        return {n for b in self.branches if b.session.order < order and b.node.cached for n in self.forest.path(b.node)}
+
+    def add(self, branch: Branch) -> None:
+        self.branches.append(branch)
+
+    def drop(self, unwanted: Callable[[Branch], bool]) -> None:
+        """Forget branches and give back their leaves."""
+        for branch in [b for b in self.branches if unwanted(b)]:
+            self.branches.remove(branch)
+            self.forest.release(branch.node)
+        self._plan = None
+
+    def abort(self, error: BaseException) -> None:
+        """End every branch with `error`."""
+        for branch in list(self.branches):
+            self._fail(branch, error)
+
+    def step(self) -> bool:
+        """Run the waiting branches for one mixed iteration, or, if none waits, all for several. False: nothing to do."""
+        if not self.branches:
+            return False
+        if self._plan is not None and self._plan_has_room():
+            return self._decode()
+        admitted = self._admit()
+        if not admitted:
+            first = min(self.branches, key=lambda b: b.priority)
+            self._fail(first, OutOfPagesError("one branch alone does not fit into the KV budget; raise kv_bytes"))
+            return True
+        if all(b.node.ids and b.node.cached == len(b.node.ids) - 1 for b in admitted):
+            self._running = admitted
+            rows = [(b.node, len(b.node.ids) - 1, 1) for b in admitted]
+            self._plan = build_plan(self.forest, rows, self.heads)
+            return self._decode()
+        return self._mixed(admitted)
+
+    # -- admission ---------------------------------------------------------------------------------------------------
+
+    def _plan_has_room(self) -> bool:
+        return len(self._running) == len(self.branches) and all(b.node.capacity > len(b.node.ids) for b in self._running)
+
+    def _admit(self) -> list[Branch]:
+        """Branches whose whole path is (or now became) resident, oldest problem first, with a slot for the next token."""
+        self._plan = None
+        order = sorted(self.branches, key=lambda b: b.priority)
+        needs: dict[Node, int] = {}
+        for branch in order:
+            needs.update(self._needs(branch))
+        if not needs or self._try(list(needs.items())):
+            admitted = order
+        else:
+            admitted, pinned = [], set()
+            for branch in order:
+                path = self.forest.path(branch.node)
+                needs = self._needs(branch)
+                if not needs or self.residency.reserve(self.forest, needs, pinned.union(path), branch.session):
+                    pinned.update(path)
+                    admitted.append(branch)
+            # A later branch's reserve may evict only what is not pinned, so every admitted path is still whole.
+        for branch in admitted:
+            branch.resident_epoch = self.residency.epoch
+        return admitted
+
+    def _needs(self, branch: Branch) -> dict[Node, int]:
+        node = branch.node
+        needs = {}
+        if branch.resident_epoch != self.residency.epoch:  # something was evicted since, or the branch is new
+            needs = missing(self.forest.path(node))
+        room = branch.max_length - node.pos0 - len(node.ids)
+        if node.capacity - len(node.ids) < min(SLACK_TOKENS, room):
+            needs[node] = min(SLACK_TOKENS, room)
+        return needs
+
+    def _try(self, needs: list[tuple[Node, int]]) -> bool:
+        try:
+            self.forest.reserve([n for n, _ in needs], [t for _, t in needs])
+            return True
+        except OutOfPagesError:
+            return False
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    def _mixed(self, branches: list[Branch]) -> bool:
+        """One forward over everything uncached on the branches' paths, then one sampled token each."""
+        started = time.perf_counter()
+        rows, last_row = uncached_rows(self.forest, [b.source for b in branches], PREFILL_ROWS)
+        ready = [b for b in branches if b.source in last_row]
+        sources = {s: i for i, s in enumerate(dict.fromkeys(b.source for b in ready))}
+        ids = torch.tensor([t for node, first, n in rows for t in node.ids[first : first + n]], dtype=torch.int32)
+        out_rows = torch.tensor([last_row[s] for s in sources], dtype=torch.int32)
+        plan = build_plan(self.forest, rows, self.heads)
+        logits = self.model.forward(ids, plan, self.forest.pool, out_rows, output="logits")
+        decoding = {b.node for b in branches if b.node.ids}
+        total = sum(n for _, _, n in rows)
+        seconds = time.perf_counter() - started
+        for node, first, n in rows:
+            counters = node.owner.counters
+            counters.policy_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            if node in decoding and n == 1:
+                counters.decode_seconds += seconds / total
+            else:
+                new = max(0, first + n - max(node.seen, first))
+                counters.policy_prefilled += new
+                counters.policy_recomputed += n - new
+                counters.prefill_seconds += seconds * n / total
+            node.cached = max(node.cached, first + n)
+            node.seen = max(node.seen, node.cached)
+        if ready:
+            self._sample(ready, logits, torch.tensor([sources[b.source] for b in ready], dtype=torch.int32))
+        return True
+
+    def _sample(self, branches: list[Branch], logits: torch.Tensor, rows: torch.Tensor) -> None:
+        positions = torch.tensor([b.node.pos0 + len(b.node.ids) for b in branches], dtype=torch.int32)
+        tokens, logprobs = sample(logits, rows, self._keys(branches), positions, self._params(branches))
+        for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
+            state = int(self.next_state[branch.state, token])
+            self._extend(branch, [token], logprob, state)
+
+    def _decode(self) -> bool:
+        """Up to MAX_ITERATIONS tokens for every running branch in one call; stops when one ends its step."""
+        started = time.perf_counter()
+        branches = self._running
+        iterations = min(MAX_ITERATIONS, *(self._room(b) for b in branches))
+        tokens = torch.empty(iterations, len(branches), dtype=torch.int32)
+        logprobs = torch.empty(iterations, len(branches), dtype=torch.float32)
+        ids = torch.tensor([b.node.ids[-1] for b in branches], dtype=torch.int32)
+        states = torch.tensor([b.state for b in branches], dtype=torch.int32)
+        done = self.model.decode(
+            ids, self._plan, self.forest.pool, self._keys(branches), self._params(branches), self.next_state, states,
+            tokens, logprobs,
+        )  # fmt: skip
+        columns = tokens[:done].T.tolist()
+        sums = logprobs[:done].sum(0).tolist()
+        seconds = (time.perf_counter() - started) / len(branches)
+        for branch, column, logprob, state in zip(branches, columns, sums, states.tolist(), strict=True):
+            node, counters = branch.node, branch.session.counters
+            counters.decode_seconds += seconds
+            counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
+            node.cached += done
+            node.seen = node.cached
+            self._extend(branch, column, logprob, state)
+        return True
+
+    def _room(self, branch: Branch) -> int:
+        """Tokens this branch may still take before its step, its path or its reserved slots are full."""
+        taken, node = len(branch.node.ids), branch.node
+        return min(branch.max_step_tokens, branch.max_length - node.pos0, node.capacity) - taken
+
+    def _keys(self, branches: list[Branch]) -> torch.Tensor:
+        return torch.tensor([as_int64(b.key) for b in branches], dtype=torch.int64)
+
+    def _params(self, branches: list[Branch]) -> torch.Tensor:
+        rows = [(b.sampling.temperature, b.sampling.top_k, b.sampling.top_p, b.sampling.min_p) for b in branches]
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def _extend(self, branch: Branch, tokens: list[int], logprob: float, state: int) -> None:
+        self.forest.append(branch.node, tokens)
+        branch.session.counters.policy_decoded += len(tokens)
+        branch.logprob += logprob
+        branch.state = state
+        node = branch.node
+        if state == -1:
+            self._end(branch, "step")
+        elif state < -1:
+            self._end(branch, "end")
+        elif len(node.ids) >= branch.max_step_tokens or node.pos0 + len(node.ids) >= branch.max_length:
+            self._end(branch, "length")
+
+    def _end(self, branch: Branch, reason: str) -> None:
+        node = branch.node
+        if reason == "step" and node.pos0 + len(node.ids) >= branch.max_length:
+            reason = "length"
+        self._plan = None
+        more = reason == "step" and branch.steps_left > 1
+        end = StepEnd(node, tuple(node.ids), reason, branch.logprob, branch.key, more)
+        if more:
+            child = self.forest.fork(node, 1)[0]
+            branch.session.policy_nodes.add(child)
+            branch.session.counters.policy_reused += node.pos0 + node.cached
+            self.forest.release(node)
+            branch.node, branch.key, branch.state, branch.logprob = child, child_key(branch.key, 0), 0, 0.0
+            branch.path_key = (*branch.path_key, 0)
+            branch.steps_left -= 1
+        else:
+            self.branches.remove(branch)
+        branch.on_step(end)
+
+    def _fail(self, branch: Branch, error: BaseException) -> None:
+        self.branches.remove(branch)
+        self.forest.release(branch.node)
+        self._plan = None
+        branch.on_step(error)

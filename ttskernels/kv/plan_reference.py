@@ -1,0 +1,376 @@
+"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in.
+
+Both make the same choices from the same float64 arithmetic in the same order, so their buffers are equal.
+
+1. Rows in DFS order, so that the rows at or below a node are one interval. Own rows come first, by position.
+2. Bottom up, each node is either read once for all rows below it (separate) or pushed down to be read by the
+   item of each child. Own rows count as one more child with no tokens. A path pushed down to the root is
+   flat decoding; a tree whose chosen cost is above its flat cost is planned flat.
+3. Every separate node, and every node with own rows that is pushed, ends a chain of itself and the pushed
+   nodes above.
+   A chain is an item per block of rows, cut at partial starts while there are too few tasks.
+"""
+
+from __future__ import annotations
+
+import functools
+import heapq
+import itertools
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from ttskernels.kv.plan_layout import FOLD, PARTIAL_TOKENS, Costs, PlanStats, TreeSpec
+
+
+class Item(NamedTuple):
+    row_lo: int
+    row_n: int
+    seg_lo: int
+    seg_n: int
+    pos0: int
+    tokens: int
+    cost: float
+    growing: bool
+
+
+class Built(NamedTuple):
+    """Everything a plan buffer holds, in plan order."""
+
+    row_slot: list[int]
+    row_perm: list[int]
+    row_leaf: list[int]
+    items: list[tuple[int, ...]]
+    segs: list[int]
+    merge_indptr: list[int]
+    merge_slots: list[int]
+    num_slots: int
+    worker_indptr: list[int]
+    stats: PlanStats
+
+
+@functools.lru_cache(maxsize=4096)
+def row_rate(rows: int, costs: Costs) -> float:
+    """Microseconds per token of `rows` rows, in even blocks of at most block_rows."""
+    blocks = -(-rows // costs.block_rows)
+    size = -(-rows // blocks)
+    last = rows - (blocks - 1) * size
+    return (blocks - 1) * block_rate(size, costs) + block_rate(last, costs)
+
+
+@functools.lru_cache(maxsize=4096)
+def block_rate(rows: int, costs: Costs) -> float:
+    padded = -(-rows * costs.group // costs.tile_rows) * costs.tile_rows
+    return max(costs.byte_us, costs.flop_us * padded)
+
+
+class Tree:
+    """Per-node facts: positions, rows, how much is read, and whether its one row may advance."""
+
+    def __init__(self, spec: TreeSpec):
+        self.parent = parent = spec.parent.tolist()
+        self.length = length = spec.length.tolist()
+        self.offset = spec.first_offset.tolist()
+        self.page_indptr = spec.page_indptr.tolist()
+        self.pages = spec.pages.tolist()
+        self.page_size = spec.page_size
+        row_pos, row_node = spec.row_pos.tolist(), spec.row_node.tolist()
+        nodes = len(parent)
+        self.pos0 = pos0 = [0] * nodes
+        for v in range(nodes):
+            if parent[v] >= 0:
+                pos0[v] = pos0[parent[v]] + length[parent[v]]
+        self.own = own = [0] * nodes  # rows of the node itself
+        self.reach = reach = [0] * nodes  # tokens that its own rows see
+        for r, v in enumerate(row_node):
+            own[v] += 1
+            reach[v] = max(reach[v], row_pos[r] - pos0[v] + 1)
+        self.total = total = own[:]  # rows at or below
+        self.leaf = leaf = [True] * nodes  # no rows below
+        for v in range(nodes - 1, -1, -1):
+            if parent[v] >= 0 and total[v]:
+                total[parent[v]] += total[v]
+                leaf[parent[v]] = False
+        self.row_lo = row_lo = [0] * nodes
+        cursor = [0] * (nodes + 1)  # where the next child's rows start; the last entry is for roots
+        for v in range(nodes):
+            row_lo[v] = cursor[parent[v]]
+            cursor[parent[v]] += total[v]
+            cursor[v] = row_lo[v] + own[v]
+        self.seen = [reach[v] if leaf[v] else length[v] for v in range(nodes)]
+        self.growing = [leaf[v] and own[v] == 1 and reach[v] == length[v] for v in range(nodes)]
+        capacity = spec.capacity.tolist()
+        self.extent = [max(capacity[v], reach[v]) if self.growing[v] else self.seen[v] for v in range(nodes)]
+        # Stable: rows of one node at one position stay in the caller's order.
+        place = np.asarray(row_lo, np.int64)[spec.row_node]
+        self.perm = np.lexsort((spec.row_pos, place)).tolist()
+        self.pos = spec.row_pos[self.perm].tolist()  # by plan row
+
+    def segments(self, v: int) -> list[int]:
+        """[page, offset, count, begin] of each page piece of the node, cut where a partial begins."""
+        end, page_size = self.extent[v], self.page_size
+        pages = self.pages[self.page_indptr[v] : self.page_indptr[v + 1]]
+        if (
+            self.offset[v] == 0 and PARTIAL_TOKENS % page_size == 0
+        ):  # every piece is a page: the common case, faster
+            used = -(-end // page_size)
+            out = [0] * (4 * used)
+            out[::4] = pages[:used]
+            out[2::4] = [page_size] * used
+            out[3 :: 4 * PARTIAL_TOKENS // page_size] = [1] * -(-end // PARTIAL_TOKENS)
+            if used:
+                out[-2] = end - (used - 1) * page_size
+            return out
+        out = []
+        token = 0
+        while token < end:
+            page, offset = divmod(self.offset[v] + token, page_size)
+            count = min(page_size - offset, end - token, PARTIAL_TOKENS - token % PARTIAL_TOKENS)
+            out += (pages[page], offset, count, int(token % PARTIAL_TOKENS == 0))
+            token += count
+        return out
+
+
+def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
+    """pushed[node], the modelled cost of the choice and that of flat decoding (us of one worker)."""
+    nodes = len(tree.parent)
+    pushed = [True] * nodes
+    # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open
+    # rows (those that end at a separate node, so that even a fold from the root is a partial), and flat
+    # decoding's rate.
+    front_cost, rate, empty, records = [0.0] * nodes, [0.0] * nodes, [0] * nodes, [0] * nodes
+    open_rows, flat_rate = [0] * nodes, [0.0] * nodes
+    done, flat = [0.0] * nodes, [0.0] * nodes
+    roots = []
+    for v in range(nodes - 1, -1, -1):
+        if tree.total[v] == 0:
+            continue
+        if tree.own[v]:
+            own_rate, own_blocks = row_rate(tree.own[v], costs), -(-tree.own[v] // costs.block_rows)
+            rate[v] += own_rate
+            flat_rate[v] += own_rate
+            flat[v] += own_blocks * costs.item_us
+            empty[v] += own_blocks
+        tokens, rows = tree.seen[v], tree.total[v]
+        if tokens:
+            groups = -(-tokens // PARTIAL_TOKENS)
+            flat[v] += tokens * flat_rate[v]
+            push = tokens * rate[v] + empty[v] * costs.item_us
+            once_rate, blocks = row_rate(rows, costs), -(-rows // costs.block_rows)
+            once = blocks * costs.item_us + tokens * once_rate
+            extra = 0.0
+            if tree.pos0[v] == 0:  # a separate root makes partials of everything below, and one of itself
+                extra = (rows + records[v] - open_rows[v]) * costs.partial_us
+            if once + extra < push:
+                pushed[v] = False
+                done[v] += front_cost[v] + records[v] * costs.partial_us
+                front_cost[v], rate[v], empty[v], records[v], open_rows[v] = (
+                    once,
+                    once_rate,
+                    0,
+                    rows * groups,
+                    rows,
+                )
+            else:
+                front_cost[v] += push
+                empty[v] = 0
+                records[v] += rows * groups
+        up = tree.parent[v]
+        if up < 0:
+            roots.append(v)
+            continue
+        front_cost[up] += front_cost[v]
+        rate[up] += rate[v]
+        empty[up] += empty[v]
+        records[up] += records[v]
+        open_rows[up] += open_rows[v]
+        flat_rate[up] += flat_rate[v]
+        done[up] += done[v]
+        flat[up] += flat[v]
+    modelled = flat_total = 0.0
+    flat_trees = set()
+    for v in roots:
+        cost = done[v] + front_cost[v] + open_rows[v] * costs.partial_us
+        if cost > flat[v]:
+            flat_trees.add(v)
+            cost = flat[v]
+        modelled += cost
+        flat_total += flat[v]
+    if flat_trees:
+        for v in range(nodes):
+            if v in flat_trees or tree.parent[v] in flat_trees:
+                flat_trees.add(v)
+                pushed[v] = True
+    return pushed, modelled, flat_total
+
+
+def block_items(
+    tree: Tree, pushed: list[bool], costs: Costs
+) -> tuple[list[Item], list[int], dict[int, tuple[int, int]]]:
+    """One item per chain and block of rows; the segments; and the segment range of each growing node."""
+    items: list[Item] = []
+    segs: list[int] = []
+    grows: dict[int, tuple[int, int]] = {}
+    pieces: dict[int, list[int]] = {}
+    for v in range(len(tree.parent)):
+        rows = tree.own[v] if pushed[v] else tree.total[v]
+        if rows == 0:
+            continue
+        chain, up = [v], tree.parent[v]
+        while up >= 0 and pushed[up]:
+            chain.append(up)
+            up = tree.parent[up]
+        pos0, seg_lo = tree.pos0[chain[-1]], len(segs) // 4
+        for u in reversed(chain):
+            if u not in pieces:
+                pieces[u] = tree.segments(u)
+            segs += pieces[u]
+        seg_hi = len(segs) // 4
+        if tree.growing[v]:
+            grows[v] = (seg_hi - len(pieces[v]) // 4, seg_hi)
+        blocks = -(-rows // costs.block_rows)
+        size = -(-rows // blocks)
+        for lo in range(tree.row_lo[v], tree.row_lo[v] + rows, size):
+            hi = min(lo + size, tree.row_lo[v] + rows)
+            last, growing = tree.pos[hi - 1], tree.growing[v]
+            end, n = tree.pos0[v] + tree.extent[v], seg_hi - seg_lo
+            while not growing and n > 1 and end - segs[(seg_lo + n) * 4 - 2] > last:
+                n -= 1  # the block's last row sees nothing of this segment
+                end -= segs[(seg_lo + n) * 4 + 2]
+            cost = costs.item_us + min(end - pos0, last + 1 - pos0) * block_rate(hi - lo, costs)
+            items.append(Item(lo, hi - lo, seg_lo, n, pos0, end - pos0, cost, growing))
+    return items, segs, grows
+
+
+def split_items(tree: Tree, items: list[Item], segs: list[int], costs: Costs) -> list[Item]:
+    """Cut long items at partial starts while there are too few (item, kv head) tasks for the workers."""
+    total = 0.0
+    for item in items:
+        total += item.cost
+    target = total / costs.tasks * costs.kv_heads
+    out: list[Item] = []
+    for item in items:
+        pieces = min(math.ceil(item.cost / target), int(item.cost / costs.min_piece_us))
+        if pieces <= 1 or item.tokens <= PARTIAL_TOKENS:
+            out.append(item)
+            continue
+        cuts, before = [item.seg_lo], [0]
+        token = 0
+        for s in range(item.seg_lo, item.seg_lo + item.seg_n):
+            if segs[s * 4 + 3] and s > item.seg_lo and token * pieces >= item.tokens * len(cuts):
+                cuts.append(s)
+                before.append(token)
+            token += segs[s * 4 + 2]
+        cuts.append(item.seg_lo + item.seg_n)
+        before.append(token)
+        for lo, hi, start, end in zip(cuts, cuts[1:], before, before[1:], strict=False):
+            row_lo, row_hi, pos0 = item.row_lo, item.row_lo + item.row_n, item.pos0 + start
+            while not item.growing and tree.pos[row_lo] < pos0:
+                row_lo += 1  # sees nothing of this piece
+            seen = max(0, min(end - start, tree.pos[row_hi - 1] + 1 - pos0))
+            cost = costs.item_us + seen * block_rate(row_hi - row_lo, costs)
+            out.append(Item(row_lo, row_hi - row_lo, lo, hi - lo, pos0, end - start, cost, item.growing))
+    return out
+
+
+def assign_slots(
+    items: list[Item], segs: list[int], rows: int
+) -> tuple[list[int], list[int], list[int], int]:
+    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
+    change = [0] * (rows + 1)
+    for item in items:
+        change[item.row_lo] += 1
+        change[item.row_lo + item.row_n] -= 1
+    parts = list(itertools.accumulate(change))  # items of each row
+    merges: list[list[int]] = [[] for _ in range(rows)]
+    slots, used = [], 0
+    for item in items:
+        if item.pos0 == 0 and max(parts[item.row_lo : item.row_lo + item.row_n]) == 1:
+            slots.append(-1)
+            continue
+        groups = 1 if item.pos0 == 0 else sum(segs[item.seg_lo * 4 + 3 : (item.seg_lo + item.seg_n) * 4 : 4])
+        slots.append(used)
+        for r in range(item.row_n):
+            merges[item.row_lo + r] += range(used + r, used + r + groups * item.row_n, item.row_n)
+        used += groups * item.row_n
+    indptr = [0]
+    for part in merges:
+        indptr.append(indptr[-1] + len(part))
+    return slots, indptr, [s for part in merges for s in part], used
+
+
+def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]:
+    """Items' order (dearest first; longest processing time first over queues) and queues' bounds."""
+    order = sorted(range(len(items)), key=lambda i: -items[i].cost)
+    lists: list[list[int]] = [[] for _ in range(queues)]
+    heap = [(0.0, q) for q in range(queues)]
+    for i in order:
+        load, q = heap[0]
+        lists[q].append(i)
+        heapq.heapreplace(heap, (load + items[i].cost, q))
+    indptr = [0]
+    for part in lists:
+        indptr.append(indptr[-1] + len(part))
+    return [i for part in lists for i in part], indptr
+
+
+def row_targets(
+    spec: TreeSpec, tree: Tree, segs: list[int], grows: dict[int, tuple[int, int]]
+) -> tuple[list[int], list[int]]:
+    """row_slot and row_leaf of every row, caller's order."""
+    slots, leaves = [], []
+    cached = spec.cached.tolist()
+    for v, pos in zip(spec.row_node.tolist(), spec.row_pos.tolist(), strict=True):
+        token = pos - tree.pos0[v]
+        page, offset = divmod(tree.offset[v] + token, tree.page_size)
+        slots.append(
+            -1 if token < cached[v] else tree.pages[tree.page_indptr[v] + page] * tree.page_size + offset
+        )
+        if not tree.growing[v]:
+            leaves += (-1, 0, -1, 0)
+            continue
+        seg, end = grows[v]
+        while token >= segs[seg * 4 + 2]:
+            token -= segs[seg * 4 + 2]
+            seg += 1
+        leaves += (seg, token, end, 0)
+    return slots, leaves
+
+
+def build(spec: TreeSpec, costs: Costs) -> Built:
+    tree = Tree(spec)
+    pushed, modelled, flat = choose(tree, costs)
+    items, segs, grows = block_items(tree, pushed, costs)
+    items = split_items(tree, items, segs, costs)
+    rows = len(tree.pos)
+    slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows)
+    order, worker_indptr = assign_queues(items, costs.queues)
+    row_slot, row_leaf = row_targets(spec, tree, segs, grows)
+    packed = []
+    for i in order:
+        item = items[i]
+        flags = FOLD if item.pos0 == 0 else 0
+        packed.append(
+            (item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, slots[i], flags, item.tokens)
+        )
+    stats = PlanStats(
+        items=len(items),
+        partial_slots=num_slots,
+        unique_tokens=sum(s for s, t in zip(tree.seen, tree.total, strict=True) if t),
+        flat_tokens=sum(p + 1 for p in tree.pos),
+        modelled_us=modelled / costs.workers,
+        flat_us=flat / costs.workers,
+    )
+    return Built(
+        row_slot,
+        tree.perm,
+        row_leaf,
+        packed,
+        segs,
+        merge_indptr,
+        merge_slots,
+        num_slots,
+        worker_indptr,
+        stats,
+    )

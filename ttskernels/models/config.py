@@ -1,0 +1,92 @@
+"""What the decoder needs to know about a checkpoint: sizes, rotary frequencies, which biases and norms exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ttskernels.kv.plan_layout import HeadShape
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+
+
+@dataclass(frozen=True, eq=False)
+class DecoderConfig:
+    """One decoder-only transformer: pre-norm, rotary positions, grouped queries, gated SiLU MLP."""
+
+    vocab: int
+    hidden: int
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rms_eps: float
+    inv_freq: Tensor  # [head_dim / 2] float32, scaling included
+    rope_scale: float  # multiplies cos and sin (YaRN); 1 otherwise
+    max_positions: int
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool  # RMS norm of every query and key head before the rotation
+    tie_embeddings: bool
+    window: int  # tokens a row sees, itself included; 0: all
+    scale: float  # of the attention logits
+    dtype: torch.dtype
+    eos_ids: tuple[int, ...]
+    model_type: str
+
+    @property
+    def heads(self) -> HeadShape:
+        """What the planner needs to know."""
+        return HeadShape(self.q_heads, self.kv_heads, self.head_dim, self.head_dim, self.dtype.itemsize)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    def flops_per_token(self, context: int, output: str | None = "logits") -> float:
+        """Floating-point operations (2 per multiply-add) of one token that sees `context` tokens, itself included.
+
+        Args:
+            output: "logits" counts the vocabulary head; "hidden" or None does not.
+        """
+        queries, keys = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
+        seen = min(context, self.window) if self.window else context
+        projections = self.hidden * (2 * queries + 2 * keys) + 3 * self.hidden * self.intermediate
+        head = self.hidden * self.vocab if output == "logits" else 0
+        return 2.0 * (self.layers * (projections + 2 * queries * seen) + head)
+
+
+def rope_frequencies(config: Any) -> tuple[Tensor, float]:
+    """`(inv_freq [head_dim / 2] float32, scale of cos and sin)` of a transformers config."""
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope = config.rope_parameters
+    kind = rope.get("rope_type", "default")
+    if kind not in ROPE_TYPES:
+        raise ValueError(
+            f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}: its frequencies change with the length "
+            "of the sequence, so cached keys of a shared prefix would be wrong; use a checkpoint without it"
+        )
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(
+            f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; not supported"
+        )
+    if kind != "default":
+        inv_freq, scale = ROPE_INIT_FUNCTIONS[kind](config)
+        return inv_freq.float(), float(scale)
+    exponent = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
+    return 1.0 / rope["rope_theta"] ** exponent, 1.0
+
+
+def max_positions(config: Any) -> int:
+    """Longest sequence. YaRN checkpoints often keep the unscaled length in max_position_embeddings."""
+    rope = config.rope_parameters
+    if rope.get("rope_type") == "yarn" and rope.get("factor"):
+        return max(
+            config.max_position_embeddings, int(rope["factor"] * rope["original_max_position_embeddings"])
+        )
+    return config.max_position_embeddings

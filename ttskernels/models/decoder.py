@@ -1,0 +1,118 @@
+"""The decoder in readable form, over the public ops. The C++ one (native.py) has the same interface and contract."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ttskernels.kv.plan import Plan
+from ttskernels.kv.pool import PagePool
+from ttskernels.models.config import DecoderConfig
+from ttskernels.ops.linear import linear, linear_pack
+from ttskernels.ops.rms_norm import rms_norm
+from ttskernels.ops.rope_append import rope_append
+from ttskernels.ops.sample import sample
+from ttskernels.ops.tree_attention import tree_attention
+
+LM_HEAD = "lm_head.weight"
+
+
+class Decoder(Protocol):
+    """What `Model` runs; it has checked every argument. See `Model.forward` and `Model.decode`."""
+
+    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor: ...
+
+    def decode(
+        self,
+        ids: Tensor,
+        plan: Plan,
+        pool: PagePool,
+        keys: Tensor,
+        params: Tensor,
+        next_state: Tensor,
+        states: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> int: ...
+
+
+class PythonDecoder:
+    """Runs layer by layer through `ops`; every op gets the same `impl`."""
+
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str):
+        self.config, self.impl = config, impl
+        self.embed = weights["model.embed_tokens.weight"]
+        lm_head = weights.get("lm_head.weight", self.embed)
+        matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
+        self.packed = {
+            name: linear_pack(tensor, impl=impl) for name, tensor in (matrices | {LM_HEAD: lm_head}).items()
+        }
+        self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
+
+    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
+        out_rows = out_rows.long()
+        x = self.embed[ids.long()]
+        for layer in range(self.config.layers):
+            attended = self._attention(layer, x, plan, pool)
+            if (
+                layer == self.config.layers - 1
+            ):  # nothing reads the other rows any more: their K, V are written
+                x, attended = x[out_rows], attended[out_rows]
+            x = x + self._linear(layer, "self_attn.o_proj", attended)
+            x = x + self._mlp(layer, x)
+        if output == "hidden":
+            return x.float()
+        x = rms_norm(x, self.vectors["model.norm.weight"], self.config.rms_eps, impl=self.impl)
+        return linear(x, self.packed[LM_HEAD]).float()
+
+    def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
+        rows = torch.arange(plan.num_rows, dtype=torch.int32)
+        for iteration in range(tokens.shape[0]):
+            if iteration and not plan.advance():
+                return iteration
+            logits = self.forward(ids, plan, pool, rows, "logits")
+            token, logprob = sample(
+                logits, rows, keys, torch.from_numpy(plan.row_pos) + 1, params, impl=self.impl
+            )
+            tokens[iteration], logprobs[iteration] = token, logprob
+            ids.copy_(token)
+            states.copy_(next_state[states.long(), token.long()])
+            if (states < 0).any():
+                return iteration + 1
+        return tokens.shape[0]
+
+    def _attention(self, layer: int, x: Tensor, plan: Plan, pool: PagePool) -> Tensor:
+        """Heads of every row `[rows, q_heads * head_dim]`, after writing the layer's K, V of new rows."""
+        c, impl = self.config, self.impl
+        x = rms_norm(x, self._vector(layer, "input_layernorm.weight"), c.rms_eps, impl=impl)
+        q = self._linear(layer, "self_attn.q_proj", x).view(-1, c.q_heads, c.head_dim)
+        k = self._linear(layer, "self_attn.k_proj", x).view(-1, c.kv_heads, c.head_dim)
+        v = self._linear(layer, "self_attn.v_proj", x).view(-1, c.kv_heads, c.head_dim)
+        positions, slots = torch.from_numpy(plan.row_pos), torch.from_numpy(plan.row_slot)
+        q = rope_append(
+            q, k, v, c.inv_freq, positions, slots, pool.k[layer], pool.v[layer],
+            rope_scale=c.rope_scale,
+            q_norm=self._vector(layer, "self_attn.q_norm.weight"),
+            k_norm=self._vector(layer, "self_attn.k_norm.weight"),
+            eps=c.rms_eps,
+            impl=impl,
+        )  # fmt: skip
+        out = tree_attention(q, pool.k[layer], pool.v[layer], plan, scale=c.scale, window=c.window, impl=impl)
+        return out.flatten(1)
+
+    def _mlp(self, layer: int, x: Tensor) -> Tensor:
+        x = rms_norm(
+            x, self._vector(layer, "post_attention_layernorm.weight"), self.config.rms_eps, impl=self.impl
+        )
+        gate, up = self._linear(layer, "mlp.gate_proj", x), self._linear(layer, "mlp.up_proj", x)
+        return self._linear(layer, "mlp.down_proj", torch.nn.functional.silu(gate) * up)
+
+    def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
+        bias = self._vector(layer, f"{name}.bias")
+        return linear(x, self.packed[f"model.layers.{layer}.{name}.weight"], bias)
+
+    def _vector(self, layer: int, name: str) -> Tensor | None:
+        """A norm's weight or a bias; None if the family has none."""
+        return self.vectors.get(f"model.layers.{layer}.{name}")

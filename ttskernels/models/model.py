@@ -1,0 +1,194 @@
+"""A loaded model: configuration, head and the decoder that runs it, behind one interface with checked arguments."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ttskernels import _dispatch
+from ttskernels.errors import UnavailableError
+from ttskernels.kv.plan import Plan
+from ttskernels.kv.plan_layout import HeadShape
+from ttskernels.kv.pool import ByteBudget, PagePool
+from ttskernels.models.config import DecoderConfig
+from ttskernels.models.decoder import Decoder, PythonDecoder
+from ttskernels.models.heads import ScoreHead
+from ttskernels.models.loading import Checkpoint, load_checkpoint
+from ttskernels.ops.sample import check_params
+
+Output = Literal["logits", "hidden"]
+
+
+class Model:
+    """A policy (`head` is None) or a process reward model over plans and a page pool.
+
+    `norm` is the final norm's weight in float32, which `step_score` applies to `output="hidden"`. `lm_head` holds the
+    vocabulary rows `[vocab, hidden]`, or None for a checkpoint with a score head.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, decoder: Decoder, impl: str):
+        self.config: DecoderConfig = checkpoint.config
+        self.head: ScoreHead | None = checkpoint.head
+        self.impl = impl
+        self._decoder = decoder
+        self.norm = checkpoint.weights["model.norm.weight"].float()
+        self.lm_head: Tensor | None = None
+        if self.head is None:
+            embed = checkpoint.weights["model.embed_tokens.weight"]
+            self.lm_head = checkpoint.weights.get("lm_head.weight", embed)
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        return self.config.kv_bytes_per_token
+
+    def flops_per_token(self, context: int, output: str | None = "logits") -> float:
+        """See `DecoderConfig.flops_per_token`; the vocabulary head counts only if the model has one."""
+        return self.config.flops_per_token(context, output if self.lm_head is not None else None)
+
+    @property
+    def heads(self) -> HeadShape:
+        """What `build_plan` needs to know about this model."""
+        c = self.config
+        return HeadShape(c.q_heads, c.kv_heads, c.head_dim, c.head_dim, c.dtype.itemsize)
+
+    def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
+        """A KV page pool of this model's shape and dtype; `budget` may be shared with another model's pool."""
+        c = self.config
+        return PagePool(c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget)
+
+    def forward(
+        self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits"
+    ) -> Tensor:
+        """Run the query rows of `plan`; writes the K and V of rows that are not cached yet into `pool`.
+
+        Args:
+            ids: `[rows]` int32, the caller's row order.
+            out_rows: `[n]` int32, rows whose result is wanted; the last layer and the head run for these alone.
+            output: "logits", or "hidden" before the final norm.
+        Returns:
+            `[n, vocab]` or `[n, hidden]` float32.
+        Raises:
+            ValueError: a shape or dtype mismatch, an id outside the vocabulary, a position past `max_positions`.
+        """
+        if output not in ("logits", "hidden"):
+            raise ValueError(f"output must be 'logits' or 'hidden', got {output!r}")
+        if output == "logits" and self.lm_head is None:
+            raise ValueError(
+                "output must be 'hidden': this checkpoint has a score head and no vocabulary head"
+            )
+        self._check_rows(ids, plan, pool)
+        _check_index("out_rows", out_rows, plan.num_rows)
+        return self._decoder.forward(ids, plan, pool, out_rows, output)
+
+    def decode(
+        self,
+        ids: Tensor,
+        plan: Plan,
+        pool: PagePool,
+        keys: Tensor,
+        params: Tensor,
+        next_state: Tensor,
+        states: Tensor,
+        tokens: Tensor,
+        logprobs: Tensor,
+    ) -> int:
+        """Decode all rows together until one of them needs the caller; returns the number of iterations done.
+
+        An iteration appends the KV of `ids`, samples one token per row at position row_pos + 1, writes it to `tokens`,
+        `logprobs` and `ids`, and sets `states = next_state[states, token]`. It stops after an iteration in which a
+        state turned negative, when a row has no reserved slot for its new token, at `max_positions`, or when `tokens`
+        is full. On return the last sampled tokens are in `ids`; their KV is not in the pool yet.
+
+        Args:
+            ids, states: `[rows]` int32, updated.
+            plan: one row per branch, advanced once between iterations.
+            keys, params: `[rows]` int64 and `[rows, 4]` float32, as in op `sample`.
+            next_state: `[automaton states, vocab]` int32.
+            tokens, logprobs: `[iterations, rows]` int32 and float32, filled from the top.
+        Raises:
+            ValueError: a shape or dtype mismatch, an id outside the vocabulary, a position past `max_positions`.
+        """
+        if self.lm_head is None:
+            raise ValueError("decode needs a vocabulary head; this checkpoint has a score head instead")
+        rows = plan.num_rows
+        last = self._check_rows(ids, plan, pool)
+        _check("keys", keys, (rows,), torch.int64)
+        _check("params", params, (rows, 4), torch.float32)
+        check_params(params)
+        _check("next_state", next_state, (next_state.shape[0], self.config.vocab), torch.int32)
+        _check("states", states, (rows,), torch.int32)
+        _check_index("states", states, next_state.shape[0])
+        _check("tokens", tokens, (tokens.shape[0], rows), torch.int32)
+        _check("logprobs", logprobs, tuple(tokens.shape), torch.float32)
+        limit = min(tokens.shape[0], self.config.max_positions - last)
+        return self._decoder.decode(
+            ids, plan, pool, keys, params, next_state, states, tokens[:limit], logprobs[:limit]
+        )
+
+    def _check_rows(self, ids: Tensor, plan: Plan, pool: PagePool) -> int:
+        """Refuse what would read out of bounds; returns the largest position of a row."""
+        c = self.config
+        shape, own = (pool.layers, pool.kv_heads, pool.head_dim), (c.layers, c.kv_heads, c.head_dim)
+        if shape != own or pool.dtype != c.dtype:
+            raise ValueError(
+                f"pool must have (layers, kv_heads, head_dim) {own} and {c.dtype}, got {shape} and {pool.dtype}; "
+                "take it from model.new_pool"
+            )
+        _check("ids", ids, (plan.num_rows,), torch.int32)
+        if plan.num_rows == 0:
+            return 0
+        _check_index("ids", ids, c.vocab, "token ids of this model's vocabulary")
+        last = int(plan.row_pos.max())
+        if last >= c.max_positions:
+            raise ValueError(
+                f"positions must stay below max_positions = {c.max_positions}, got a row at {last}; shorten the prompt"
+            )
+        return last
+
+
+def load_model(
+    source: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, impl: _dispatch.Impl = "auto"
+) -> Model:
+    """Load a policy or process reward model.
+
+    Args:
+        source: checkpoint folder (safetensors), hub id `owner/name`, `.gguf` file or a folder with one.
+        dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype.
+        impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch.
+    Raises:
+        FileNotFoundError, ConnectionError: nothing to load there.
+        ValueError: unsupported family or feature, incomplete or damaged files; the message names which.
+        UnavailableError: `impl` cannot run here.
+    """
+    if impl not in _dispatch.IMPLS:
+        raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
+    if impl != "auto" and (reason := _dispatch.available(impl)):
+        raise UnavailableError(f"impl {impl!r} is not available: {reason}")
+    checkpoint = load_checkpoint(source, dtype)
+    if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
+        from ttskernels.models.native import NativeDecoder
+
+        return Model(
+            checkpoint,
+            NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.head is None),
+            "cpu",
+        )
+    resolved = "reference" if impl == "auto" else impl
+    return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, resolved), resolved)
+
+
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+        raise ValueError(f"{name} must be {list(shape)} {dtype}, got {list(tensor.shape)} {tensor.dtype}")
+
+
+def _check_index(name: str, index: Tensor, size: int, what: str = "indices") -> None:
+    if index.dtype != torch.int32 or index.ndim != 1:
+        raise ValueError(f"{name} must be a 1-D int32 tensor, got {list(index.shape)} {index.dtype}")
+    if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+        raise ValueError(
+            f"{name} must be {what} in 0..{size - 1}, got {int(index.min())}..{int(index.max())}"
+        )

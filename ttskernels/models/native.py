@@ -1,0 +1,59 @@
+"""The decoder as one C++ object: a forward, or many decode iterations with sampling, is one call."""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+
+import torch
+from torch import Tensor
+
+from ttskernels import _dispatch
+from ttskernels.kv.plan import Plan
+from ttskernels.kv.pool import PagePool
+from ttskernels.models.config import DecoderConfig
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_LAYER_WEIGHTS = (
+    "input_layernorm.weight",
+    "self_attn.q_proj.weight", "self_attn.q_proj.bias",
+    "self_attn.k_proj.weight", "self_attn.k_proj.bias",
+    "self_attn.v_proj.weight", "self_attn.v_proj.bias",
+    "self_attn.q_norm.weight", "self_attn.k_norm.weight",
+    "self_attn.o_proj.weight", "self_attn.o_proj.bias",
+    "post_attention_layernorm.weight",
+    "mlp.gate_proj.weight", "mlp.up_proj.weight", "mlp.down_proj.weight",
+)  # fmt: skip
+
+
+class NativeDecoder:
+    """Same interface and results (within rounding) as `PythonDecoder`. Weights are copied and packed once."""
+
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool):
+        c = config
+        embed = weights["model.embed_tokens.weight"]
+        head = weights.get("lm_head.weight", embed) if lm_head else None
+        flat = [embed, weights["model.norm.weight"], head]
+        flat += [weights.get(f"model.layers.{i}.{name}") for i in range(c.layers) for name in _LAYER_WEIGHTS]
+        flat = [w if w is None else w.contiguous() for w in flat]
+        ints = [c.vocab, c.hidden, c.layers, c.q_heads, c.kv_heads, c.head_dim, c.intermediate, c.window, _DTYPES[c.dtype]]
+        constants = [c.rms_eps, c.rope_scale, c.scale, 0.0]
+        self._handle = torch.ops.ttskernels.decoder_create(ints, constants, c.inv_freq.contiguous(), flat)
+        free = _dispatch.library().ttsk_decoder_free
+        free.argtypes = [ctypes.c_int64]
+        weakref.finalize(self, free, self._handle)
+
+    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
+        return torch.ops.ttskernels.decoder_forward(
+            self._handle, pool.k, pool.v, plan.buffer, ids, out_rows, int(output == "logits")
+        )
+
+    def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
+        try:
+            return torch.ops.ttskernels.decoder_decode(
+                self._handle, pool.k, pool.v, plan.buffer, ids, keys, params, next_state, states, tokens, logprobs
+            )
+        except RuntimeError as error:
+            if "are not finite" in str(error):
+                raise ValueError(str(error).split("\n")[0]) from error
+            raise
