@@ -95,7 +95,7 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
     """One of several plans with the same meaning.
 
     separate: an item per node; rows / chunks: those split by rows / by partials; pushed: a fold item per row
-    over its whole path; grouped: the same for all rows of a node; prefix: a fold item over the path down to an
+    over its whole path; grouped: the same for all rows of a node; prefix: a fold item over the path to an
     inner node for everything below it, the rest separate; direct: as separate, but a root writes its
     single-partial rows itself.
     """
