@@ -49,7 +49,7 @@ class TileLoader {
   static constexpr bool kInPlace = sizeof(E) == sizeof(T);
 
   TileLoader(const TreeAttentionParams& p, int64_t head, E* scratch)
-      : dim_(p.head_dim), v_dim_(p.v_dim), head_(head), packed_(p.packed) {
+      : dim_(p.head_dim), v_dim_(p.v_dim), packed_(p.packed) {
     ks_ = p.packed ? KvStrides{p.kv_heads * dim_ * kBlock, 0, dim_ * kBlock} : p.k_strides;
     vs_ = p.packed ? KvStrides{p.kv_heads * v_dim_ * kBlock, 0, v_dim_ * kBlock} : p.v_strides;
     k_ = static_cast<const T*>(p.k) + head * ks_.head;
@@ -85,29 +85,6 @@ class TileLoader {
       }
     }
     return tile;
-  }
-
-  // The pages of the tile at `cursor` (segments end at `last`), to be fetched into L2 while this one is in use.
-  void SetNext(SegCursor cursor, const PlanSeg* last, int64_t head) {
-    num_next_ = 0;
-    if (!packed_) return;
-    next_k_ = k_ + (head - head_) * ks_.head;
-    next_v_ = v_ + (head - head_) * vs_.head;
-    for (int b = 0; b < kTileBlocks && cursor.seg < last; ++b) {
-      next_[num_next_++] = cursor.seg->page;
-      for (int left = kBlock; left > 0 && cursor.seg < last;) left -= cursor.Take(left).count;
-    }
-  }
-  // The share of that which falls to one of `parts` equal stretches of computation.
-  void Prefetch(int64_t part, int64_t parts) const {
-    const int64_t k_lines = kBlock * dim_ * sizeof(T) / 64, page_lines = kBlock * (dim_ + v_dim_) * sizeof(T) / 64;
-    const int64_t lines = num_next_ * page_lines, end = lines * (part + 1) / parts;
-    for (int64_t i = lines * part / parts; i < end; ++i) {
-      const int64_t page = next_[i / page_lines], line = i % page_lines;
-      const bool is_k = line < k_lines;
-      const T* base = is_k ? next_k_ + page * ks_.page : next_v_ + page * vs_.page;
-      __builtin_prefetch(reinterpret_cast<const char*>(base) + (is_k ? line : line - k_lines) * 64, 0, 2);
-    }
   }
 
   void LoadV(Tile<E>* tile) {
@@ -220,14 +197,11 @@ class TileLoader {
   const T* k_;
   const T* v_;
   KvStrides ks_, vs_;
-  int64_t dim_, v_dim_, head_;
+  int64_t dim_, v_dim_;
   bool packed_;
-  E* scratch_;  // K, then V: K is done with when V is loaded, and the lines are still in L1
+  E* scratch_;  // K, then V: K is done with when V is loaded
   Run runs_[kTileBlocks][kBlock];
-  int num_runs_[kTileBlocks], lo_, hi_, num_next_ = 0;
-  int32_t next_[kTileBlocks];
-  const T* next_k_;
-  const T* next_v_;
+  int num_runs_[kTileBlocks], lo_, hi_;
 };
 
 }  // namespace

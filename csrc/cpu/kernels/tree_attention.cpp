@@ -28,8 +28,8 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
   *m = top;
 }
 
-// Up to so many q rows a tile is widened in registers as it is read, above it is copied to L1 as floats first. GFLOP/s
-// of a Sapphire Rapids core, d = 128: 7 rows 90 against 68, 28 rows 119 : 114, 56 rows 112 : 130, 112 rows 126 : 144.
+// Up to so many q rows a tile is widened in registers as it is read, above it is copied to floats first (GFLOP/s of both
+// in bench/LOG.md: in place wins at 7 and 28 rows, the copy at 56 and 112).
 constexpr int64_t kInPlaceRows = 32;
 
 template <int kN>
@@ -111,8 +111,6 @@ struct Kernel {
     const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
     RowState* state = static_cast<RowState*>(s.state);
     E* weights = static_cast<E*>(s.weights);
-    const int64_t parts = groups * (1 + (p.v_dim + kMicroVecs * kLanes - 1) / (kMicroVecs * kLanes));
-    int64_t part = 0;
     auto tile = loader.LoadK(cursor, lo, hi);
     for (int64_t g = 0, at = 0; g < groups; ++g) {
       const int rows = static_cast<int>(size + (g < larger));
@@ -130,7 +128,6 @@ struct Kernel {
                              weights + at * kTileTokens, s.alpha + at);
         });
       }
-      loader.Prefetch(part++, parts);
       at += rows;
     }
     loader.LoadV(&tile);
@@ -145,7 +142,6 @@ struct Kernel {
                               s.alpha + at, s.o + at * p.v_dim);
           });
         }
-        if (part < parts) loader.Prefetch(part++, parts);
         at += rows;
       }
       col += vectors * kLanes;
@@ -153,17 +149,15 @@ struct Kernel {
   }
 
   template <typename M>
-  void RunTile(const Task& task, const Task& after, const SegCursor& tile, const SegCursor& next, int32_t pos, int lo,
-               int hi, int64_t count, const TreeScratch& s) const {
-    TileLoader<T, typename M::Element> loader(p, task.kv_head, static_cast<typename M::Element*>(s.tile));
-    if (next.seg < task.last) loader.SetNext(next, task.last, task.kv_head);
-    else loader.SetNext({after.seg, 0}, after.last, after.kv_head);
+  void RunTile(int64_t kv_head, const SegCursor& tile, int32_t pos, int lo, int hi, int64_t count,
+               const TreeScratch& s) const {
+    TileLoader<T, typename M::Element> loader(p, kv_head, static_cast<typename M::Element*>(s.tile));
     TileRows<M>(loader, tile, pos, lo, hi, count, s);
   }
 
   // One partial: `tokens` tokens from `cursor` on, the first at position pos0; rows see [first, end) at most.
-  void Partial(const Task& task, const Task& after, SegCursor cursor, int32_t pos0, int32_t tokens,
-               int64_t count, int32_t first, int32_t end, const TreeScratch& s) const {
+  void Partial(int64_t kv_head, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, int32_t first,
+               int32_t end, const TreeScratch& s) const {
     for (int32_t t = 0; t < tokens; t += kTileTokens) {
       const int32_t n = tokens - t < kTileTokens ? tokens - t : kTileTokens, pos = pos0 + t;
       if (pos >= end) return;
@@ -172,8 +166,8 @@ struct Kernel {
       cursor.Skip(n);
       if (lo >= hi) continue;
       const bool aligned = p.packed && tile.seg->offset + tile.used == 0;
-      if (aligned && count <= kInPlaceRows) RunTile<InPlace>(task, after, tile, cursor, pos, lo, hi, count, s);
-      else RunTile<Copied>(task, after, tile, cursor, pos, lo, hi, count, s);
+      if (aligned && count <= kInPlaceRows) RunTile<InPlace>(kv_head, tile, pos, lo, hi, count, s);
+      else RunTile<Copied>(kv_head, tile, pos, lo, hi, count, s);
     }
   }
 
@@ -199,8 +193,7 @@ struct Kernel {
     }
   }
 
-  // The first tile of `after` is fetched into L2 during the last one of `task`.
-  void Run(const Task& task, const Task& after, TreeScratch s) const {
+  void Run(const Task& task, TreeScratch s) const {
     const PlanItem& item = *task.item;
     const int64_t row = task.row, rows = task.rows, kv_head = task.kv_head;
     RowState* state = static_cast<RowState*>(s.state);
@@ -223,7 +216,7 @@ struct Kernel {
         Store(state[r].l, Zero());
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
-      Partial(task, after, cursor, pos, tokens, count, first, end, s);
+      Partial(kv_head, cursor, pos, tokens, count, first, end, s);
       for (int64_t r = 0; r < count; ++r) {
         const float m = state[r].m, l = ReduceAdd(Load(state[r].l));
         const float* o = s.o + r * p.v_dim;
@@ -287,11 +280,7 @@ struct Kernel {
     {
       const TreeScratch scratch = layout.Scratch(ThreadId());
       int64_t item = 0;
-      for (Task task = Claim(&next, &item); task.item != nullptr;) {
-        const Task after = Claim(&next, &item);  // one ahead, for prefetching
-        Run(task, after, scratch);
-        task = after;
-      }
+      for (Task task = Claim(&next, &item); task.item != nullptr; task = Claim(&next, &item)) Run(task, scratch);
 #pragma omp barrier
 #pragma omp for schedule(static)
       for (int64_t i = 0; i < rows * p.q_heads; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
