@@ -25,8 +25,8 @@ class Sampling:
 
 @dataclass
 class Counters:
-    """What a session cost. Tokens are counted once per forward row; `reused` are prefix tokens that were not recomputed
-    when a branch or a score job started; seconds of a shared batch are split by rows."""
+    """What a session cost. Tokens are counted once per forward row; `reused` are prefix tokens that did not have
+    to be computed for a branch or a score job because another one has them; seconds of a shared batch are split by rows."""
 
     policy_prefilled: int = 0
     policy_decoded: int = 0
