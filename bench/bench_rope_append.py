@@ -2,7 +2,8 @@
 
     pytest bench/bench_rope_append.py --benchmark-columns=median,iqr,rounds
 
-`cpu` computes cos and sin in the call; the C++ decoder computes them once for all layers (RopeTable). `torch` is apply_rotary_pos_emb with cos and sin given, then an index_put of K and V.
+`cpu` computes cos and sin in the call; the C++ decoder computes them once for all layers (RopeTable). `torch`
+is apply_rotary_pos_emb with cos and sin given, then an index_put of K and V.
 """
 
 import os
@@ -10,8 +11,7 @@ import os
 import pytest
 import torch
 
-from ttskernels import _dispatch
-from ttskernels.kv import layout
+from ttskernels import _dispatch, layout
 from ttskernels.ops.rope_append import rope_append
 
 PEAK_GBPS = float(os.environ.get("TTSK_PEAK_GBPS", 21))
@@ -64,4 +64,7 @@ def test_bench_rope_append(benchmark, shape, impl):
     benchmark.extra_info |= {"bytes": moved, "isa": _dispatch.isa_name()}
     if benchmark.stats is not None:
         gbps = moved / benchmark.stats.stats.median / 1e9
-        benchmark.extra_info |= {"gbps": round(gbps, 2), "bandwidth_percent": round(100 * gbps / PEAK_GBPS, 1)}
+        benchmark.extra_info |= {
+            "gbps": round(gbps, 2),
+            "bandwidth_percent": round(100 * gbps / PEAK_GBPS, 1),
+        }

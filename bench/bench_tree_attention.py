@@ -3,10 +3,11 @@
     pytest bench/bench_tree_attention.py --benchmark-columns=median,iqr,rounds
     TTSK_NUM_THREADS=1 pytest bench/bench_tree_attention.py -k shared
 
-Implementations: `shared` reads each node once, `flat` reads the prompt for each branch (same kernel), `gqa` is torch's SDPA
-with enable_gqa on replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the
-unique tokens with a tree mask, `reference` the slow PyTorch op (small shape). extra_info: flops, KV bytes, GFLOP/s, GB/s and
-their share of the peak (TTSK_PEAK_GFLOPS, TTSK_PEAK_GBPS: fp32 FMA of one thread, read bandwidth of the machine).
+Implementations: `shared` reads each node once, `flat` reads the prompt for each branch (same kernel), `gqa`
+is torch's SDPA with enable_gqa on replicated KV, `folded` SDPA with the query group folded into q_len,
+`flex` FlexAttention over the unique tokens with a tree mask, `reference` the slow PyTorch op (small shape).
+extra_info: flops, KV bytes, GFLOP/s, GB/s and their share of the peak (TTSK_PEAK_GFLOPS: fp32 FMA of one
+thread, TTSK_PEAK_GBPS: read bandwidth of the machine).
 """
 
 import os
@@ -17,9 +18,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from ttskernels import _dispatch
+from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
-from ttskernels.kv import layout
 from ttskernels.ops.tree_attention import tree_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -75,13 +75,14 @@ class Case:
 
 def measure(benchmark, case, call, threads, **options):
     result = benchmark.pedantic(call, **{"rounds": 7, "warmup_rounds": 2, "iterations": 1, **options})
-    benchmark.extra_info |= {"flops": case.flops, "kv_bytes": case.kv_bytes, "threads": threads,
-                             "isa": _dispatch.isa_name()}  # fmt: skip
+    benchmark.extra_info |= {"flops": case.flops, "kv_bytes": case.kv_bytes, "threads": threads}
+    benchmark.extra_info["isa"] = _dispatch.isa_name()
     if benchmark.stats is not None:
         seconds = benchmark.stats.stats.median
         gflops, gbps = case.flops / seconds / 1e9, case.kv_bytes / seconds / 1e9
-        benchmark.extra_info |= {"gflops": round(gflops, 1), "peak_percent": round(100 * gflops / PEAK_GFLOPS / threads, 1),
-                                 "gbps": round(gbps, 2), "bandwidth_percent": round(100 * gbps / PEAK_GBPS, 1)}  # fmt: skip
+        benchmark.extra_info |= {"gflops": round(gflops, 1), "gbps": round(gbps, 2)}
+        benchmark.extra_info["peak_percent"] = round(100 * gflops / PEAK_GFLOPS / threads, 1)
+        benchmark.extra_info["bandwidth_percent"] = round(100 * gbps / PEAK_GBPS, 1)
     return result
 
 
@@ -114,7 +115,9 @@ def test_bench_tree_attention(benchmark, threads, shape, dtype, impl):
     benchmark.group = f"tree_attention {shape} {dtype}"
     branches, q_heads, dim = case.q.shape
     if impl in ("shared", "flat"):
-        out = measure(benchmark, case, lambda: tree_attention(case.q, case.k, case.v, case.plan, impl="cpu"), threads)
+        out = measure(
+            benchmark, case, lambda: tree_attention(case.q, case.k, case.v, case.plan, impl="cpu"), threads
+        )
     elif impl == "flex":
         try:
             call = flex(case)
@@ -130,7 +133,9 @@ def test_bench_tree_attention(benchmark, threads, shape, dtype, impl):
         def call():
             return F.scaled_dot_product_attention(q, k, v, scale=case.scale, enable_gqa=impl == "gqa")
 
-        out = measure(benchmark, case, call, threads, rounds=3, warmup_rounds=1).reshape(branches, q_heads, dim)
+        out = measure(benchmark, case, call, threads, rounds=3, warmup_rounds=1).reshape(
+            branches, q_heads, dim
+        )
     row = reference.visible_kv(case.q, case.k, case.v, case.plan, 0)[3]
     group = q_heads // row[0].shape[1]
     k, v = (t.double().repeat_interleave(group, dim=1) for t in row)

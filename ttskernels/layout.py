@@ -15,7 +15,13 @@ def pack_factor(dtype: torch.dtype) -> int:
 
 
 def new_pages(
-    num_pages: int, kv_heads: int, head_dim: int, dtype: torch.dtype, v_dim: int | None = None, *, layers: int | None = None
+    num_pages: int,
+    kv_heads: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    v_dim: int | None = None,
+    *,
+    layers: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Uninitialised packed pages `(k, v)`; with `layers`, a leading dimension of that size."""
     f, lead = pack_factor(dtype), () if layers is None else (layers,)
@@ -25,7 +31,7 @@ def new_pages(
 
 
 def to_nhd(k_pages: Tensor, v_pages: Tensor) -> tuple[Tensor, Tensor]:
-    """Copy packed pages to token-major `[pages, 16, kv_heads, head_dim]` and `[pages, 16, kv_heads, v_dim]`."""
+    """Copy packed pages to token-major `[pages, 16, kv_heads, head_dim]` and `[..., v_dim]`."""
     k = k_pages.permute(0, 3, 1, 2, 4).flatten(3)
     v = v_pages.permute(0, 2, 4, 1, 3).flatten(1, 2)
     return tuple(t.clone(memory_format=torch.contiguous_format) for t in (k, v))  # with f = 1 those are views

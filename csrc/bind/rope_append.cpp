@@ -18,25 +18,29 @@ Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   STD_TORCH_CHECK(k.size(0) == rows && v.size(0) == rows && v.size(1) == kv_heads && k.size(2) == head_dim,
                   "q, k and v must have the same rows, k and v the same heads, q and k the same head_dim");
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&
-                      v_pages.scalar_type() == k_pages.scalar_type() && (in_dtype == dtype || in_dtype == DType::kFloat32),
+                      v_pages.scalar_type() == k_pages.scalar_type() &&
+                      (in_dtype == dtype || in_dtype == DType::kFloat32),
                   "q, k and v must have one dtype, float32 or that of the pages");
   STD_TORCH_CHECK(head_dim <= 1024 && v_dim <= 1024, "head_dim and v_dim must be at most 1024");
-  STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Float && inv_freq.is_contiguous() && 2 * inv_freq.numel() <= head_dim,
+  STD_TORCH_CHECK(inv_freq.scalar_type() == ScalarType::Float && inv_freq.is_contiguous() &&
+                      2 * inv_freq.numel() <= head_dim,
                   "inv_freq must be contiguous float32 [at most head_dim / 2]");
   STD_TORCH_CHECK(positions.scalar_type() == ScalarType::Int && slots.scalar_type() == ScalarType::Int &&
-                      positions.is_contiguous() && slots.is_contiguous() && positions.numel() == rows && slots.numel() == rows,
+                      positions.is_contiguous() && slots.is_contiguous() &&
+                      positions.numel() == rows && slots.numel() == rows,
                   "positions and slots must be contiguous int32 [rows]");
   const int64_t f = PackFactor(dtype);
   const bool packed = k_pages.dim() == 5;
-  STD_TORCH_CHECK((packed || k_pages.dim() == 4) && v_pages.dim() == k_pages.dim(), "pages must be packed (5-D) or NHD (4-D)");
+  STD_TORCH_CHECK((packed || k_pages.dim() == 4) && v_pages.dim() == k_pages.dim(),
+                  "pages must be packed (5-D) or NHD (4-D)");
   const int64_t page_size = packed ? 16 : k_pages.size(1);
   if (packed) {
     STD_TORCH_CHECK(k_pages.is_contiguous() && v_pages.is_contiguous() && k_pages.size(1) == kv_heads &&
                         k_pages.size(2) * f == head_dim && k_pages.size(3) == 16 && k_pages.size(4) == f &&
                         v_pages.size(1) == kv_heads && v_pages.size(2) * f == 16 && v_pages.size(3) == v_dim &&
                         v_pages.size(4) == f,
-                    "packed pages must be contiguous [pages, ", kv_heads, ", ", head_dim / f, ", 16, ", f, "] and [pages, ",
-                    kv_heads, ", ", 16 / f, ", ", v_dim, ", ", f, "]");
+                    "packed pages must be contiguous [pages, ", kv_heads, ", ", head_dim / f, ", 16, ", f,
+                    "] and [pages, ", kv_heads, ", ", 16 / f, ", ", v_dim, ", ", f, "]");
   } else {
     STD_TORCH_CHECK(k_pages.stride(3) == 1 && v_pages.stride(3) == 1 && k_pages.size(2) == kv_heads &&
                         k_pages.size(3) == head_dim && v_pages.size(1) == page_size && v_pages.size(2) == kv_heads &&
@@ -46,12 +50,14 @@ Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const int32_t* slot = Data<const int32_t>(slots);
   const int64_t pages = k_pages.size(0) < v_pages.size(0) ? k_pages.size(0) : v_pages.size(0);
   for (int64_t r = 0; r < rows; ++r) {
-    STD_TORCH_CHECK(slot[r] >= -1 && slot[r] < pages * page_size, "slots[", r, "] is ", slot[r], ", need -1 or less than ",
+    STD_TORCH_CHECK(slot[r] >= -1 && slot[r] < pages * page_size, "slots[", r, "] is ", slot[r],
+                    ", need -1 or less than ",
                     pages * page_size, " (", pages, " pages of ", page_size, ")");
   }
   for (const auto& norm : {q_norm, k_norm}) {
     if (norm.has_value()) {
-      STD_TORCH_CHECK(norm->is_contiguous() && norm->numel() == head_dim && norm->scalar_type() == k_pages.scalar_type(),
+      STD_TORCH_CHECK(norm->is_contiguous() && norm->numel() == head_dim &&
+                          norm->scalar_type() == k_pages.scalar_type(),
                       "q_norm and k_norm must be contiguous [head_dim] of the pages' dtype");
     }
   }

@@ -17,7 +17,8 @@ std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, con
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
                   "k_pages and v_pages must have q's dtype");
   const bool packed = k.dim() == 5;
-  STD_TORCH_CHECK((packed || k.dim() == 4) && v.dim() == k.dim(), "k_pages and v_pages must be packed (5-D) or NHD (4-D)");
+  STD_TORCH_CHECK((packed || k.dim() == 4) && v.dim() == k.dim(),
+                  "k_pages and v_pages must be packed (5-D) or NHD (4-D)");
   const int64_t kv_heads = k.size(packed ? 1 : 2), page_size = packed ? k.size(3) : k.size(1);
   const int64_t head_dim = q.size(2), v_dim = v.size(3), f = PackFactor(dtype);
   if (packed) {
@@ -31,7 +32,8 @@ std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, con
                     "strided pools must be [pages, page_size, kv_heads, dim] with last stride 1");
   }
   STD_TORCH_CHECK(v.size(0) == k.size(0), "k_pages has ", k.size(0), " pages, v_pages ", v.size(0));
-  STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q_heads ", q.size(1), " is no multiple of kv_heads ", kv_heads);
+  STD_TORCH_CHECK(kv_heads > 0 && q.size(1) % kv_heads == 0, "q_heads ", q.size(1),
+                  " is no multiple of kv_heads ", kv_heads);
   STD_TORCH_CHECK(head_dim % 16 == 0 && v_dim % 16 == 0 && head_dim > 0 && v_dim > 0 && head_dim <= 256 && v_dim <= 256,
                   "head_dim and v_dim must be multiples of 16 up to 256, got ", head_dim, " and ", v_dim);
   if (sinks.has_value()) {

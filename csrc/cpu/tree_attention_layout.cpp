@@ -26,8 +26,9 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
   const int64_t cap = kTaskRows * 128 / (p.head_dim > 128 ? p.head_dim : 128);
   const int64_t block_rows = group < cap ? cap / group : 1;
   q_rows = block_rows * group;
-  scratch_bytes = Align(q_rows * head_dim * 4) + Align(TileElements() * 4) +
-                  Align(q_rows * kStateBytes) + Align(q_rows * kTileTokens * 4) + Align(q_rows * 4) + Align(q_rows * 8) + 2 * Align(q_rows * v_dim * 4) + Align(q_rows * 8);
+  scratch_bytes = Align(q_rows * head_dim * 4) + Align(TileElements() * 4) + Align(q_rows * kStateBytes) +
+                  Align(q_rows * kTileTokens * 4) + Align(q_rows * 4) + Align(q_rows * 8) +
+                  2 * Align(q_rows * v_dim * 4) + Align(q_rows * 8);
   char* at = static_cast<char*>(workspace);
   int64_t used = 0;
   const auto take = [&](int64_t size) {

@@ -79,7 +79,8 @@ struct Tile {
 
 // scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; scores rows are kTileTokens apart.
 template <typename M, int MR, int NV>
-void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int first, float scale, float* scores) {
+void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int first,
+                 float scale, float* scores) {
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)

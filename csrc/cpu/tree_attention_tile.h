@@ -104,9 +104,9 @@ class TileLoader {
     const int64_t lines = num_next_ * page_lines, end = lines * (part + 1) / parts;
     for (int64_t i = lines * part / parts; i < end; ++i) {
       const int64_t page = next_[i / page_lines], line = i % page_lines;
-      const char* at = line < k_lines ? reinterpret_cast<const char*>(next_k_ + page * ks_.page) + line * 64
-                                      : reinterpret_cast<const char*>(next_v_ + page * vs_.page) + (line - k_lines) * 64;
-      __builtin_prefetch(at, 0, 2);
+      const bool is_k = line < k_lines;
+      const T* base = is_k ? next_k_ + page * ks_.page : next_v_ + page * vs_.page;
+      __builtin_prefetch(reinterpret_cast<const char*>(base) + (is_k ? line : line - k_lines) * 64, 0, 2);
     }
   }
 

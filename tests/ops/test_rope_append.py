@@ -10,8 +10,10 @@ from ttskernels.ops.rope_append import rope_append
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
-def make(rows, q_heads, kv_heads, head_dim, dtype, in_dtype=None, v_dim=None, pairs=None, norm=False, packed=True):
-    """Arguments of the op; the rows' slots are scattered over pages of NaN, every fifth row writes nothing."""
+def make(
+    rows, q_heads, kv_heads, head_dim, dtype, in_dtype=None, v_dim=None, pairs=None, norm=False, packed=True
+):
+    """Arguments of the op; slots are scattered over pages of NaN, every fifth row writes nothing."""
     v_dim, in_dtype, pages = v_dim or head_dim, in_dtype or dtype, rows // 8 + 2
     pairs = head_dim // 2 if pairs is None else pairs
     q, k = (torch.randn(rows, h, head_dim).to(in_dtype) for h in (q_heads, kv_heads))
@@ -117,7 +119,9 @@ def test_threads_change_no_bit(cpu_extension):
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_public_op(cpu_extension, impl):
     q, k, v, inv_freq, scale, positions, slots, *_, k_pages, v_pages = make(9, 4, 2, 64, torch.bfloat16)
-    expected = run(reference.rope_append, (q, k, v, inv_freq, scale, positions, slots, None, None, 0.0, k_pages, v_pages))
+    expected = run(
+        reference.rope_append, (q, k, v, inv_freq, scale, positions, slots, None, None, 0.0, k_pages, v_pages)
+    )
     out = rope_append(q, k, v, inv_freq, positions, slots, k_pages, v_pages, rope_scale=scale, impl=impl)
     torch.testing.assert_close(out, expected[0])
     torch.testing.assert_close(layout.to_nhd(k_pages, v_pages)[1], expected[2], equal_nan=True)
@@ -131,13 +135,24 @@ def test_opcheck(cpu_extension):
 
 def test_invalid(cpu_extension):
     q, k, v, inv_freq, _, positions, slots, *_, k_pages, v_pages = make(4, 4, 2, 64, torch.bfloat16)
-    good = {"q": q, "k": k, "v": v, "inv_freq": inv_freq, "positions": positions, "slots": slots,
-            "k_pages": k_pages, "v_pages": v_pages}  # fmt: skip
+    good = {
+        "q": q,
+        "k": k,
+        "v": v,
+        "inv_freq": inv_freq,
+        "positions": positions,
+        "slots": slots,
+        "k_pages": k_pages,
+        "v_pages": v_pages,
+    }
     for change, message in [
         ({"k": k[:3]}, "q, k and v must be"),
-        ({"q": q.half()}, "must be float32 or the pages' dtype, got torch.float16"),
+        ({"q": q.half()}, "must be float32 or the pages' dtype torch.bfloat16, got torch.float16"),
         ({"v_pages": v_pages[:, :, :4]}, "the pages must be"),
-        ({"k_pages": k_pages.transpose(0, 1).contiguous().transpose(0, 1)}, "must be contiguous; pass one layer"),
+        (
+            {"k_pages": k_pages.transpose(0, 1).contiguous().transpose(0, 1)},
+            "must be contiguous; pass one layer",
+        ),
         ({"inv_freq": inv_freq.repeat(2)}, "at most head_dim / 2 = 32 elements"),
         ({"positions": positions.long()}, r"positions must be int32 \[4\], got torch.int64"),
         ({"slots": slots[:2]}, r"slots must be int32 \[4\]"),

@@ -40,8 +40,9 @@ def torch_on_one_thread():
 def check(q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
     """Against float64, with PyTorch's own error as the budget."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    out, lse = tree_attention(q, k, v, plan, scale=scale, softcap=softcap, window=window, sinks=sinks,
-                              return_lse=True, impl="cpu")  # fmt: skip
+    out, lse = tree_attention(
+        q, k, v, plan, scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=True, impl="cpu"
+    )
     exact, exact_lse, low, low_lse = expected(q, k, v, plan, scale, softcap, window, sinks)
     assert_within_budget(out, exact, low)
     assert_within_budget(lse, exact_lse, low_lse)
@@ -49,9 +50,9 @@ def check(q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
 
 
 def expected(q, k, v, plan, scale, softcap, window, sinks, cache={}):  # noqa: B006 - the same at every level
-    """Float64 reference, and PyTorch's result: SDPA on as many rows as GEMMs have, where it has the feature."""
-    key = (q.numpy(force=True).tobytes() if q.dtype != torch.bfloat16 else q.view(torch.int16).numpy().tobytes(),
-           plan.numpy().tobytes(), v.shape[3], scale, softcap, window, sinks is None)  # fmt: skip
+    """Float64 reference, and PyTorch's result: SDPA with GEMM-like rows, where it has the feature."""
+    bits = tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (q, plan))
+    key = (bits, q.dtype, v.shape[3], scale, softcap, window, sinks is None)
     if key not in cache:
         if k.ndim == 5:
             k, v = layout.to_nhd(k, v)
@@ -64,14 +65,17 @@ def expected(q, k, v, plan, scale, softcap, window, sinks, cache={}):  # noqa: B
 
 
 def sdpa(q, k, v, plan, scale, window=0, copies=16):
-    """A second formulation: torch's SDPA, row by row; with copies of the query it runs as GEMMs do on many rows."""
+    """A second formulation: torch's SDPA, row by row; copies of the query make it use GEMMs, not GEMVs."""
     out = q.new_zeros(*q.shape[:2], v.shape[3])
     for row, (keys, values) in enumerate(reference.visible_kv(q, k, v, plan, window)):
         if len(keys):
             out[row] = torch.nn.functional.scaled_dot_product_attention(
-                q[row, :, None].expand(-1, copies, -1), keys.transpose(0, 1), values.transpose(0, 1), scale=scale,
+                q[row, :, None].expand(-1, copies, -1),
+                keys.transpose(0, 1),
+                values.transpose(0, 1),
+                scale=scale,
                 enable_gqa=True,
-            )[:, 0]  # fmt: skip
+            )[:, 0]
     return out
 
 
@@ -92,7 +96,17 @@ def test_reference_against_sdpa(window):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     "q_heads, kv_heads, head_dim",
-    [(1, 1, 64), (6, 3, 80), (9, 3, 64), (4, 1, 96), (5, 1, 128), (6, 1, 64), (14, 2, 64), (8, 1, 256), (4, 2, 192)],
+    [
+        (1, 1, 64),
+        (6, 3, 80),
+        (9, 3, 64),
+        (4, 1, 96),
+        (5, 1, 128),
+        (6, 1, 64),
+        (14, 2, 64),
+        (8, 1, 256),
+        (4, 2, 192),
+    ],
 )
 def test_heads(isa, dtype, q_heads, kv_heads, head_dim):
     trees = random_trees(q_heads + head_dim)
@@ -161,15 +175,24 @@ def test_prefill_equals_decode(isa, dtype, window):
             knhd[page, slot] = vnhd[page, slot] = float("nan")
         one = make_trees(nodes, [(1, i)])
         one.nodes = trees.nodes
-        alone = tree_attention(q[i : i + 1], *layout.from_nhd(knhd, vnhd), build_plan(one, "pushed"), window=window,
-                               return_lse=True, impl="cpu")  # fmt: skip
+        alone = tree_attention(
+            q[i : i + 1],
+            *layout.from_nhd(knhd, vnhd),
+            build_plan(one, "pushed"),
+            window=window,
+            return_lse=True,
+            impl="cpu",
+        )
         assert_same(alone, [t[i : i + 1] for t in together])
     check(q, k, v, build_plan(trees), window=window)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("options", [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
-                         ids=lambda o: next(iter(o)))  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
+    ids=lambda o: next(iter(o)),
+)
 def test_options(isa, dtype, options):
     trees = make_trees(DEEP, DEEP_ROWS)
     args = make(trees, 6, 2, 64, dtype)
@@ -178,7 +201,9 @@ def test_options(isa, dtype, options):
         options["sinks"] = torch.tensor([0.0, -3.0, 8.0, 1.0, 20.0, -50.0])
     expected = check(*args, build_plan(trees), **options)
     for mode in ("pushed", "prefix"):
-        assert_same(tree_attention(*args, build_plan(trees, mode), return_lse=True, impl="cpu", **options), expected)
+        assert_same(
+            tree_attention(*args, build_plan(trees, mode), return_lse=True, impl="cpu", **options), expected
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -192,7 +217,9 @@ def test_page_placement_changes_no_bit(isa, dtype):
         slots = [s for n in range(3) for s in trees.slots(n)]
         page, slot = torch.tensor(slots).T
         k[page, slot], v[page, slot] = values
-        results.append(tree_attention(q, *layout.from_nhd(k, v), build_plan(trees), return_lse=True, impl="cpu"))
+        results.append(
+            tree_attention(q, *layout.from_nhd(k, v), build_plan(trees), return_lse=True, impl="cpu")
+        )
     assert_same(results[0], results[1])
     assert_same(results[0], results[2])
 
@@ -264,11 +291,23 @@ def invalid(q, k, v, plan):
     yield (q, k, v[:, :, :, :, 0], plan), {}, "must both be packed"
     yield (q, k[:, :, :32], v, plan), {}, r"k_pages and v_pages must be \(\d+, 2, 64, 16, 1\)"
     yield (q[:, :3], k, v, plan), {}, "q_heads must be a multiple of kv_heads, got 3 and 2"
-    yield (q[:, :, :40].contiguous(), k[:, :, :40].contiguous(), v, plan), {}, "multiples of 16 up to 256, got 40"
-    yield (q, k.transpose(0, 1).contiguous().transpose(0, 1), v, plan), {}, "must be contiguous; pass one layer"
+    yield (
+        (q[:, :, :40].contiguous(), k[:, :, :40].contiguous(), v, plan),
+        {},
+        "multiples of 16 up to 256, got 40",
+    )
+    yield (
+        (q, k.transpose(0, 1).contiguous().transpose(0, 1), v, plan),
+        {},
+        "must be contiguous; pass one layer",
+    )
     yield (q, k, v, plan.long()), {}, "plan must be a Plan or its int32 buffer, got torch.int64"
     yield (q[1:], k, v, plan), {}, r"plan has \d+ rows, q has \d+"
-    yield (q, *(t.repeat(1, 2, 1, 1) for t in layout.to_nhd(k, v)), plan), {}, "built for pages of 16 tokens, k_pages"
+    yield (
+        (q, *(t.repeat(1, 2, 1, 1) for t in layout.to_nhd(k, v)), plan),
+        {},
+        "built for pages of 16 tokens, k_pages",
+    )
     yield (q, k, v, plan), {"window": -1}, "softcap and window must be 0"
     yield (q, k, v, plan), {"sinks": torch.zeros(3)}, r"sinks must be float32 \[4\]"
     yield (q, k, v, plan), {"impl": "triton"}, None

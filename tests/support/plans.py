@@ -1,4 +1,4 @@
-"""Random forests of KV nodes and, straight from csrc/include/ttskernels/plan.h, several plans of the same rows."""
+"""Random forests of KV nodes and several plans of the same rows, made straight from plan.h."""
 
 import random
 from dataclasses import dataclass, field
@@ -23,7 +23,7 @@ class Node:
 @dataclass
 class Trees:
     nodes: list[Node]
-    rows: list[tuple[int, int]]  # (node, index in node) in caller order; index -1 of an empty root: sees nothing
+    rows: list[tuple[int, int]]  # (node, index in node), caller order
     page_size: int
     num_pages: int
 
@@ -44,7 +44,7 @@ class Trees:
 
 
 def make_trees(nodes, rows, page_size=16, seed=0, slack=True) -> Trees:
-    """`nodes`: (parent, length, offset) each, parents first. Pages are shuffled; every node has pages of its own."""
+    """`nodes`: (parent, length, offset) each, parents first. Every node has pages of its own, shuffled."""
     rng = random.Random(seed)
     made = [Node(*n) for n in nodes]
     inner = {n.parent for n in made}
@@ -59,12 +59,14 @@ def make_trees(nodes, rows, page_size=16, seed=0, slack=True) -> Trees:
 
 
 def random_trees(seed: int, page_size: int = 16, max_length: int = 90) -> Trees:
-    """A forest of one to three trees; rows at the end of each leaf and at some tokens inside nodes, shuffled."""
+    """A forest of one to three trees; rows at leaf ends and at some tokens inside nodes, shuffled."""
     rng = random.Random(seed)
     nodes = []
     for i in range(rng.randint(2, 7)):
         parent = -1 if i == 0 or rng.random() < 0.15 else rng.randrange(i)
-        nodes.append((parent, rng.choice([1, 15, 16, 17, 64, rng.randint(1, max_length)]), rng.randrange(page_size)))
+        nodes.append(
+            (parent, rng.choice([1, 15, 16, 17, 64, rng.randint(1, max_length)]), rng.randrange(page_size))
+        )
     leaves = set(range(len(nodes))) - {n[0] for n in nodes}
     rows = [(leaf, nodes[leaf][1] - 1) for leaf in leaves]
     rows += [(n, rng.randrange(nodes[n][1])) for n in range(len(nodes)) if rng.random() < 0.4]
@@ -92,14 +94,16 @@ MODES = ("separate", "rows", "chunks", "pushed", "grouped", "prefix", "direct")
 def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Tensor:
     """One of several plans with the same meaning.
 
-    separate: an item per node; rows / chunks: those split by rows / by partials; pushed: a fold item per row over its
-    whole path; grouped: the same for all rows of a node; prefix: a fold item over the path down to an inner node for
-    everything below it, the rest separate; direct: as separate, but roots write single-partial rows themselves.
+    separate: an item per node; rows / chunks: those split by rows / by partials; pushed: a fold item per row
+    over its whole path; grouped: the same for all rows of a node; prefix: a fold item over the path to an
+    inner node for everything below it, the rest separate; direct: as separate, but a root writes its
+    single-partial rows itself.
     """
     rng = random.Random(seed)
     order = sorted(range(len(trees.rows)), key=lambda r: (dfs_key(trees, trees.rows[r][0]), trees.rows[r]))
     below = {  # node -> plan rows of its subtree, an interval
-        n: [i for i, r in enumerate(order) if n in trees.path(trees.rows[r][0])] for n in range(len(trees.nodes))
+        n: [i for i, r in enumerate(order) if n in trees.path(trees.rows[r][0])]
+        for n in range(len(trees.nodes))
     }
     items, segs, slots = [], [], 0
     merges: list[list[int]] = [[] for _ in order]
@@ -147,7 +151,9 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
                     for i, partial in enumerate(partials):
                         emit(run, [partial], pos0 + i * PARTIAL, 0)
                 else:
-                    alone = all(trees.path(trees.rows[order[r]][0]) == [n] for r in run) and len(partials) == 1
+                    alone = (
+                        all(trees.path(trees.rows[order[r]][0]) == [n] for r in run) and len(partials) == 1
+                    )
                     emit(run, partials, pos0, 0, direct=mode == "direct" and alone)
     if mode != "prefix":
         paired = sorted(zip(items, range(len(items)), strict=True), key=lambda _: rng.random())

@@ -13,9 +13,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * cos - b * sin, b * cos + a * sin, rest], dim=-1)
 
 
-def rope_append(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages) -> Tensor:
+def rope_append(
+    q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages
+) -> Tensor:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    angles = positions[:, None].float() * inv_freq.float()  # float32 at every precision, as models are trained
+    angles = positions[:, None].float() * inv_freq.float()  # at every precision
     cos, sin = (f(angles.to(wide))[:, None] * rope_scale for f in (torch.cos, torch.sin))
     turned = []
     for x, norm in ((q, q_norm), (k, k_norm)):

@@ -12,14 +12,16 @@ ITEM_INTS, SEG_INTS = 8, 4
 
 
 def row_paths(plan: Tensor) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Of every caller row: `(page, slot, position)` of each token the plan lets it read, by position, unclipped."""
+    """Of every caller row: page, slot and position of each token its items hold, by position, unclipped."""
     p = plan.cpu().numpy()
     perm = p[p[ROW_PERM] :]
     parts: list[list[tuple[int, int, int]]] = [[] for _ in range(p[NUM_ROWS])]
     for i in range(p[NUM_ITEMS]):
         row_lo, row_n, seg_lo, seg_n, pos = p[p[ITEMS] + i * ITEM_INTS :][:5]
         tokens = []
-        for page, offset, count, _ in p[p[SEGS] + seg_lo * SEG_INTS :][: seg_n * SEG_INTS].reshape(-1, SEG_INTS):
+        for page, offset, count, _ in p[p[SEGS] + seg_lo * SEG_INTS :][: seg_n * SEG_INTS].reshape(
+            -1, SEG_INTS
+        ):
             tokens += [(page, offset + j, pos + j) for j in range(count)]
             pos += count
         for row in perm[row_lo : row_lo + row_n]:

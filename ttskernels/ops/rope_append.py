@@ -27,10 +27,11 @@ def rope_append(
     """Return q rotated by position; write k (rotated) and v into their slots.
 
     Element `i < len(inv_freq)` of a head pairs with `i + len(inv_freq)` (neox halves) and turns by
-    `position * inv_freq[i]`; elements from `2 * len(inv_freq)` on are kept (partial rotary). Float32 inside, rounded once.
+    `position * inv_freq[i]`; elements from `2 * len(inv_freq)` on are kept (partial rotary). Float32 inside,
+    rounded once.
 
     Args:
-        q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype; rows may be strided (slices of one projection).
+        q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype; rows may be strided.
         inv_freq: float32, at most `head_dim / 2` of them.
         positions: `[rows]` int32.
         slots: `[rows]` int32, `page * page_size + slot`, distinct; -1 writes nothing.
@@ -54,12 +55,20 @@ def rope_append(
 
 def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm) -> None:
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.ndim != 3 or k.ndim != 3 or v.ndim != 3 or k.shape[:2] != v.shape[:2] or k.shape[::2] != q.shape[::2]:
-        raise ValueError(f"q, k and v must be [rows, heads, dim] with equal rows, kv heads and head_dim, got {shapes}")
+    if (
+        q.ndim != 3
+        or k.ndim != 3
+        or v.ndim != 3
+        or k.shape[:2] != v.shape[:2]
+        or k.shape[::2] != q.shape[::2]
+    ):
+        raise ValueError(
+            f"q, k and v must be [rows, heads, dim] with equal rows, kv heads and head_dim, got {shapes}"
+        )
     dtype, rows, head_dim, v_dim = k_pages.dtype, *q.shape[::2], v.shape[2]
     if not q.dtype == k.dtype == v.dtype or q.dtype not in (dtype, torch.float32) or v_pages.dtype != dtype:
         raise ValueError(
-            f"q, k and v must be float32 or the pages' dtype, got {q.dtype}, {k.dtype} and {v.dtype} for pages of {dtype}"
+            f"q, k and v must be float32 or the pages' dtype {dtype}, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     f, heads = pack_factor(dtype), k.shape[1]
     want_k, want_v = (heads, head_dim // f, PAGE_SIZE, f), (heads, PAGE_SIZE // f, v_dim, f)
@@ -79,7 +88,9 @@ def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
         )
     for name, t in (("positions", positions), ("slots", slots)):
         if t.dtype != torch.int32 or tuple(t.shape) != (rows,):
-            raise ValueError(f"{name} must be int32 [{rows}], got {t.dtype} {tuple(t.shape)}; pass {name}.int()")
+            raise ValueError(
+                f"{name} must be int32 [{rows}], got {t.dtype} {tuple(t.shape)}; pass {name}.int()"
+            )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
         if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != dtype):
             raise ValueError(f"{name} must be {dtype} [{head_dim}], got {t.dtype} {tuple(t.shape)}")

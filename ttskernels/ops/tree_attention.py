@@ -31,11 +31,11 @@ def tree_attention(
         scale: of the scores, `head_dim ** -0.5` by default.
         softcap: if not 0, `softcap * tanh(score / softcap)`.
         window: if not 0, a row at position p sees positions `p - window + 1 .. p`.
-        sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (hence lse) of every row that sees a token.
+        sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (and lse) of rows that see a token.
         return_lse: also return the natural log of the denominator, `[rows, q_heads]` float32.
     Returns:
-        `[rows, q_heads, v_dim]` in `q`'s dtype. A row that sees nothing gives 0 and -inf. Unused slots are never read
-        into a result. On the CPU a row's bits depend on its path alone: not on the plan, other rows or threads.
+        `[rows, q_heads, v_dim]` in `q`'s dtype. A row that sees nothing gives 0 and -inf. What unused slots
+        hold never shows. On the CPU a row's bits depend on its path alone.
     Raises:
         ValueError: shape, dtype or head size mismatch, or a plan of other rows or another page size.
     """
@@ -44,13 +44,17 @@ def tree_attention(
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if resolve(impl, q) == "cpu":
         q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
-        out, lse = torch.ops.ttskernels.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+        out, lse = torch.ops.ttskernels.tree_attention(
+            q, k_pages, v_pages, plan, scale, softcap, window, sinks
+        )
     else:
         out, lse = reference.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
     return (out, lse) if return_lse else out
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softcap: float, window: int, sinks: Tensor | None) -> None:
+def check(
+    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softcap: float, window: int, sinks: Tensor | None
+) -> None:
     if q.ndim != 3:
         raise ValueError(f"q must be [rows, q_heads, head_dim], got shape {tuple(q.shape)}")
     if k.dtype != q.dtype or v.dtype != q.dtype:
@@ -77,21 +81,29 @@ def check(q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softcap: float, window:
     if kv_heads == 0 or q.shape[1] % kv_heads:
         raise ValueError(f"q_heads must be a multiple of kv_heads, got {q.shape[1]} and {kv_heads}")
     if head_dim % 16 or v_dim % 16 or not 0 < head_dim <= 256 or not 0 < v_dim <= 256:
-        raise ValueError(f"head_dim and v_dim must be multiples of 16 up to 256, got {head_dim} and {v_dim}; pad them")
+        raise ValueError(
+            f"head_dim and v_dim must be multiples of 16 up to 256, got {head_dim} and {v_dim}; pad them"
+        )
     if k.ndim == 4 and (k.stride(3) != 1 or v.stride(3) != 1):
-        raise ValueError(f"the last stride of k_pages and v_pages must be 1, got {k.stride(3)} and {v.stride(3)}")
+        raise ValueError(
+            f"the last stride of k_pages and v_pages must be 1, got {k.stride(3)} and {v.stride(3)}"
+        )
     if k.ndim == 5 and not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
     if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.ndim != 1 or plan.numel() < 32:
-        raise ValueError(f"plan must be a Plan or its int32 buffer, got {describe(plan)}; make one with build_plan")
-    rows, plan_page = int(plan[4]), int(plan[3])
+        raise ValueError(
+            f"plan must be a Plan or its int32 buffer, got {describe(plan)}; make one with build_plan"
+        )
+    plan_page, rows = plan[3:5].tolist()
     if rows != q.shape[0]:
-        raise ValueError(f"plan has {rows} rows, q has {q.shape[0]}; build the plan for the rows of this call")
+        raise ValueError(
+            f"plan has {rows} rows, q has {q.shape[0]}; build the plan for the rows of this call"
+        )
     if plan_page != page_size:
         raise ValueError(f"plan was built for pages of {plan_page} tokens, k_pages has pages of {page_size}")
     if softcap < 0 or window < 0:
         raise ValueError(f"softcap and window must be 0 (off) or positive, got {softcap} and {window}")
-    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.dtype not in (torch.float32, torch.float64)):
+    if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{q.shape[1]}], got {sinks.dtype} {tuple(sinks.shape)}")
 
 

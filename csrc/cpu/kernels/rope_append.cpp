@@ -70,11 +70,12 @@ struct Pages {
   static constexpr int kF = Pack<T>::kFactor, kPage = 16;
   const RopeAppendParams& p;
 
+  static int64_t Offset(const KvStrides& s, int64_t page, int64_t slot, int64_t head) {
+    return page * s.page + slot * s.token + head * s.head;
+  }
   void PutK(int64_t page, int64_t slot, int64_t head, const float* values) const {
     T* base = static_cast<T*>(p.k_pages);
-    if (!p.packed) {
-      return StoreHead(values, p.head_dim, base + page * p.k_strides.page + slot * p.k_strides.token + head * p.k_strides.head);
-    }
+    if (!p.packed) return StoreHead(values, p.head_dim, base + Offset(p.k_strides, page, slot, head));
     T row[kMaxDim];
     StoreHead(values, p.head_dim, row);
     T* to = base + (page * p.kv_heads + head) * p.head_dim * kPage + slot * kF;
@@ -82,9 +83,7 @@ struct Pages {
   }
   void PutV(int64_t page, int64_t slot, int64_t head, const float* values) const {
     T* base = static_cast<T*>(p.v_pages);
-    if (!p.packed) {
-      return StoreHead(values, p.v_dim, base + page * p.v_strides.page + slot * p.v_strides.token + head * p.v_strides.head);
-    }
+    if (!p.packed) return StoreHead(values, p.v_dim, base + Offset(p.v_strides, page, slot, head));
     T row[kMaxDim];
     StoreHead(values, p.v_dim, row);
     T* to = base + (page * p.kv_heads + head) * p.v_dim * kPage + slot / kF * kF * p.v_dim + slot % kF;

@@ -28,8 +28,8 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
   *m = top;
 }
 
-// Up to so many q rows a tile is widened in registers as it is read, above it is copied to L1 as floats first. On a
-// Sapphire Rapids core, d = 128: 7 rows 90 against 68 GFLOP/s, 28 rows 119 : 114, 56 rows 112 : 130, 112 rows 126 : 144.
+// Up to so many q rows a tile is widened in registers as it is read, above it is copied to L1 as floats first. GFLOP/s
+// of a Sapphire Rapids core, d = 128: 7 rows 90 against 68, 28 rows 119 : 114, 56 rows 112 : 130, 112 rows 126 : 144.
 constexpr int64_t kInPlaceRows = 32;
 
 template <int kN>
@@ -177,7 +177,8 @@ struct Kernel {
     }
   }
 
-  void LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, TreeScratch& s, int32_t* first, int32_t* end) const {
+  void LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, TreeScratch& s, int32_t* first,
+                   int32_t* end) const {
     E* q = static_cast<E*>(s.q);
     RowState* state = static_cast<RowState*>(s.state);
     *first = INT32_MAX, *end = 0;

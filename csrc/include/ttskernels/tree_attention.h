@@ -40,7 +40,8 @@ struct TreeAttentionParams {
 
 TTSK_DECLARE_PER_ISA(void TreeAttention(const TreeAttentionParams& p);)
 
-// Of q_heads .. v_dim and plan only; grows with the plan's slots and with NumThreads().
+// Of q_heads .. v_dim and plan only; grows with the plan's items and slots and with NumThreads(), which must be the
+// same at the call. PlanAdvance does not change it.
 int64_t TreeAttentionWorkspaceBytes(const TreeAttentionParams& p);
 
 }  // namespace ttsk
