@@ -35,7 +35,7 @@ class Example:
 class Batch:
     ids: torch.Tensor  # [rows, tokens]
     next_ids: torch.Tensor  # language-model target at each position, IGNORED where there is none
-    labels: torch.Tensor  # whether the step is right up to this token, IGNORED in the prompt and after a wrong step
+    labels: torch.Tensor  # whether the step is right up to this token, IGNORED in the prompt
 
 
 def training_problem(rng: random.Random) -> ChainProblem:
@@ -97,30 +97,21 @@ def _near(value: int, rng: random.Random) -> int:
     return 10 * tens + ones
 
 
-def first_error(good: tuple[bool, ...]) -> int:
-    """Index of the first wrong step, or the number of steps."""
-    return good.index(False) if False in good else len(good)
-
-
 def encode(example: Example, tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """ids, next_ids and labels. A wrong step is no language-model target; labels end with the first wrong step.
+    """ids, next_ids and labels. A wrong step is no language-model target.
 
-    Every token of a step is labelled, with "the step is right so far": at the separator that is the step's label, the
+    Steps after a wrong one are labelled too, on the value they start from: more wrong steps to learn from. Every token of a step is labelled, with "the step is right so far": at the separator that is the step's label, the
     only one ever read, and on the way there it teaches where the step went wrong. Without it the verifier hardly learns.
     """
     ids = tokenizer(example.prompt).input_ids
     targets = [IGNORED] * len(ids)  # targets[i] belongs to ids[i] and is moved one place to the left below
     labels = [IGNORED] * len(ids)
-    last_labelled = first_error(example.good)
     expected = expected_steps(example.prompt, STEP_SEPARATOR.join(example.steps))
-    for index, (step, good, right) in enumerate(zip(example.steps, example.good, expected, strict=True)):
+    for step, good, right in zip(example.steps, example.good, expected, strict=True):
         step_ids = tokenizer(step).input_ids
         final = step.startswith("\\boxed")
         ids += [*step_ids, SEPARATOR_ID]
         targets += [*step_ids, EOS_ID if final else SEPARATOR_ID] if good else [IGNORED] * (len(step_ids) + 1)
-        if index > last_labelled:
-            labels += [IGNORED] * (len(step_ids) + 1)
-            continue
         right_ids = tokenizer(right or "").input_ids
         agree = 0
         while agree < min(len(step_ids), len(right_ids)) and step_ids[agree] == right_ids[agree]:

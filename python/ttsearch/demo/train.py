@@ -22,6 +22,7 @@ import torch
 
 from .batches import EndlessBatches, Example, RolloutBatches, training_problem
 from .evaluate import evaluate
+from .grow import grow
 from .learn import cosine, learn, make_optimizer, save_atomically, warm_up
 from .sample import sample, sample_to_file
 from .sizes import RECIPES, Recipe, llama_config
@@ -37,16 +38,6 @@ def new_model(recipe: Recipe, extra_layers: int = 0):
 
     config = llama_config(recipe, extra_layers, num_labels=2, classifier_dropout=0.0)
     return LlamaForTokenClassification(config)
-
-
-def with_extra_layers(trunk, recipe: Recipe):
-    """The trunk with further layers that change nothing at first: what they would add to the stream is zero."""
-    grown = new_model(recipe, recipe.verifier_extra_layers)
-    grown.load_state_dict(trunk.state_dict(), strict=False)
-    for layer in grown.model.layers[recipe.layers :]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return grown
 
 
 def as_policy(model, recipe: Recipe):
@@ -157,20 +148,25 @@ def rollout_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> list[Examp
 
 
 def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollouts: list[Example]) -> None:
-    model = with_extra_layers(trunk, recipe)
-    model.model.embed_tokens.requires_grad_(False)
-    for layer in model.model.layers[: recipe.verifier_frozen_layers]:
-        layer.requires_grad_(False)
-    learn(
-        "verifier",
-        model,
-        make_optimizer(model, recipe.verifier_learning_rate),
-        RolloutBatches(rollouts, recipe.error_rate, recipe.batch_tokens, tokenizer, f"{seed}/verifier"),
-        updates=recipe.verifier_updates,
-        learning_rate=cosine(recipe.verifier_learning_rate, recipe.verifier_updates, warmup_updates=50),
-        label_weight=1.0,
-        checkpoint=out / "verifier.pt",
-    )
+    model = new_model(recipe, recipe.verifier_extra_layers)
+    grow(trunk, model, next(EndlessBatches(recipe.verifier_error_rate, 8000, tokenizer, f"{seed}/grow")))
+    for name, frozen in (("verifier", True), ("finetune", False)):
+        # First the new layers alone: they are fitted to the trunk's states. Then everything, at a lower rate.
+        model.model.embed_tokens.requires_grad_(not frozen)
+        for layer in model.model.layers[: recipe.layers]:
+            layer.requires_grad_(not frozen)
+        rate = recipe.verifier_learning_rate if frozen else recipe.finetune_learning_rate
+        updates = recipe.verifier_updates if frozen else recipe.finetune_updates
+        learn(
+            name,
+            model,
+            make_optimizer(model, rate),
+            RolloutBatches(rollouts, recipe.verifier_error_rate, recipe.batch_tokens, tokenizer, f"{seed}/{name}"),
+            updates=updates,
+            learning_rate=cosine(rate, updates, warmup_updates=50),
+            label_weight=1.0,
+            checkpoint=out / f"{name}.pt",
+        )
     save_model(model, tokenizer, out / "verifier")
 
 

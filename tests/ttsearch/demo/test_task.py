@@ -3,7 +3,7 @@ import random
 import pytest
 
 from ttsearch.demo import MODELS, policy_path, task, verifier_path
-from ttsearch.demo.batches import Example, clean_or_noisy, encode, first_error, training_problem
+from ttsearch.demo.batches import Example, clean_or_noisy, encode, training_problem
 from ttsearch.demo.tokenizer import EOS_ID, PAD_ID, SEPARATOR_ID, UNKNOWN, build_tokenizer
 
 PROMPT = "2;a+57;b-49;c*8;d-70?"
@@ -111,7 +111,7 @@ def test_noisy_solutions_agree_with_the_checker():
         assert tuple(task.check_steps(example.prompt, task.STEP_SEPARATOR.join(example.steps))) == example.good
         ids, next_ids, labels = encode(example, tokenizer)
         shown = [label for i, label in zip(ids, labels, strict=True) if i == SEPARATOR_ID and label >= 0]
-        assert shown == [int(good) for good in example.good[: first_error(example.good) + 1]]
+        assert shown == [int(good) for good in example.good]
         assert len(ids) == len(next_ids) == len(labels) <= 256
         wrong += not all(example.good)
     assert wrong > 100
@@ -131,8 +131,10 @@ def test_labels_turn_bad_at_the_first_wrong_token():
     text = SOLUTION.replace("59-49=10", "59-49=15")
     steps = tuple(task.split_steps(text))
     ids, _, labels = encode(Example(PROMPT, steps, tuple(task.check_steps(PROMPT, text))), tokenizer)
-    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 1) == "a:2+57=59\n\nb:59-49=1"
-    assert [tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 0] == ["5", "\n\n"]
+    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 1) == (
+        "a:2+57=59\n\nb:59-49=1" "c:1" "d:80-70=10\n\n\\boxed{10}\n\n"
+    )
+    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 0) == "5\n\n0*8=80\n\n"
 
 
 def test_model_paths():
