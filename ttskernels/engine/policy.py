@@ -158,7 +158,7 @@ class PolicyRunner:
         for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
             branch.whole = True
             state = int(self.next_state[branch.state, token])
-            self._extend(branch, [token], logprob, state)
+            self._extend(branch, [token], [logprob], state)
 
     def _decode(self) -> bool:
         """Up to MAX_ITERATIONS tokens for every running branch in one call; stops when one ends its step."""
@@ -174,15 +174,15 @@ class PolicyRunner:
             tokens, logprobs,
         )  # fmt: skip
         columns = tokens[:done].T.tolist()
-        sums = logprobs[:done].sum(0).tolist()
+        chances = logprobs[:done].T.tolist()
         seconds = (time.perf_counter() - started) / len(branches)
-        for branch, column, logprob, state in zip(branches, columns, sums, states.tolist(), strict=True):
+        for branch, column, chance, state in zip(branches, columns, chances, states.tolist(), strict=True):
             node, counters = branch.node, branch.session.counters
             counters.decode_seconds += seconds
             counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
             node.cached += done
             node.seen = node.cached
-            self._extend(branch, column, logprob, state)
+            self._extend(branch, column, chance, state)
         return True
 
     def _room(self, branch: Branch) -> int:
@@ -197,10 +197,11 @@ class PolicyRunner:
         rows = [(b.sampling.temperature, b.sampling.top_k, b.sampling.top_p, b.sampling.min_p) for b in branches]
         return torch.tensor(rows, dtype=torch.float32)
 
-    def _extend(self, branch: Branch, tokens: list[int], logprob: float, state: int) -> None:
+    def _extend(self, branch: Branch, tokens: list[int], logprobs: list[float], state: int) -> None:
         self.forest.append(branch.node, tokens)
         branch.session.counters.policy_decoded += len(tokens)
-        branch.logprob += logprob
+        for logprob in logprobs:  # one by one: the sum must not depend on how many came in one call
+            branch.logprob += logprob
         branch.state = state
         node = branch.node
         if state == -1:
