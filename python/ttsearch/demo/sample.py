@@ -1,4 +1,4 @@
-"""A small batched sampler for the training recipe: plain PyTorch, preallocated cache. Not this package's engine."""
+"""A small batched sampler for the training recipe: plain PyTorch, preallocated cache, not the engine."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def sample(
     model, tokenizer, prompts: list[str], *, temperature: float = 1.0, seed: int = 0, rows_at_once: int = 512
 ) -> list[str]:
-    """One solution per prompt; repeat a prompt for more. Temperature 0 is greedy. Unfinished texts stay so."""
+    """One solution per prompt; repeat a prompt for more. Temperature 0 is greedy."""
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     texts = [""] * len(prompts)
     generator = torch.Generator().manual_seed(seed)

@@ -4,7 +4,8 @@
     solution  a:2+57=59\\n\\nb:59-49=10\\n\\nc:10+88=98\\n\\nd:98-70=28\\n\\n\\boxed{28}
 
 Operations run from left to right on values of 0..99. A step is right when it does the next operation of the
-prompt on the value stated just before it, so one slip makes one wrong step and a wrong final answer. Level L has 2L-1 or 2L operations.
+prompt on the value stated just before it, so one slip makes one wrong step and a wrong final answer.
+Level L has 2L-1 or 2L operations.
 """
 
 import hashlib
