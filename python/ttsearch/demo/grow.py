@@ -1,8 +1,9 @@
 """Two more layers on top of a trunk that can do the task, so that it can judge a step instead of writing it.
 
-A judge compares what the trunk would have said with what is said. The trunk's prediction of a token sits one position
-before it, so the first new layer starts with one attention head that looks back by one token and carries the
-prediction over; gradient descent alone did not find that head in 1,000 updates. Everything is trained afterwards.
+A judge compares what the trunk would have said with what is said. The trunk's prediction of a token sits one
+position before it, so the first new layer starts with one attention head that looks back by one token and
+carries the prediction over, and with an MLP that weighs it against the token said. Plain zero-initialised
+layers, on a stream not rescaled, had not found this after 1,350 updates (README.md).
 """
 
 import math
@@ -12,8 +13,12 @@ import torch
 from .batches import Batch
 from .tokenizer import PAD_ID
 
-RESIDUAL_SCALE = 1 / 8  # the trunk's stream has an RMS of about 50, against which new layers would not be heard
-POSITION_PAIRS = 5  # fastest rotary pairs, which tell neighbouring positions apart, and as many of the slowest
+RESIDUAL_SCALE = (
+    1 / 8
+)  # the trunk's stream has an RMS of about 50, against which new layers would not be heard
+POSITION_PAIRS = (
+    5  # fastest rotary pairs, which tell neighbouring positions apart, and as many of the slowest
+)
 RIDGE = 1e-6
 GATE_GAIN = 8.0
 LOOK_BACK_GAIN = 11.0  # one token back wins over its neighbours by about 15 nats
@@ -21,7 +26,7 @@ LOOK_BACK_GAIN = 11.0  # one token back wins over its neighbours by about 15 nat
 
 @torch.no_grad()
 def grow(trunk, grown, batch: Batch) -> None:
-    """Fill `grown`, of the same class with more layers, from `trunk`. `batch` shows what its hidden states look like."""
+    """Fill `grown`, the trunk's class with more layers; `batch` shows what the trunk's states look like."""
     old_layers = trunk.config.num_hidden_layers
     grown.load_state_dict(trunk.state_dict(), strict=False)
     grown.model.embed_tokens.weight.mul_(RESIDUAL_SCALE)
@@ -61,7 +66,7 @@ def carry_predictions_forward(model, attention, constant: torch.Tensor) -> None:
     dim, half = model.config.head_dim, model.config.head_dim // 2
     pairs, fast = torch.arange(half), slice(0, POSITION_PAIRS)
     angles = model.config.rope_parameters["rope_theta"] ** (-pairs / half)
-    # The fast pairs agree one token back; the slow ones lower every score alike, so that only that one is positive.
+    # The fast pairs agree one token back; the slow ones lower all scores alike: only that one is positive.
     amount = torch.zeros(half)
     amount[fast] = 1.0
     amount[-POSITION_PAIRS:] = 0.6 / POSITION_PAIRS - 1.0
@@ -83,7 +88,7 @@ def carry_predictions_forward(model, attention, constant: torch.Tensor) -> None:
 
 
 def weigh_said_token(trunk, grown, layer, batch: Batch, real: torch.Tensor) -> None:
-    """The MLP of the layer picks, of the predictions carried over, that of the token said, and writes it down."""
+    """The layer's MLP picks, of the logits carried over, that of the token said, and writes it down."""
     inputs = normalised_input(grown, layer.post_attention_layernorm, batch)
     tokens = trunk.config.vocab_size
     said = torch.nn.functional.one_hot(batch.ids.flatten(), tokens).float()

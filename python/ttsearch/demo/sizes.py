@@ -28,7 +28,9 @@ class Recipe:
     finetune_learning_rate: float = 2e-4
     finetune_updates: int = 800  # of everything
     check_every: int = 50
-    check_below_loss: float = 0.15  # of solution tokens; above it next to nothing is solved, so nothing is sampled
+    check_below_loss: float = (
+        0.15  # of solution tokens; above it next to nothing is solved, so nothing is sampled
+    )
     dev_per_level: int = 60
     report_per_level: int = 80
     report_samples: int = 16

@@ -4,9 +4,10 @@
 
 Stages, each skipped when its output exists, each continued from its last checkpoint:
     policy    next-token training until the solve rate on dev problems reaches the size's target -> policy/
-    trunk     the same weights trained on to solve the task, with label loss on synthetically corrupted steps
-    rollouts  solutions sampled from the policy for training problems, every step labelled by the exact checker
-    verifier  the trunk, two more layers and the head trained on those labels and on fresh corrupted ones -> verifier/
+    trunk     the same weights trained on to solve the task, with label loss on corrupted steps
+    rollouts  solutions sampled from the policy for training problems, each step labelled by the exact checker
+    verifier  the trunk, two more layers and the head trained on those labels and on fresh corrupted steps,
+              first the new layers alone, then everything -> verifier/
     report    dev numbers of both -> report.json
 """
 
@@ -80,15 +81,24 @@ def policy_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> None:
     if (out / "policy").exists():
         return
     model, best_file = new_model(recipe), out / "policy-best.pt"
-    best = torch.load(best_file, weights_only=True) if best_file.exists() else {"distance": 1.0, "reached": False}
+    best = (
+        torch.load(best_file, weights_only=True)
+        if best_file.exists()
+        else {"distance": 1.0, "reached": False}
+    )
 
     def stop(update: int, token_loss: float) -> bool:
-        if update < recipe.policy_updates and (update % recipe.check_every or token_loss > recipe.check_below_loss):
+        if update < recipe.policy_updates and (
+            update % recipe.check_every or token_loss > recipe.check_below_loss
+        ):
             return False
         rounded = as_policy(model, recipe).to(torch.bfloat16).float()  # what will be shipped
         rates = solve_rates(rounded, tokenizer, recipe.dev_per_level)
         rate = statistics.fmean(rates)
-        print(f"policy: update {update}  dev solve rate {rate:.3f}  by level {[round(r, 2) for r in rates]}", flush=True)
+        print(
+            f"policy: update {update}  dev solve rate {rate:.3f}  by level {[round(r, 2) for r in rates]}",
+            flush=True,
+        )
         distance, reached = abs(rate - recipe.policy_target), rate >= recipe.policy_target
         if distance < best["distance"]:
             note = {"update": update, "dev_solve_rate": rate, "dev_solve_rate_by_level": rates}
@@ -116,7 +126,7 @@ def policy_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> None:
 
 
 def trunk_stage(recipe: Recipe, tokenizer, seed: int, out: Path):
-    """Returns the trunk with its head; goes on from the policy's last checkpoint, optimiser state included."""
+    """The trunk with its head; goes on from the policy's last checkpoint, optimiser state included."""
     model = new_model(recipe)
     optimizer = make_optimizer(model, recipe.learning_rate)
     start = torch.load(out / "policy.pt", weights_only=True)
@@ -161,7 +171,9 @@ def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollo
             name,
             model,
             make_optimizer(model, rate),
-            RolloutBatches(rollouts, recipe.verifier_error_rate, recipe.batch_tokens, tokenizer, f"{seed}/{name}"),
+            RolloutBatches(
+                rollouts, recipe.verifier_error_rate, recipe.batch_tokens, tokenizer, f"{seed}/{name}"
+            ),
             updates=updates,
             learning_rate=cosine(rate, updates, warmup_updates=50),
             label_weight=1.0,
@@ -187,14 +199,18 @@ def train(recipe: Recipe, seed: int, out: Path) -> dict:
         policy = load_policy(out / "policy")
         problems = dev_problems(recipe.report_per_level)
         prompts = [problem.prompt for problem in problems]
-        _, texts = sample_to_file(policy, tokenizer, prompts, recipe.report_samples, seed, out / "dev_samples.jsonl")
+        _, texts = sample_to_file(
+            policy, tokenizer, prompts, recipe.report_samples, seed, out / "dev_samples.jsonl"
+        )
         result = evaluate(verifier, tokenizer, problems, texts)
         report.write_text(json.dumps(result, indent=1) + "\n")
     return json.loads(report.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=sorted(RECIPES), default="base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-
 from ttsearch.demo import batches, learn, train
 from ttsearch.demo.sample import CachedDecoder, sample
 from ttsearch.demo.sizes import RECIPES
