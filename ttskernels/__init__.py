@@ -1,7 +1,15 @@
 """Kernels and engine for PRM-guided step search: token ids, tensors and KV pages in, scores and tokens out."""
 
-from ttskernels import _ops  # noqa: F401 - defines the op schemas
-from ttskernels._dispatch import available, isa_name, load_extension
+import os
+
+# OpenMP threads spin about 50 us for the next region, then sleep. The default of libgomp (about 10 ms) costs a busy
+# machine dearly: 64 branches of the demo policy beside another process, 409 against 4,526 tokens/s. It is read when
+# libgomp is loaded, so import ttskernels before torch, or set it yourself.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+from ttskernels import _ops  # noqa: E402, F401 - defines the op schemas
+from ttskernels._dispatch import available, isa_name, load_extension  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = ["__version__", "available", "isa_name", "load_extension"]

@@ -74,16 +74,15 @@ def _(config, constants, inv_freq, weights) -> int:
 
 @_define(
     "decoder_forward(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor plan, Tensor ids, Tensor out_rows, "
-    "int output) -> Tensor"
+    "int output, int width) -> Tensor"
 )
-def _(handle, k_pool, v_pool, plan, ids, out_rows, output) -> Tensor:
-    width = torch.library.get_ctx().new_dynamic_size()
+def _(handle, k_pool, v_pool, plan, ids, out_rows, output, width) -> Tensor:
     return k_pool.new_empty(out_rows.shape[0], width, dtype=torch.float32)
 
 
 @_define(
     "decoder_decode(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor(c!) plan, Tensor(d!) ids, Tensor keys, "
-    "Tensor params, Tensor next_state, Tensor(e!) states, Tensor(f!) tokens, Tensor(g!) logprobs) -> int"
+    "Tensor params, Tensor next_state, Tensor(e!) states, Tensor(f!) tokens, Tensor(g!) logprobs) -> Tensor"
 )
-def _(handle, k_pool, v_pool, plan, ids, keys, params, next_state, states, tokens, logprobs) -> int:
-    return 0
+def _(handle, k_pool, v_pool, plan, ids, keys, params, next_state, states, tokens, logprobs) -> Tensor:
+    return ids.new_empty((), dtype=torch.int32)  # iterations done

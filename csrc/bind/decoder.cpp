@@ -114,7 +114,7 @@ void CheckRows(const DecoderShape& s, const Tensor& plan, const Tensor& ids, int
 }
 
 Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
-                 const Tensor& out_rows, int64_t output) {
+                 const Tensor& out_rows, int64_t output, int64_t width) {
   const std::shared_ptr<Entry> entry = Find(handle);
   Decoder& decoder = *entry->decoder;
   const DecoderShape& s = decoder.shape();
@@ -129,7 +129,8 @@ Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
     STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < ids.numel(), "out_rows[", i, "] must lie in 0 .. ", ids.numel() - 1,
                     ", got ", wanted[i]);
   }
-  const int64_t width = output == 1 ? s.vocab : s.hidden;
+  STD_TORCH_CHECK(width == (output == 1 ? s.vocab : s.hidden), "width must be the vocabulary for logits, the hidden size "
+                  "for hidden, got ", width);
   Tensor out = torch::stable::new_empty(k_pool, {out_rows.numel(), width}, ScalarType::Float);
   std::lock_guard<std::mutex> lock(entry->running);
   decoder.Forward(pools, Data<const int32_t>(plan), Data<const int32_t>(ids), ids.numel(), wanted, out_rows.numel(),
@@ -137,7 +138,7 @@ Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
   return out;
 }
 
-int64_t DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
+Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
                  const Tensor& keys, const Tensor& params, const Tensor& next_state, const Tensor& states,
                  const Tensor& tokens, const Tensor& logprobs) {
   const std::shared_ptr<Entry> entry = Find(handle);
@@ -181,7 +182,9 @@ int64_t DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
   }
   STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of row ", bad_row, " are not finite after ", iterations,
                   " iterations; the weights or the KV cache are damaged");
-  return iterations;
+  Tensor done = torch::stable::new_empty(ids, {}, ScalarType::Int);
+  *Data<int32_t>(done) = static_cast<int32_t>(iterations);
+  return done;
 }
 
 }  // namespace

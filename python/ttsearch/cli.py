@@ -17,7 +17,7 @@ from .budget import Budget
 from .strategies import STRATEGIES, get_strategy
 from .types import Problem
 
-DEMO_PROMPT = "2;a+57;b-49;c+88;d-70?"
+DEMO_PROMPT = "10;a+17;b-13;c*6;d-71?"
 INTERRUPTED = 130  # exit status of a program ended by Ctrl-C
 
 app = typer.Typer(

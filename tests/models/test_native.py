@@ -167,7 +167,7 @@ def test_handles_are_freed(native):
     pool = torch.zeros(1)
     ids = torch.zeros(1, dtype=torch.int32)
     with pytest.raises(RuntimeError, match="is unknown or was freed"):
-        torch.ops.ttskernels.decoder_forward(handle, pool, pool, ids, ids, ids, 0)
+        torch.ops.ttskernels.decoder_forward(handle, pool, pool, ids, ids, ids, 0, 1)
     _dispatch.library().ttsk_decoder_free(ctypes.c_int64(handle))  # again: nothing happens
 
 
@@ -181,19 +181,21 @@ def test_broken_calls_raise(native):
     def decode_args(loop):
         return [*args(loop), loop.keys, loop.params, loop.next_state, loop.states, loop.tokens, loop.logprobs]
 
-    rows = torch.zeros(1, dtype=torch.int32)
+    rows, hidden = torch.zeros(1, dtype=torch.int32), model.config.hidden
     loop = Loop(model)
+    with pytest.raises(RuntimeError, match="width must be"):
+        forward(*args(loop), rows, 0, hidden + 1)
     with pytest.raises(RuntimeError, match="handle 12345 is unknown"):
-        forward(12345, *args(loop)[1:], rows, 0)
+        forward(12345, *args(loop)[1:], rows, 0, hidden)
     for bad in (-1, VOCAB):
         with pytest.raises(RuntimeError, match=rf"ids\[0\] must lie in 0 .. {VOCAB - 1}"):
-            forward(*args(loop)[:4], torch.full((2,), bad, dtype=torch.int32), rows, 0)
+            forward(*args(loop)[:4], torch.full((2,), bad, dtype=torch.int32), rows, 0, hidden)
     with pytest.raises(RuntimeError, match=r"out_rows\[0\] must lie in 0 .. 1"):
-        forward(*args(loop), rows + 2, 0)
+        forward(*args(loop), rows + 2, 0, hidden)
     with pytest.raises(RuntimeError, match="plan has magic"):
-        forward(*args(loop)[:3], torch.zeros_like(loop.plan.buffer), loop.ids, rows, 0)
+        forward(*args(loop)[:3], torch.zeros_like(loop.plan.buffer), loop.ids, rows, 0, hidden)
     with pytest.raises(RuntimeError, match="pools must"):
-        forward(args(loop)[0], loop.tree.pool.k[:1], loop.tree.pool.v[:1], *args(loop)[3:], rows, 0)
+        forward(args(loop)[0], loop.tree.pool.k[:1], loop.tree.pool.v[:1], *args(loop)[3:], rows, 0, hidden)
     loop.next_state[1, 5] = 2
     with pytest.raises(RuntimeError, match="next_state"):
         decode(*decode_args(loop))
@@ -205,6 +207,16 @@ def test_broken_calls_raise(native):
     loop.params[1, 2] = 0
     with pytest.raises(RuntimeError, match=r"params\[1\]"):
         decode(*decode_args(loop))
+
+
+def test_opcheck(native):
+    model = native("llama")
+    loop = Loop(model)
+    first = [model._decoder._handle, loop.tree.pool.k, loop.tree.pool.v, loop.plan.buffer, loop.ids]
+    rows = torch.tensor([1, 0], dtype=torch.int32)
+    torch.library.opcheck(torch.ops.ttskernels.decoder_forward.default, (*first, rows, 1, VOCAB))
+    rest = [loop.keys, loop.params, loop.next_state, loop.states, loop.tokens, loop.logprobs]
+    torch.library.opcheck(torch.ops.ttskernels.decoder_decode.default, (*first, *rest))
 
 
 def test_misshapen_weights_raise(native, tmp_path):

@@ -117,9 +117,11 @@ class Engine:
                 for ordinal in ordinals:
                     on_step(ordinal, error)
                 return
+            length = parent.pos0 + len(parent.ids)
+            uncached = sum(len(n.ids) - n.cached for n in self.policy_forest.path(parent))  # computed once, for all
+            session.counters.policy_reused += len(children) * length - uncached
             for ordinal, child in zip(ordinals, children, strict=True):
                 session.policy_nodes.add(child)
-                session.counters.policy_reused += parent.pos0 + parent.cached
                 self._policy.add(
                     Branch(session, child, child_key(key, ordinal), (*path_key, ordinal), sampling, max_step_tokens,
                            max_length, max_steps, lambda end, o=ordinal: on_step(o, end), group)

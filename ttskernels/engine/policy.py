@@ -34,6 +34,7 @@ class PolicyRunner:
         self.branches: list[Branch] = []
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed
+        self._plan_epoch = -1
 
     def busy_before(self, order: int) -> set[Node]:
         """Nodes that the resident branches of problems older than `order` read."""
@@ -65,8 +66,8 @@ class PolicyRunner:
             first = min(self.branches, key=lambda b: b.priority)
             self._fail(first, OutOfPagesError("one branch alone does not fit into the KV budget; raise kv_bytes"))
             return True
-        if all(b.node.ids and b.node.cached == len(b.node.ids) - 1 for b in admitted):
-            self._running = admitted
+        if all(b.whole and b.node.cached == len(b.node.ids) - 1 for b in admitted):
+            self._running, self._plan_epoch = admitted, self.residency.epoch
             rows = [(b.node, len(b.node.ids) - 1, 1) for b in admitted]
             self._plan = build_plan(self.forest, rows, self.heads)
             return self._decode()
@@ -75,7 +76,8 @@ class PolicyRunner:
     # -- admission ---------------------------------------------------------------------------------------------------
 
     def _plan_has_room(self) -> bool:
-        return len(self._running) == len(self.branches) and all(b.node.capacity > len(b.node.ids) for b in self._running)
+        whole = self._plan_epoch == self.residency.epoch  # scoring evicts too
+        return whole and len(self._running) == len(self.branches) and all(self._room(b) > 0 for b in self._running)
 
     def _admit(self) -> list[Branch]:
         """Branches whose whole path is (or now became) resident, oldest problem first, with a slot for the next token."""
@@ -103,7 +105,9 @@ class PolicyRunner:
         node = branch.node
         needs = {}
         if branch.resident_epoch != self.residency.epoch:  # something was evicted since, or the branch is new
-            needs = missing(self.forest.path(node))
+            path = self.forest.path(node)
+            needs = missing(path)
+            branch.whole = bool(node.ids) and all(n.cached == len(n.ids) for n in path[:-1])
         room = branch.max_length - node.pos0 - len(node.ids)
         if node.capacity - len(node.ids) < min(SLACK_TOKENS, room):
             needs[node] = min(SLACK_TOKENS, room)
@@ -148,11 +152,13 @@ class PolicyRunner:
         return True
 
     def _sample(self, branches: list[Branch], logits: torch.Tensor, rows: torch.Tensor) -> None:
+        """One token for each branch from row `rows[i]` of the logits."""
         positions = torch.tensor([b.node.pos0 + len(b.node.ids) for b in branches], dtype=torch.int32)
         tokens, logprobs = sample(logits, rows, self._keys(branches), positions, self._params(branches))
         for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
+            branch.whole = True
             state = int(self.next_state[branch.state, token])
-            self._extend(branch, [token], logprob, state)
+            self._extend(branch, [token], [logprob], state)
 
     def _decode(self) -> bool:
         """Up to MAX_ITERATIONS tokens for every running branch in one call; stops when one ends its step."""
@@ -168,15 +174,15 @@ class PolicyRunner:
             tokens, logprobs,
         )  # fmt: skip
         columns = tokens[:done].T.tolist()
-        sums = logprobs[:done].sum(0).tolist()
+        chances = logprobs[:done].T.tolist()
         seconds = (time.perf_counter() - started) / len(branches)
-        for branch, column, logprob, state in zip(branches, columns, sums, states.tolist(), strict=True):
+        for branch, column, chance, state in zip(branches, columns, chances, states.tolist(), strict=True):
             node, counters = branch.node, branch.session.counters
             counters.decode_seconds += seconds
             counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
             node.cached += done
             node.seen = node.cached
-            self._extend(branch, column, logprob, state)
+            self._extend(branch, column, chance, state)
         return True
 
     def _room(self, branch: Branch) -> int:
@@ -191,10 +197,11 @@ class PolicyRunner:
         rows = [(b.sampling.temperature, b.sampling.top_k, b.sampling.top_p, b.sampling.min_p) for b in branches]
         return torch.tensor(rows, dtype=torch.float32)
 
-    def _extend(self, branch: Branch, tokens: list[int], logprob: float, state: int) -> None:
+    def _extend(self, branch: Branch, tokens: list[int], logprobs: list[float], state: int) -> None:
         self.forest.append(branch.node, tokens)
         branch.session.counters.policy_decoded += len(tokens)
-        branch.logprob += logprob
+        for logprob in logprobs:  # one by one: the sum must not depend on how many came in one call
+            branch.logprob += logprob
         branch.state = state
         node = branch.node
         if state == -1:

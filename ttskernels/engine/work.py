@@ -25,8 +25,8 @@ class Sampling:
 
 @dataclass
 class Counters:
-    """What a session cost. Tokens are counted once per forward row; `reused` are prefix tokens that were not recomputed
-    when a branch or a score job started; seconds of a shared batch are split by rows."""
+    """What a session cost. Tokens are counted once per forward row; `reused` are prefix tokens that did not have
+    to be computed for a branch or a score job because another one has them; seconds of a shared batch are split by rows."""
 
     policy_prefilled: int = 0
     policy_decoded: int = 0
@@ -91,6 +91,7 @@ class Branch:
     max_length: int  # of the whole path in tokens, prompt included
     steps_left: int  # 1: end with this step; more: go on with the next step by itself
     on_step: Callable[[StepEnd | BaseException], None]
+    whole: bool = False  # at that epoch: everything but the last token has its KV
     group: object = None  # what `Engine.cancel` names
     state: int = 0
     logprob: float = 0.0

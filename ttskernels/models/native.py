@@ -39,20 +39,23 @@ class NativeDecoder:
         ints = [c.vocab, c.hidden, c.layers, c.q_heads, c.kv_heads, c.head_dim, c.intermediate, c.window, _DTYPES[c.dtype]]
         constants = [c.rms_eps, c.rope_scale, c.scale, 0.0]
         self._handle = torch.ops.ttskernels.decoder_create(ints, constants, c.inv_freq.contiguous(), flat)
+        self._widths = (c.hidden, c.vocab)
         free = _dispatch.library().ttsk_decoder_free
         free.argtypes = [ctypes.c_int64]
         weakref.finalize(self, free, self._handle)
 
     def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
+        kind = int(output == "logits")
         return torch.ops.ttskernels.decoder_forward(
-            self._handle, pool.k, pool.v, plan.buffer, ids, out_rows, int(output == "logits")
+            self._handle, pool.k, pool.v, plan.buffer, ids, out_rows, kind, self._widths[kind]
         )
 
     def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
         try:
-            return torch.ops.ttskernels.decoder_decode(
+            done = torch.ops.ttskernels.decoder_decode(
                 self._handle, pool.k, pool.v, plan.buffer, ids, keys, params, next_state, states, tokens, logprobs
             )
+            return int(done)
         except RuntimeError as error:
             if "are not finite" in str(error):
                 raise ValueError(str(error).split("\n")[0]) from error

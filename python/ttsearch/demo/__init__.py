@@ -12,7 +12,7 @@ def policy_path(size: str = "base") -> Path:
 
 
 def verifier_path(size: str = "base") -> Path:
-    """Hugging Face folder of the verifier, a `LlamaForTokenClassification`; label 1 means the step is good."""
+    """Hugging Face folder of the verifier, a `LlamaForTokenClassification`; label 1 means good."""
     return _model_folder("verifier", size)
 
 

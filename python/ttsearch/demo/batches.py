@@ -1,7 +1,7 @@
-"""Training sequences as ids, in the layout of TRL's PRMTrainer: prompt, then every step followed by the separator.
+"""Training sequences as ids, in the layout of TRL's PRMTrainer: prompt, then each step and a separator.
 
-One layout serves both models. The policy learns the next token of the solution (after the answer: EOS). The verifier
-learns a label at the separator behind each step.
+One layout serves both models. The policy learns the next token of the solution (after the answer: EOS). The
+verifier learns labels, of which those at the separators are read later.
 """
 
 import random
@@ -35,7 +35,7 @@ class Example:
 class Batch:
     ids: torch.Tensor  # [rows, tokens]
     next_ids: torch.Tensor  # language-model target at each position, IGNORED where there is none
-    labels: torch.Tensor  # whether the step is right up to this token, IGNORED in the prompt and after a wrong step
+    labels: torch.Tensor  # whether the step is right up to this token, IGNORED in the prompt
 
 
 def training_problem(rng: random.Random) -> ChainProblem:
@@ -46,7 +46,7 @@ def training_problem(rng: random.Random) -> ChainProblem:
 
 
 def clean_or_noisy(problem: ChainProblem, error_rate: float, rng: random.Random) -> Example:
-    """A worked solution in which each step is wrong with probability `error_rate`; later steps go on from the slip.
+    """A worked solution, each step wrong with probability `error_rate`; later steps go on from the slip.
 
     It stops where a slip has led out of 0..99, because the task defines no such step.
     """
@@ -67,7 +67,7 @@ def clean_or_noisy(problem: ChainProblem, error_rate: float, rng: random.Random)
 
 
 def _wrong_step(problem: ChainProblem, index: int, value: int, rng: random.Random) -> tuple[str, int]:
-    """Mostly a wrong result; sometimes a miscopied value or operation, worked out rightly from the miscopy."""
+    """Mostly a wrong result; sometimes a miscopied value or operation and what follows from it."""
     operator, operand = problem.operations[index]
     kind = rng.random()
     if kind < 0.15:
@@ -97,30 +97,22 @@ def _near(value: int, rng: random.Random) -> int:
     return 10 * tens + ones
 
 
-def first_error(good: tuple[bool, ...]) -> int:
-    """Index of the first wrong step, or the number of steps."""
-    return good.index(False) if False in good else len(good)
-
-
 def encode(example: Example, tokenizer) -> tuple[list[int], list[int], list[int]]:
-    """ids, next_ids and labels. A wrong step is no language-model target; labels end with the first wrong step.
+    """ids, next_ids and labels. A wrong step is no language-model target.
 
-    Every token of a step is labelled, with "the step is right so far": at the separator that is the step's label, the
-    only one ever read, and on the way there it teaches where the step went wrong. Without it the verifier hardly learns.
+    Steps after a wrong one are labelled too, on the value they start from: more wrong steps to learn from.
+    Every token of a step is labelled with "the step is right so far": at the separator that is the step's
+    label, the only one ever read, and on the way there it teaches where the step went wrong.
     """
     ids = tokenizer(example.prompt).input_ids
     targets = [IGNORED] * len(ids)  # targets[i] belongs to ids[i] and is moved one place to the left below
     labels = [IGNORED] * len(ids)
-    last_labelled = first_error(example.good)
     expected = expected_steps(example.prompt, STEP_SEPARATOR.join(example.steps))
-    for index, (step, good, right) in enumerate(zip(example.steps, example.good, expected, strict=True)):
+    for step, good, right in zip(example.steps, example.good, expected, strict=True):
         step_ids = tokenizer(step).input_ids
         final = step.startswith("\\boxed")
         ids += [*step_ids, SEPARATOR_ID]
         targets += [*step_ids, EOS_ID if final else SEPARATOR_ID] if good else [IGNORED] * (len(step_ids) + 1)
-        if index > last_labelled:
-            labels += [IGNORED] * (len(step_ids) + 1)
-            continue
         right_ids = tokenizer(right or "").input_ids
         agree = 0
         while agree < min(len(step_ids), len(right_ids)) and step_ids[agree] == right_ids[agree]:
@@ -180,7 +172,12 @@ class EndlessBatches(Pools):
 
     def __init__(self, error_rate: float, batch_tokens: int, tokenizer, seed: str):
         super().__init__()
-        self.error_rate, self.batch_tokens, self.tokenizer, self.seed = error_rate, batch_tokens, tokenizer, seed
+        self.error_rate, self.batch_tokens, self.tokenizer, self.seed = (
+            error_rate,
+            batch_tokens,
+            tokenizer,
+            seed,
+        )
 
     def make(self, number: int) -> list[Batch]:
         rng = random.Random(f"{self.seed}/{number}")

@@ -1,8 +1,9 @@
-"""Sampling, voting and best-of-N on the dev problems with a plain sampler: how the recipe's targets are checked.
+"""Sampling, voting and best-of-N on the dev problems with a plain sampler: checks the recipe's targets.
 
     python -m ttsearch.demo.evaluate --samples-file FILE [--policy FOLDER] [--verifier FOLDER] [--samples 16]
 
-Problems are of the dev split. Solutions are kept in the file and used again. The last line of the output is JSON; intervals are 95 % over problems, in points.
+Problems are of the dev split. Solutions are kept in the file and used again. The last line of the output is
+JSON; intervals are 95 % over problems, in points.
 """
 
 import argparse
@@ -75,14 +76,22 @@ def evaluate(verifier, tokenizer, problems: list[ChainProblem], texts: list[str]
     result: dict = {"problems": len(problems), "samples": samples}
     result["percent"] = {name: mean_and_interval(values) for name, values in outcomes.items()}
     result["percent_by_level"] = {
-        name: [mean_and_interval([v for v, p in zip(values, problems) if p.level == level])[0] for level in LEVELS]
+        name: [
+            mean_and_interval([v for v, p in zip(values, problems, strict=True) if p.level == level])[0]
+            for level in LEVELS
+        ]
         for name, values in outcomes.items()
     }
     for low, high in (("pass@1", "majority"), ("majority", "best_product"), ("majority", "best_min")):
-        gains = [b - a for a, b in zip(outcomes[low], outcomes[high])]
+        gains = [b - a for a, b in zip(outcomes[low], outcomes[high], strict=True)]
         result.setdefault("gain_percent", {})[f"{high} - {low}"] = mean_and_interval(gains)
-    # Steps up to and including the first wrong one, as in training.
-    judged = [(s, c) for ss, cs in zip(scores, checks) for i, (s, c) in enumerate(zip(ss, cs)) if all(cs[:i])]
+    # Steps up to and including the first wrong one.
+    judged = [
+        (score, good)
+        for of_steps, goods in zip(scores, checks, strict=True)
+        for i, (score, good) in enumerate(zip(of_steps, goods, strict=True))
+        if all(goods[:i])
+    ]
     result["steps"] = {"judged": len(judged), "good": sum(c for _, c in judged)}
     result["step_auc"] = area_under_roc(*map(list, zip(*judged, strict=True)))
     for name, values in (
@@ -99,7 +108,9 @@ def main() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--samples-file", type=Path, required=True)
     parser.add_argument("--policy", type=Path, default=policy_path())
     parser.add_argument("--verifier", type=Path, default=verifier_path())

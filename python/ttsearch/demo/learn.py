@@ -1,4 +1,4 @@
-"""One optimiser loop for all stages: language-model loss and step-label loss over a shared trunk, with checkpoints."""
+"""One optimiser loop for all stages: token loss and step-label loss over a shared trunk, with checkpoints."""
 
 import math
 import os
@@ -16,7 +16,7 @@ UPDATES_BETWEEN_LOG_LINES = 50
 
 
 def losses(model, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next-token loss through the tied embedding, and label loss at the separators through the `score` head."""
+    """Next-token loss through the tied embedding, and label loss through the `score` head."""
     hidden = model.model(input_ids=batch.ids, use_cache=False).last_hidden_state
     spoken, labelled = batch.next_ids != IGNORED, batch.labels != IGNORED
     token_logits = hidden[spoken] @ model.model.embed_tokens.weight.T
@@ -60,12 +60,16 @@ def learn(
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
-        update, seconds, smooth, batches.position = (state[k] for k in ("update", "seconds", "smooth", "position"))
+        update, seconds, smooth, batches.position = (
+            state[k] for k in ("update", "seconds", "smooth", "position")
+        )
         print(f"{name}: resumed at update {update}", flush=True)
 
     def save() -> None:
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "update": update}
-        save_atomically(state | {"seconds": seconds, "smooth": smooth, "position": batches.position}, checkpoint)
+        save_atomically(
+            state | {"seconds": seconds, "smooth": smooth, "position": batches.position}, checkpoint
+        )
 
     model.train()
     tokens, last_save = 0, time.monotonic()
@@ -81,7 +85,9 @@ def learn(
         optimizer.zero_grad(set_to_none=True)
         update, tokens = update + 1, tokens + batch.ids.numel()
         now = (token_loss.item(), label_loss.item())
-        smooth = now if smooth is None else tuple(0.95 * a + 0.05 * b for a, b in zip(smooth, now, strict=True))
+        smooth = (
+            now if smooth is None else tuple(0.95 * a + 0.05 * b for a, b in zip(smooth, now, strict=True))
+        )
         seconds += time.monotonic() - started
         if update % UPDATES_BETWEEN_LOG_LINES == 0:
             shown = f"token loss {smooth[0]:.4f}  label loss {smooth[1]:.4f}"

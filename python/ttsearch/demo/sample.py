@@ -1,4 +1,4 @@
-"""A small batched sampler for the training recipe (plain PyTorch, preallocated cache). Not the engine of this package."""
+"""A small batched sampler for the training recipe: plain PyTorch, preallocated cache, not the engine."""
 
 import json
 import math
@@ -70,7 +70,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
 def sample(
     model, tokenizer, prompts: list[str], *, temperature: float = 1.0, seed: int = 0, rows_at_once: int = 512
 ) -> list[str]:
-    """One solution per prompt; repeat a prompt for more. Temperature 0 is greedy. Unfinished texts come as they are."""
+    """One solution per prompt; repeat a prompt for more. Temperature 0 is greedy."""
     encoded = [tokenizer(prompt).input_ids for prompt in prompts]
     texts = [""] * len(prompts)
     generator = torch.Generator().manual_seed(seed)
@@ -103,7 +103,10 @@ def sample_to_file(
         texts = sample(model, tokenizer, repeated, seed=seed * 100_003 + start)
         with path.open("a") as file:
             file.writelines(json.dumps(pair) + "\n" for pair in zip(repeated, texts, strict=True))
-        print(f"{path.name}: {min(start + PROMPTS_AT_ONCE, len(prompts))} of {len(prompts)} problems", flush=True)
+        print(
+            f"{path.name}: {min(start + PROMPTS_AT_ONCE, len(prompts))} of {len(prompts)} problems",
+            flush=True,
+        )
     pairs = [json.loads(line) for line in path.read_text().splitlines()]
     return [prompt for prompt, _ in pairs], [text for _, text in pairs]
 

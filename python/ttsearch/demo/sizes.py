@@ -22,11 +22,15 @@ class Recipe:
     rollout_problems: int = 1000
     rollouts_per_problem: int = 4
     verifier_extra_layers: int = 2  # on top of the trunk: room to compare what it would say with what is said
-    verifier_learning_rate: float = 1e-3
-    verifier_updates: int = 900
-    verifier_frozen_layers: int = 4  # they do the arithmetic already; leaving them alone saves a third of the time
+    verifier_learning_rate: float = 3e-4
+    verifier_error_rate: float = 0.35  # of the fresh half of its batches; the other half is rollouts
+    verifier_updates: int = 1200  # of the new layers alone
+    finetune_learning_rate: float = 2e-4
+    finetune_updates: int = 800  # of everything
     check_every: int = 50
-    check_below_loss: float = 0.15  # of solution tokens; above it next to nothing is solved, so nothing is sampled
+    check_below_loss: float = (
+        0.15  # of solution tokens; above it next to nothing is solved, so nothing is sampled
+    )
     dev_per_level: int = 60
     report_per_level: int = 80
     report_samples: int = 16

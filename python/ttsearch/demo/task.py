@@ -3,8 +3,8 @@
     prompt    2;a+57;b-49;c+88;d-70?
     solution  a:2+57=59\\n\\nb:59-49=10\\n\\nc:10+88=98\\n\\nd:98-70=28\\n\\n\\boxed{28}
 
-Operations run from left to right on values of 0..99. A step is right when it does the next operation of the prompt on
-the value stated just before it, so one slip makes one wrong step and a wrong final answer, as in written mathematics.
+Operations run from left to right on values of 0..99. A step is right when it does the next operation of the
+prompt on the value stated just before it, so one slip makes one wrong step and a wrong final answer.
 Level L has 2L-1 or 2L operations.
 """
 
@@ -96,7 +96,7 @@ def random_problem(rng: random.Random, num_operations: int) -> ChainProblem:
 
 
 def generate_problems(part: str, per_level: int, seed: int) -> list[ChainProblem]:
-    """`per_level` distinct problems of each level, all of the split `part`, in the same order for the same seed."""
+    """`per_level` distinct problems of each level, all of the split `part`; the same for the same seed."""
     if part not in ("train", "dev", "test"):
         raise ValueError(f'part must be "train", "dev" or "test", got {part!r}')
     problems = []
@@ -137,12 +137,12 @@ def solution(problem: ChainProblem) -> str:
 
 
 def split_steps(solution_text: str) -> list[str]:
-    """Steps of a solution, the final answer line included. A separator at the very end opens no further step."""
+    """Steps of a solution, the final answer line included. A separator at the very end opens no step."""
     return solution_text.removesuffix(STEP_SEPARATOR).split(STEP_SEPARATOR)
 
 
 def expected_steps(prompt: str, solution_text: str) -> list[str | None]:
-    """For each step of the text, the one right step given the value stated just before it; None if there is none."""
+    """For each step, the one right step given the value stated just before it; None if there is none."""
     problem = parse_problem(prompt)
     stated: int | None = problem.start
     expected: list[str | None] = []
@@ -162,7 +162,9 @@ def expected_steps(prompt: str, solution_text: str) -> list[str | None]:
 
 def check_steps(prompt: str, solution_text: str) -> list[bool]:
     """For each step of the text, whether it is right given the value stated by the step before it."""
-    return [s == e for s, e in zip(split_steps(solution_text), expected_steps(prompt, solution_text), strict=True)]
+    return [
+        s == e for s, e in zip(split_steps(solution_text), expected_steps(prompt, solution_text), strict=True)
+    ]
 
 
 def final_answer(solution_text: str) -> str | None:

@@ -1,4 +1,4 @@
-"""The demo tokenizer: one token a character, except the step separator and the opening of the final answer."""
+"""The demo tokenizer: one token a character, except the step separator and the opening of the answer."""
 
 from .task import LETTERS, STEP_SEPARATOR
 

@@ -4,9 +4,10 @@
 
 Stages, each skipped when its output exists, each continued from its last checkpoint:
     policy    next-token training until the solve rate on dev problems reaches the size's target -> policy/
-    trunk     the same weights trained on to solve the task, with label loss on synthetically corrupted steps
-    rollouts  solutions sampled from the policy for training problems, every step labelled by the exact checker
-    verifier  the trunk, two more layers and the head trained on those labels and on fresh corrupted ones -> verifier/
+    trunk     the same weights trained on to solve the task, with label loss on corrupted steps
+    rollouts  solutions sampled from the policy for training problems, each step labelled by the exact checker
+    verifier  the trunk, two more layers and the head trained on those labels and on fresh corrupted steps,
+              first the new layers alone, then everything -> verifier/
     report    dev numbers of both -> report.json
 """
 
@@ -22,6 +23,7 @@ import torch
 
 from .batches import EndlessBatches, Example, RolloutBatches, training_problem
 from .evaluate import evaluate
+from .grow import grow
 from .learn import cosine, learn, make_optimizer, save_atomically, warm_up
 from .sample import sample, sample_to_file
 from .sizes import RECIPES, Recipe, llama_config
@@ -37,16 +39,6 @@ def new_model(recipe: Recipe, extra_layers: int = 0):
 
     config = llama_config(recipe, extra_layers, num_labels=2, classifier_dropout=0.0)
     return LlamaForTokenClassification(config)
-
-
-def with_extra_layers(trunk, recipe: Recipe):
-    """The trunk with further layers that change nothing at first: what they would add to the stream is zero."""
-    grown = new_model(recipe, recipe.verifier_extra_layers)
-    grown.load_state_dict(trunk.state_dict(), strict=False)
-    for layer in grown.model.layers[recipe.layers :]:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
-    return grown
 
 
 def as_policy(model, recipe: Recipe):
@@ -89,15 +81,24 @@ def policy_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> None:
     if (out / "policy").exists():
         return
     model, best_file = new_model(recipe), out / "policy-best.pt"
-    best = torch.load(best_file, weights_only=True) if best_file.exists() else {"distance": 1.0, "reached": False}
+    best = (
+        torch.load(best_file, weights_only=True)
+        if best_file.exists()
+        else {"distance": 1.0, "reached": False}
+    )
 
     def stop(update: int, token_loss: float) -> bool:
-        if update < recipe.policy_updates and (update % recipe.check_every or token_loss > recipe.check_below_loss):
+        if update < recipe.policy_updates and (
+            update % recipe.check_every or token_loss > recipe.check_below_loss
+        ):
             return False
         rounded = as_policy(model, recipe).to(torch.bfloat16).float()  # what will be shipped
         rates = solve_rates(rounded, tokenizer, recipe.dev_per_level)
         rate = statistics.fmean(rates)
-        print(f"policy: update {update}  dev solve rate {rate:.3f}  by level {[round(r, 2) for r in rates]}", flush=True)
+        print(
+            f"policy: update {update}  dev solve rate {rate:.3f}  by level {[round(r, 2) for r in rates]}",
+            flush=True,
+        )
         distance, reached = abs(rate - recipe.policy_target), rate >= recipe.policy_target
         if distance < best["distance"]:
             note = {"update": update, "dev_solve_rate": rate, "dev_solve_rate_by_level": rates}
@@ -125,7 +126,7 @@ def policy_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> None:
 
 
 def trunk_stage(recipe: Recipe, tokenizer, seed: int, out: Path):
-    """Returns the trunk with its head; goes on from the policy's last checkpoint, optimiser state included."""
+    """The trunk with its head; goes on from the policy's last checkpoint, optimiser state included."""
     model = new_model(recipe)
     optimizer = make_optimizer(model, recipe.learning_rate)
     start = torch.load(out / "policy.pt", weights_only=True)
@@ -157,20 +158,27 @@ def rollout_stage(recipe: Recipe, tokenizer, seed: int, out: Path) -> list[Examp
 
 
 def verifier_stage(recipe: Recipe, tokenizer, seed: int, out: Path, trunk, rollouts: list[Example]) -> None:
-    model = with_extra_layers(trunk, recipe)
-    model.model.embed_tokens.requires_grad_(False)
-    for layer in model.model.layers[: recipe.verifier_frozen_layers]:
-        layer.requires_grad_(False)
-    learn(
-        "verifier",
-        model,
-        make_optimizer(model, recipe.verifier_learning_rate),
-        RolloutBatches(rollouts, recipe.error_rate, recipe.batch_tokens, tokenizer, f"{seed}/verifier"),
-        updates=recipe.verifier_updates,
-        learning_rate=cosine(recipe.verifier_learning_rate, recipe.verifier_updates, warmup_updates=50),
-        label_weight=1.0,
-        checkpoint=out / "verifier.pt",
-    )
+    model = new_model(recipe, recipe.verifier_extra_layers)
+    grow(trunk, model, next(EndlessBatches(recipe.verifier_error_rate, 8000, tokenizer, f"{seed}/grow")))
+    for name, frozen in (("verifier", True), ("finetune", False)):
+        # First the new layers alone: they are fitted to the trunk's states. Then everything, at a lower rate.
+        model.model.embed_tokens.requires_grad_(not frozen)
+        for layer in model.model.layers[: recipe.layers]:
+            layer.requires_grad_(not frozen)
+        rate = recipe.verifier_learning_rate if frozen else recipe.finetune_learning_rate
+        updates = recipe.verifier_updates if frozen else recipe.finetune_updates
+        learn(
+            name,
+            model,
+            make_optimizer(model, rate),
+            RolloutBatches(
+                rollouts, recipe.verifier_error_rate, recipe.batch_tokens, tokenizer, f"{seed}/{name}"
+            ),
+            updates=updates,
+            learning_rate=cosine(rate, updates, warmup_updates=50),
+            label_weight=1.0,
+            checkpoint=out / f"{name}.pt",
+        )
     save_model(model, tokenizer, out / "verifier")
 
 
@@ -191,14 +199,18 @@ def train(recipe: Recipe, seed: int, out: Path) -> dict:
         policy = load_policy(out / "policy")
         problems = dev_problems(recipe.report_per_level)
         prompts = [problem.prompt for problem in problems]
-        _, texts = sample_to_file(policy, tokenizer, prompts, recipe.report_samples, seed, out / "dev_samples.jsonl")
+        _, texts = sample_to_file(
+            policy, tokenizer, prompts, recipe.report_samples, seed, out / "dev_samples.jsonl"
+        )
         result = evaluate(verifier, tokenizer, problems, texts)
         report.write_text(json.dumps(result, indent=1) + "\n")
     return json.loads(report.read_text())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=sorted(RECIPES), default="base")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, required=True)

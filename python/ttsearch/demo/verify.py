@@ -1,4 +1,4 @@
-"""Step scores of whole solutions, by re-reading them: the plain definition, used by the recipe and its tests."""
+"""Step scores of whole solutions, by re-reading them: the plain definition, for recipe and tests."""
 
 import torch
 
@@ -16,7 +16,9 @@ def score_ids(tokenizer, prompt: str, solution_text: str) -> tuple[list[int], li
 
 
 @torch.inference_mode()
-def step_scores(verifier, tokenizer, prompts: list[str], solutions: list[str], rows: int = 64) -> list[list[float]]:
+def step_scores(
+    verifier, tokenizer, prompts: list[str], solutions: list[str], rows: int = 64
+) -> list[list[float]]:
     """Probability of label 1 at the separator behind each step, one list per solution."""
     encoded = [score_ids(tokenizer, p, s) for p, s in zip(prompts, solutions, strict=True)]
     order = sorted(range(len(encoded)), key=lambda i: len(encoded[i][0]))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 import torch
 
 from ttskernels.engine.batcher import Engine

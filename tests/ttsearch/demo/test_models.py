@@ -2,12 +2,12 @@
 
 import json
 import math
+import random
 import statistics
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
-
 from ttsearch.demo import MODELS, SIZES, policy_path, verifier_path
 from ttsearch.demo.batches import clean_or_noisy
 from ttsearch.demo.evaluate import area_under_roc, choose_best, choose_majority
@@ -69,8 +69,6 @@ def test_score_positions_are_the_separators():
 
 
 def test_verifier_scores_a_corrupted_step_lower(verifier):
-    import random
-
     tokenizer, rng = AutoTokenizer.from_pretrained(verifier_path()), random.Random(0)
     good, wrong = [], []
     for problem in generate_problems("dev", 12, seed=9):
@@ -90,6 +88,7 @@ def test_choices_among_solutions():
     texts = ["\\boxed{1}", "a:1+1=2", "\\boxed{2}", "\\boxed{2}"]
     assert choose_majority(texts) == 2
     assert choose_majority(["a:1"]) == 0
-    assert choose_best(texts, [[0.1], [0.9], [0.3, 0.9], [0.2]], math.prod) == 2  # the unfinished one cannot win
+    scores = [[0.1], [0.9], [0.3, 0.9], [0.2]]
+    assert choose_best(texts, scores, math.prod) == 2  # the unfinished one cannot win
     assert area_under_roc([0.9, 0.5, 0.5, 0.1], [True, True, False, False]) == 0.875
     assert area_under_roc([0.9], [True]) is None

@@ -1,9 +1,8 @@
 import random
 
 import pytest
-
 from ttsearch.demo import MODELS, policy_path, task, verifier_path
-from ttsearch.demo.batches import Example, clean_or_noisy, encode, first_error, training_problem
+from ttsearch.demo.batches import Example, clean_or_noisy, encode, training_problem
 from ttsearch.demo.tokenizer import EOS_ID, PAD_ID, SEPARATOR_ID, UNKNOWN, build_tokenizer
 
 PROMPT = "2;a+57;b-49;c*8;d-70?"
@@ -63,7 +62,10 @@ def test_unfinished_is_wrong(text):
 
 
 def test_split_is_stable_and_disjoint():
-    prompts = {part: {p.prompt for p in task.generate_problems(part, 40, seed=1)} for part in ("train", "dev", "test")}
+    prompts = {
+        part: {p.prompt for p in task.generate_problems(part, 40, seed=1)}
+        for part in ("train", "dev", "test")
+    }
     assert all(task.split(prompt) == part for part, ps in prompts.items() for prompt in ps)
     assert not prompts["train"] & prompts["dev"] and not prompts["dev"] & prompts["test"]
     # Written down once: a change here would leak test problems into training.
@@ -108,10 +110,11 @@ def test_noisy_solutions_agree_with_the_checker():
         example = clean_or_noisy(training_problem(rng), 0.2, rng)
         if not example.steps:
             continue
-        assert tuple(task.check_steps(example.prompt, task.STEP_SEPARATOR.join(example.steps))) == example.good
+        text = task.STEP_SEPARATOR.join(example.steps)
+        assert tuple(task.check_steps(example.prompt, text)) == example.good
         ids, next_ids, labels = encode(example, tokenizer)
         shown = [label for i, label in zip(ids, labels, strict=True) if i == SEPARATOR_ID and label >= 0]
-        assert shown == [int(good) for good in example.good[: first_error(example.good) + 1]]
+        assert shown == [int(good) for good in example.good]
         assert len(ids) == len(next_ids) == len(labels) <= 256
         wrong += not all(example.good)
     assert wrong > 100
@@ -131,8 +134,13 @@ def test_labels_turn_bad_at_the_first_wrong_token():
     text = SOLUTION.replace("59-49=10", "59-49=15")
     steps = tuple(task.split_steps(text))
     ids, _, labels = encode(Example(PROMPT, steps, tuple(task.check_steps(PROMPT, text))), tokenizer)
-    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 1) == "a:2+57=59\n\nb:59-49=1"
-    assert [tokenizer.decode([i]) for i, label in zip(ids, labels) if label == 0] == ["5", "\n\n"]
+    assert "".join(tokenizer.decode([i]) for i, label in zip(ids, labels, strict=True) if label == 1) == (
+        "a:2+57=59\n\nb:59-49=1c:1d:80-70=10\n\n\\boxed{10}\n\n"
+    )
+    assert (
+        "".join(tokenizer.decode([i]) for i, label in zip(ids, labels, strict=True) if label == 0)
+        == "5\n\n0*8=80\n\n"
+    )
 
 
 def test_model_paths():

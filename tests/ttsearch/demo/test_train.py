@@ -5,7 +5,6 @@ import json
 
 import pytest
 import torch
-
 from ttsearch.demo import batches, learn, train
 from ttsearch.demo.sample import CachedDecoder, sample
 from ttsearch.demo.sizes import RECIPES
@@ -18,7 +17,7 @@ TOY = dataclasses.replace(
     policy_updates=6,
     trunk_updates=4,
     verifier_updates=4,
-    verifier_frozen_layers=1,
+    finetune_updates=3,
     check_every=3,
     check_below_loss=9.0,
     rollout_problems=2,

@@ -1,0 +1,122 @@
+"""Every strategy end to end on the local engine, with the shipped models and with a real one."""
+
+from pathlib import Path
+
+import pytest
+from ttsearch.backend import load_backend
+from ttsearch.budget import Budget
+from ttsearch.demo import policy_path, verifier_path
+from ttsearch.policies.local import LocalBackend
+from ttsearch.solve import solve, solve_many
+from ttsearch.tree import walk
+from ttsearch.types import Problem
+
+PROBLEMS = [Problem("2;a+57;b-49;c+8;d-7?"), Problem("53;a+19;b+14?"), Problem("7;a*8;b-19;c+45;d-60;e*3?")]
+RULES = dict(aggregate="product", vote="weighted", temperature=1.0, max_tokens=160)
+STRATEGIES = ["greedy", "majority", "best_of_n", "beam_search", "dvts"]
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+
+@pytest.fixture(scope="module")
+def backend():
+    with LocalBackend.load(policy_path(), verifier_path()) as backend:
+        yield backend
+
+
+def tree(result):
+    return {node.path_key: (node.text, node.finish_reason, node.step_score) for node in walk(result.root)}
+
+
+def assert_clean(backend):
+    engine = backend.engine
+    assert not engine.policy_forest._live and not engine.verifier_forest._live and engine.budget.used_bytes == 0
+    engine.policy_forest.check_integrity()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_same_seed_same_tree_and_no_page_left(backend, strategy):
+    first = solve(PROBLEMS[0], backend=backend, strategy=strategy, n=8, **RULES)
+    again = solve(PROBLEMS[0], backend=backend, strategy=strategy, n=8, **RULES)
+    assert tree(first) == tree(again)
+    assert first.answer == again.answer and first.candidates
+    scored = strategy not in ("greedy", "majority")
+    for path in first.candidates:
+        assert all((score is not None) == scored for score in path.step_scores())
+    assert_clean(backend)
+
+
+@pytest.mark.parametrize("strategy", ["best_of_n", "beam_search", "dvts"])
+def test_problems_compete_for_a_quarter_of_the_memory(backend, strategy, cpu_extension):
+    """Same trees, tokens and scores, no deadlock, no page leaked."""
+    problems = [Problem(f"{7 + i};a+5{i};b-2{i};c+1{i};d-{i + 2}?") for i in range(8)]
+    budget = Budget(8, **RULES)
+    roomy = solve_many(problems, backend, strategy, budget, concurrency=8)
+    peak = max(r["cost"]["peak_kv_bytes"] for r in roomy)
+    with LocalBackend.load(policy_path(), verifier_path(), kv_bytes=peak // 4) as tight:
+        squeezed = solve_many(problems, tight, strategy, budget, concurrency=8)
+        assert tight.engine.budget.peak_bytes <= peak // 4
+        assert_clean(tight)
+    drop = ("seconds", "cost")
+    by_id = [{r["id"]: {k: v for k, v in r.items() if k not in drop} for r in records} for records in (roomy, squeezed)]
+    assert by_id[0] == by_id[1]
+    recomputed = sum(r["cost"][m]["tokens_recomputed"] for r in squeezed for m in ("policy", "verifier"))
+    assert recomputed > 0
+
+
+def test_prompt_is_computed_once_for_all_branches(backend):
+    result = solve(PROBLEMS[2], backend=backend, strategy="best_of_n", n=16, **RULES)
+    steps = [node for node in walk(result.root) if node.parent is not None]
+    continued = sum(bool(node.children) for node in steps)
+    # The prompt once, and the last token of every step that went on: its KV is computed when the next step begins.
+    assert result.cost.policy.tokens_prefilled == result.root.num_tokens + continued
+    assert result.cost.policy.tokens_decoded == sum(node.num_tokens for node in steps)
+    assert result.cost.policy.tokens_recomputed == 0
+
+
+def test_reference_implementation_serves_too():
+    """What a machine without a compiler runs."""
+    with LocalBackend.load(policy_path(), verifier_path(), impl="reference", dtype="fp32") as backend:
+        result = solve(PROBLEMS[1], backend=backend, strategy="beam_search", n=4, **RULES)
+    assert result.candidates and all(s is not None for s in result.best.step_scores())
+
+
+def test_bad_input_is_an_error_that_says_what_to_do(backend):
+    with pytest.raises(ValueError, match="n must be a multiple of width=4, got 6"):
+        solve(PROBLEMS[0], backend=backend, strategy="beam_search", n=6, **RULES)
+    with pytest.raises(ValueError, match="n must be an integer >= 1, got 0"):
+        solve(PROBLEMS[0], backend=backend, strategy="majority", n=0, **RULES)
+    with pytest.raises(ValueError, match="the policy allows"):
+        solve("1;a+1" + ";b+1" * 200 + "?", backend=backend, strategy="majority", n=4, **RULES)
+    with pytest.raises(ValueError, match="no score head"):
+        load_backend(policy_path(), policy_path())
+    with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32"):
+        load_backend(policy_path(), dtype="int3")
+    with pytest.raises(ValueError, match="tokenizer"):
+        load_backend(policy_path(), verifier_path(), prm_family="skywork")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["best_of_n", "beam_search", "dvts"])
+def test_gsm8k_on_a_real_model(strategy, smollm2_backend):
+    from ttsearch.data import load_problems
+
+    file = DATA / "gsm8k.jsonl"
+    if not file.exists():
+        pytest.skip(f"no {file}")
+    problems = list(load_problems(file, limit=2))
+    budget = Budget(16, aggregate="mean", vote="weighted", temperature=0.7, max_tokens=40)
+    for record in solve_many(problems, smollm2_backend, strategy, budget, concurrency=2):
+        cost = record["cost"]["policy"]
+        assert "error" not in record and cost["tokens_recomputed"] == 0
+        assert record["num_voted"] >= 0 and cost["tokens_decoded"] > 100
+        assert cost["tokens_prefilled"] < 400, "the prompt, once, and one token for each step that went on"
+        assert cost["tokens_reused"] > 16 * 50, "sixteen branches start from one stored prompt"
+    assert not smollm2_backend.engine.policy_forest._live
+
+
+@pytest.fixture(scope="module")
+def smollm2_backend():
+    from smollm2 import model_folder
+
+    with load_backend(model_folder(), "likelihood") as backend:
+        yield backend
