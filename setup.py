@@ -11,7 +11,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, find_namespace_packages, find_packages, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -84,7 +84,7 @@ class BuildCpp(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["ttskernels*"]), *find_packages("python"), *find_namespace_packages("python", include=["ttsearch.demo.models*"])],
+    packages=[*find_packages(include=["ttskernels*"]), *find_packages("python")],
     package_dir={"ttskernels": "ttskernels", "ttsearch": "python/ttsearch"},
     package_data={"ttsearch.demo": ["models/*/*", "README.md"]},
     ext_modules=[Extension("ttskernels._C", sources=[], py_limited_api=True)],
