@@ -61,6 +61,22 @@ def test_row_alone_equals_row_in_a_batch(native):
     assert torch.equal(batch[-len(IDS) :], alone)
 
 
+def test_evicted_and_recomputed_is_the_same_bits(native):
+    model = native()
+    tree, root, _ = prefill(model, IDS[:30])
+    step, other = tree.forest.fork(root, 2)
+    tree.grow(step, IDS[30:40])
+    tree.grow(other, IDS[5:9])
+    before = tree.run([step])
+    for victims in ([step], [root], [root, step]):
+        for node in victims:
+            tree.forest.evict(node)
+        tree.forest.reserve([other], 0)  # takes the freed pages, so the recomputed ones lie elsewhere
+        tree.run([n for n in (root, step) if n.cached < len(n.ids)])
+        tree.forest.evict(step)
+        assert torch.equal(tree.run([step]), before), f"after evicting {victims}"
+
+
 def test_out_rows_pick_rows_of_the_full_result(native):
     model = native("llama")
     whole = prefill(model, IDS)[2]

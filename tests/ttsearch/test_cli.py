@@ -8,7 +8,7 @@ import threading
 import pytest
 import ttsearch.backend
 from scripted import ScriptedBackend
-from ttsearch.cli import app
+from ttsearch.cli import DEMO_PROMPT, app
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -65,7 +65,7 @@ def test_solve_options_reach_the_budget(backend):
 
 
 def test_solve_without_a_problem_takes_the_demo_one(backend):
-    assert json.loads(run("solve", "--json").stdout)["prompt"] == "2;a+57;b-49;c+88;d-70?"
+    assert json.loads(run("solve", "--json").stdout)["prompt"] == DEMO_PROMPT
 
 
 def test_solve_a_file(backend, tmp_path):

@@ -1,5 +1,6 @@
 """Every strategy end to end on the local engine, with the shipped models and with a real one."""
 
+import asyncio
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ from ttsearch.backend import load_backend
 from ttsearch.budget import Budget
 from ttsearch.demo import policy_path, verifier_path
 from ttsearch.policies.local import LocalBackend
+from ttsearch.run import search
 from ttsearch.solve import solve, solve_many
 from ttsearch.tree import walk
 from ttsearch.types import Problem
@@ -71,6 +73,23 @@ def test_prompt_is_computed_once_for_all_branches(backend):
     assert result.cost.policy.tokens_prefilled == result.root.num_tokens + continued
     assert result.cost.policy.tokens_decoded == sum(node.num_tokens for node in steps)
     assert result.cost.policy.tokens_recomputed == 0
+
+
+@pytest.mark.parametrize("strategy", ["best_of_n", "beam_search", "dvts"])
+def test_interrupted_in_the_middle_ends_clean_with_what_is_finished(backend, strategy):
+    async def interrupt():
+        budget = Budget(16, **RULES)
+        task = asyncio.ensure_future(search(PROBLEMS[2], backend, strategy, budget, keep_partial=True))
+        while backend.engine.budget.used_bytes == 0 and not task.done():
+            await asyncio.sleep(0)
+        await asyncio.sleep(0.03)
+        task.cancel()
+        return await task
+
+    result = asyncio.run(interrupt())
+    assert result.interrupted
+    assert all(node.text and node.released for node in walk(result.root) if node.parent is not None)
+    assert_clean(backend)
 
 
 def test_reference_implementation_serves_too():

@@ -229,7 +229,7 @@ class Engine:
                 if scorer.step():
                     self._note_peak()
                     return True
-                if not policy.branches:
+                if scorer.jobs and not policy.branches:
                     scorer.fail_first()
                     return True
         try:
@@ -278,7 +278,8 @@ class Engine:
         self._policy.abort(error)
         if self._scorer is not None:
             for job in self._scorer.jobs:
-                job.result.set_exception(error)
+                if job.result.set_running_or_notify_cancel():
+                    job.result.set_exception(error)
         for command in self._drain(block=False):
             if command is not None:
                 command[1].set_exception(error)

@@ -41,6 +41,7 @@ class ScoreRunner:
 
     def step(self) -> bool:
         """Score one batch of jobs, oldest problem first. False: nothing waits, or nothing fits now."""
+        self.jobs = [job for job in self.jobs if not job.result.cancelled()]
         jobs, pinned, rows = [], set(), 0
         for job in sorted(self.jobs, key=lambda j: j.session.order):
             if rows and rows + len(job.ids) > BATCH_ROWS:
@@ -53,6 +54,11 @@ class ScoreRunner:
             return False
         for job in jobs:
             self.jobs.remove(job)
+            if not job.result.set_running_or_notify_cancel():  # from here on a caller can no longer cancel it
+                self._give_up(job)
+        jobs = [job for job in jobs if job.node is not None]
+        if not jobs:
+            return True
         try:
             scores = self._run(jobs)
         except Exception as error:  # a bad checkpoint or bad ids: the callers of these jobs hear of it, others go on
@@ -68,7 +74,10 @@ class ScoreRunner:
         """Nothing else is running and the oldest job does not fit: tell its caller."""
         job = min(self.jobs, key=lambda j: j.session.order)
         self.jobs.remove(job)
-        job.result.set_exception(OutOfPagesError("one score job alone does not fit into the KV budget; raise kv_bytes"))
+        if job.result.set_running_or_notify_cancel():
+            job.result.set_exception(
+                OutOfPagesError("one score job alone does not fit into the KV budget; raise kv_bytes")
+            )
 
     def _admit(self, job: ScoreJob, pinned: set[Node]) -> bool:
         if job.node is None:

@@ -168,7 +168,7 @@ class LocalPolicy:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-            self.release([c.last for c in chains if c.last is not None and not c.last.released])
+            self.release([c.last for c in chains if c.last is not None and c.last.handle and not c.last.released])
             raise
 
     def _ordinals(self, node: SearchNode, count: int) -> int:
