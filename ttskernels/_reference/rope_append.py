@@ -26,13 +26,15 @@ def rope_append(
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.to(wide)
         turned.append(rotate(x, cos, sin).to(k_pages.dtype))
 
-    packed = k_pages.ndim == 5
-    k_nhd, v_nhd = layout.to_nhd(k_pages, v_pages) if packed else (k_pages, v_pages)
     kept = slots >= 0
-    page, slot = slots[kept].long() // k_nhd.shape[1], slots[kept].long() % k_nhd.shape[1]
-    k_nhd[page, slot] = turned[1][kept]
-    v_nhd[page, slot] = v[kept].to(v_pages.dtype)
-    if packed:
-        for pages, new in zip((k_pages, v_pages), layout.from_nhd(k_nhd, v_nhd), strict=True):
-            pages.copy_(new)
+    page_size = k_pages.shape[3] if k_pages.ndim == 5 else k_pages.shape[1]
+    page, slot = slots[kept].long() // page_size, slots[kept].long() % page_size
+    keys, values = turned[1][kept], v[kept].to(v_pages.dtype)
+    if k_pages.ndim == 4:
+        k_pages[page, slot], v_pages[page, slot] = keys, values
+        return turned[0]
+    used, at = torch.unique(page, return_inverse=True)  # the pool may be huge: touch the written pages only
+    k_nhd, v_nhd = layout.to_nhd(k_pages[used], v_pages[used])
+    k_nhd[at, slot], v_nhd[at, slot] = keys, values
+    k_pages[used], v_pages[used] = layout.from_nhd(k_nhd, v_nhd)
     return turned[0]

@@ -37,13 +37,17 @@ def visible_kv(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, plan: Tensor, window: int
 ) -> list[tuple[Tensor, Tensor]]:
     """Of every row: K `[tokens, kv_heads, head_dim]` and V of the tokens it sees."""
-    k, v = layout.to_nhd(k_pages, v_pages) if k_pages.ndim == 5 else (k_pages, v_pages)
     p = plan.cpu().numpy()
+    paths = row_paths(plan)
+    used = np.unique(np.concatenate([page for page, _, _ in paths])) if paths else np.zeros(0, dtype=np.int64)
+    k, v = k_pages[torch.from_numpy(used)], v_pages[torch.from_numpy(used)]  # the pool may be huge
+    if k_pages.ndim == 5:
+        k, v = layout.to_nhd(k, v)
     result = []
-    for row, (page, slot, position) in enumerate(row_paths(plan)):
+    for row, (page, slot, position) in enumerate(paths):
         last = p[p[ROW_POS] + row]
         seen = (position <= last) & (position > last - window if window > 0 else True)
-        at = torch.from_numpy(page[seen]), torch.from_numpy(slot[seen])
+        at = torch.from_numpy(np.searchsorted(used, page[seen])), torch.from_numpy(slot[seen])
         result.append((k[at], v[at]))
     return result
 
