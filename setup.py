@@ -22,7 +22,18 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 ISA_FLAGS = {"portable": []}
 if X86:
     ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-COMMON = ["-std=c++20", "-O3", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi", "-ffp-contract=off"]
+COMMON = [
+    "-std=c++20",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+    "-Wno-psabi",
+    "-ffp-contract=off",
+]
 
 
 def torch_flags() -> list[str]:

@@ -103,7 +103,9 @@ def main() -> None:
     engine = Engine(policy, next_state=table, kv_bytes=4 << 30)
     reference = AutoModelForCausalLM.from_pretrained(resolve(args.policy, torch.bfloat16), dtype=torch.bfloat16)
     reference.generation_config.eos_token_id = None
-    prompt = torch.randint(10, policy.config.vocab - 10, (args.prompt,), generator=torch.Generator().manual_seed(0)).tolist()
+    prompt = torch.randint(
+        10, policy.config.vocab - 10, (args.prompt,), generator=torch.Generator().manual_seed(0)
+    ).tolist()
     sides = {"ours": lambda s: ours(engine, prompt, args.samples, args.tokens, s)}
     sides["transformers, one prefill"] = lambda s: generate_shared(reference, prompt, args.samples, args.tokens, s)
     if not args.skip_generate:
@@ -115,7 +117,9 @@ def main() -> None:
             runs[name].append(side(repeat))
             print(f"{name:28} {runs[name][-1]['seconds']:8.2f} s", flush=True)
     medians = {name: statistics.median(r["seconds"] for r in each) for name, each in runs.items()}
-    print(f"\n{args.samples} samples of {args.tokens} tokens after {args.prompt} prompt tokens, bf16, median of {args.repeats}")
+    print(
+        f"\n{args.samples} samples of {args.tokens} tokens after {args.prompt} prompt tokens, bf16, median of {args.repeats}"
+    )
     for name, seconds in medians.items():
         rate = args.samples * args.tokens / seconds
         print(f"{name:28} {seconds:8.2f} s {rate:8.1f} tokens/s  {seconds / medians['ours']:6.2f} x ours")

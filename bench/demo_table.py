@@ -61,7 +61,9 @@ def main() -> None:
                      ("majority-n16", "greedy"), ("beam_search-n64", "majority-n64"))
         if a in runs and b in runs
     }  # fmt: skip
-    out.write_text(json.dumps({"problems": total, "rows": rows, "paired_points": gains}, indent=1, default=float) + "\n")
+    out.write_text(
+        json.dumps({"problems": total, "rows": rows, "paired_points": gains}, indent=1, default=float) + "\n"
+    )
     order = ["pass@1", "greedy", "majority", "best_of_n", "beam_search", "dvts"]
     print("| strategy | N | % right (95 %) | level 1 / 2 / 3 / 4 / 5 | tokens decoded | verifier tokens | GFLOP |")
     print("|---|---|---|---|---|---|---|")

@@ -6,12 +6,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LEVELS = ["ttskernels._reference", "ttskernels.ops", "ttskernels.kv", "ttskernels.models", "ttskernels.engine", "ttsearch"]
+LEVELS = [
+    "ttskernels._reference",
+    "ttskernels.ops",
+    "ttskernels.kv",
+    "ttskernels.models",
+    "ttskernels.engine",
+    "ttsearch",
+]
 SOURCES = sorted([*ROOT.glob("ttskernels/**/*.py"), *ROOT.glob("python/ttsearch/**/*.py")])
 
 
 def module_of(path: Path) -> str:
-    parts = path.relative_to(ROOT / "python" if "python" in path.relative_to(ROOT).parts else ROOT).with_suffix("").parts
+    parts = (
+        path.relative_to(ROOT / "python" if "python" in path.relative_to(ROOT).parts else ROOT).with_suffix("").parts
+    )
     return ".".join(parts)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .gguf_tokenizer import TOKENIZER_FILES, load_gguf_tokenizer, save_gguf_tokenizer
+from .gguf_tokenizer import TOKENIZER_FILES, save_gguf_tokenizer
 
 
 def load_tokenizer(source: str | Path):

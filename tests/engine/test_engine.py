@@ -95,7 +95,9 @@ def test_counters_follow_the_tree(engine):
     tree = search.run()
     counters = search.session.counters
     assert counters.policy_decoded == sum(len(ids) for ids, _, _ in tree.values())
-    survivor = max((k for k in tree if len(k) == 1 and tree[k][1] == "step"), key=lambda k: (tree[k][2], -k[0]), default=None)
+    survivor = max(
+        (k for k in tree if len(k) == 1 and tree[k][1] == "step"), key=lambda k: (tree[k][2], -k[0]), default=None
+    )
     flushed = 1 if survivor is not None else 0  # the survivor's last token is computed once for its four children
     assert counters.policy_prefilled == len(PROMPT) + flushed
     assert counters.verifier_prefilled == len(PROMPT) + counters.policy_decoded

@@ -2,9 +2,8 @@ import pytest
 import torch
 from budget import assert_within_budget, to_float64
 
-from ttskernels import _dispatch
+from ttskernels import _dispatch, layout
 from ttskernels._reference import rope_append as reference
-from ttskernels import layout
 from ttskernels.ops.rope_append import rope_append
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

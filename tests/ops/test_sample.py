@@ -25,7 +25,13 @@ def make(count, vocab, params, spread=3.0):
     logits = torch.randn(count, vocab) * spread
     keys = torch.randint(-(2**62), 2**62, (count,))
     positions = torch.randint(0, 10000, (count,), dtype=torch.int32)
-    return logits, torch.arange(count, dtype=torch.int32), keys, positions, torch.tensor([params] * count, dtype=torch.float32)
+    return (
+        logits,
+        torch.arange(count, dtype=torch.int32),
+        keys,
+        positions,
+        torch.tensor([params] * count, dtype=torch.float32),
+    )
 
 
 @pytest.mark.parametrize("counter, key, expected", KNOWN)

@@ -3,9 +3,8 @@ import torch
 from budget import assert_within_budget, to_float64
 from plans import MODES, build_plan, make_trees, random_trees
 
-from ttskernels import _dispatch
+from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
-from ttskernels import layout
 from ttskernels.ops.tree_attention import tree_attention
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

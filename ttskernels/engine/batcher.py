@@ -75,7 +75,9 @@ class Engine:
             # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
             verifier_limit = self.verifier_model.config.max_positions
             if len(verifier_prompt) >= verifier_limit:
-                raise ValueError(f"verifier_prompt has {len(verifier_prompt)} tokens, the verifier allows {verifier_limit}")
+                raise ValueError(
+                    f"verifier_prompt has {len(verifier_prompt)} tokens, the verifier allows {verifier_limit}"
+                )
             tokens = min(2 * (len(verifier_prompt) + max_new_tokens), verifier_limit)
             need = max(need, self._path_bytes(self.verifier_model, tokens))
         if need > self.budget.total_bytes:
@@ -299,4 +301,6 @@ class Engine:
             raise ValueError(f"{name} must hold at least one token id, got none")
         low, high = min(ids), max(ids)
         if low < 0 or high >= model.config.vocab:
-            raise ValueError(f"{name} must hold ids in 0 .. {model.config.vocab - 1}, got {low if low < 0 else high}; wrong tokenizer?")
+            raise ValueError(
+                f"{name} must hold ids in 0 .. {model.config.vocab - 1}, got {low if low < 0 else high}; wrong tokenizer?"
+            )

@@ -36,7 +36,17 @@ class NativeDecoder:
         flat = [embed, weights["model.norm.weight"], head]
         flat += [weights.get(f"model.layers.{i}.{name}") for i in range(c.layers) for name in _LAYER_WEIGHTS]
         flat = [w if w is None else w.contiguous() for w in flat]
-        ints = [c.vocab, c.hidden, c.layers, c.q_heads, c.kv_heads, c.head_dim, c.intermediate, c.window, _DTYPES[c.dtype]]
+        ints = [
+            c.vocab,
+            c.hidden,
+            c.layers,
+            c.q_heads,
+            c.kv_heads,
+            c.head_dim,
+            c.intermediate,
+            c.window,
+            _DTYPES[c.dtype],
+        ]
         constants = [c.rms_eps, c.rope_scale, c.scale, 0.0]
         self._handle = torch.ops.ttskernels.decoder_create(ints, constants, c.inv_freq.contiguous(), flat)
         self._widths = (c.hidden, c.vocab)

@@ -22,7 +22,9 @@ def _check(logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params
         if t.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {t.device}")
     if count and not (0 <= int(rows.min()) and int(rows.max()) < logits.shape[0]):
-        raise ValueError(f"rows must be in [0, {logits.shape[0]}) of logits, got {int(rows.min())} .. {int(rows.max())}")
+        raise ValueError(
+            f"rows must be in [0, {logits.shape[0]}) of logits, got {int(rows.min())} .. {int(rows.max())}"
+        )
 
 
 def check_params(params: Tensor) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 import torch
 
+import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
@@ -27,7 +27,9 @@ from ..verifiers import TextVerifier, detect_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_KV_BYTES = 2 << 30
-LIKELIHOOD = "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
+LIKELIHOOD = (
+    "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
+)
 
 
 @dataclass(eq=False)
