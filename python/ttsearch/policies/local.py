@@ -23,7 +23,7 @@ from ..budget import Budget, Limits
 from ..prompts import TextPolicy, detect_style
 from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
-from ..verifiers import TextVerifier, detect_family
+from ..verifiers import PrmPath, TextVerifier, detect_family
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_KV_BYTES = 2 << 30
@@ -38,6 +38,7 @@ class _Handle:
 
     policy: Any  # forest node, None once given back
     verifier: Any
+    read: PrmPath | None  # what the verifier has read up to here
     key: int
     children: int = 0  # ordinals handed out
 
@@ -82,11 +83,10 @@ class LocalBackend:
         scorer = text_verifier = None
         likelihood = verifier == LIKELIHOOD
         if verifier is not None and not likelihood:
-            scorer = load_model(verifier, DTYPES[dtype], impl)
-            if scorer.head is None:
-                raise ValueError(f"verifier {verifier} has no score head; pass a process reward model")
-            family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family)
-            text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
+            family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family, verifier)
+            text_verifier = TextVerifier(load_tokenizer(verifier), family)
+            scorer = load_model(verifier, DTYPES[dtype], impl, text_verifier.head)
+            text_verifier.limit(scorer.config.max_positions)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
         return cls(engine, text_policy, text_verifier, likelihood)
@@ -112,12 +112,13 @@ class LocalPolicy:
         self._opened = time.perf_counter()
         self._sampling = Sampling(budget.temperature, budget.top_k, budget.top_p, budget.min_p)
         prompt = backend.text_policy.prompt_ids(problem.prompt)
-        verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.text_verifier else None
+        read = backend.text_verifier.start(problem.prompt) if backend.text_verifier else None
+        verifier_prompt = list(read.ids) if read else None
         self._prompt_tokens = len(prompt)
         room = self._engine.policy_model.config.max_positions - len(prompt)
         self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
         self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=self._max_tokens)
-        handle = _Handle(self._session.root, self._session.verifier_root, root_key(budget.seed, problem.id))
+        handle = _Handle(self._session.root, self._session.verifier_root, read, root_key(budget.seed, problem.id))
         self.root = SearchNode(num_tokens=len(prompt), handle=handle)
 
     async def expand(
@@ -240,7 +241,7 @@ class _Chain:
         text_policy = self.policy._backend.text_policy
         reason = end.reason if end.reason != "end" else text_policy.finish_reason(-2, end.ids[-1])
         ordinal = self.ordinal if parent is self.parent else 0
-        handle = None if end.more else _Handle(end.node, None, end.key)
+        handle = None if end.more else _Handle(end.node, None, None, end.key)
         return SearchNode(
             parent, (*parent.path_key, ordinal), text_policy.decode(end.ids), len(end.ids), finished=end.finished,
             finish_reason=reason, logprob=end.logprob, handle=handle,
@@ -250,24 +251,18 @@ class _Chain:
         """One job for all steps of the chain: their ids in a row, read at each step's end."""
         text_verifier = self.policy._backend.text_verifier
         above = self.parent.handle.verifier
-        ids: list[int] = []
-        reads: list[int] = []
-        owners: list[SearchNode] = []
-        for step in steps:
-            step_ids, step_reads = text_verifier.step_ids(step.text)
-            reads += [len(ids) + read for read in step_reads]
-            owners += [step] * len(step_reads)
-            ids += step_ids
+        new = text_verifier.extend(self.parent.handle.read, [step.text for step in steps])
         last = steps[-1]
-        if not ids:  # no visible text: nothing to read; children continue below the same prefix
+        last.handle.read = new.path
+        if not new.ids:  # no visible text: nothing to read; children continue below the same prefix
             self.policy._engine.retain(above)
             last.handle.verifier = above
             return
-        if not text_verifier.fits(above.pos0 + len(above.ids) + len(ids)):
+        if not text_verifier.fits(new.length):
             last.finished, last.finish_reason = True, "refused"
             return
-        future = self.policy._engine.score(self.policy._session, above, ids, reads)
+        future = self.policy._engine.score(self.policy._session, above, new.ids, new.reads)
         node, scores = await asyncio.wrap_future(future)
         last.handle.verifier = node
-        for owner, score in zip(owners, scores, strict=True):
+        for owner, score in zip((steps[i] for i in new.owner), scores, strict=True):
             owner.step_score = score if owner.step_score is None else min(owner.step_score, score)
