@@ -2,7 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 from .families import PrmFamily
+
+
+@dataclass(frozen=True)
+class PrmPath:
+    """What a verifier has read so far."""
+
+    problem: str
+    steps: tuple[str, ...]
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Extension:
+    """What to compute for new steps: drop the parent's tokens from `keep` on, append `ids`, read scores at `reads`."""
+
+    path: PrmPath
+    keep: int
+    ids: list[int]
+    reads: list[int]
+    owner: list[int]  # of every read: index of its step among the new ones
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole path."""
+        return self.keep + len(self.ids)
 
 
 class TextVerifier:
@@ -58,6 +86,31 @@ class TextVerifier:
             reads.append(len(ids) + self._read_back)
             ids += self._suffix_ids
         return ids, reads
+
+    stepwise = False
+
+    def start(self, problem: str) -> PrmPath:
+        """Ids before the first step."""
+        return PrmPath(problem, (), tuple(self.prompt_ids(problem)))
+
+    def extend(self, path: PrmPath, steps: Sequence[str]) -> Extension:
+        """Ids and read positions of `steps` behind `path`."""
+        if isinstance(steps, str) or not steps:
+            raise ValueError(f"steps must be a sequence of at least one step, got {steps!r}")
+        ids: list[int] = []
+        reads: list[int] = []
+        owner: list[int] = []
+        for index, step in enumerate(steps):
+            step_ids, step_reads = self.step_ids(step)
+            reads += [len(ids) + read for read in step_reads]
+            owner += [index] * len(step_reads)
+            ids += step_ids
+        new = PrmPath(path.problem, (*path.steps, *steps), (*path.ids, *ids))
+        return Extension(new, len(path.ids), ids, reads, owner)
+
+    def limit(self, max_position: int | None) -> None:
+        """Take the model's limit into account: the smaller of it and the family's holds."""
+        self.max_length = min((length for length in (self.max_length, max_position) if length), default=None)
 
     def fits(self, num_ids: int) -> bool:
         """Whether so many ids are within what the verifier was trained for; never cut it silently."""
