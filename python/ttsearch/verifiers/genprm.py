@@ -15,9 +15,19 @@ from dataclasses import dataclass, replace
 from ttskernels.engine.keys import child_key
 
 from .family import fill
-from .writer import Draft, Thread, Writer, clean
+from .spelling import clean
+from .writer import Draft, Thread, Writer
 from .written import (
-    NO_JUDGEMENT, UNFINISHED, Failed, GenerativeFamily, State, Verdict, render_chat, shared_length, sigmoid, verdict_of,
+    NO_JUDGEMENT,
+    UNFINISHED,
+    Failed,
+    GenerativeFamily,
+    State,
+    Verdict,
+    render_chat,
+    shared_length,
+    sigmoid,
+    verdict_of,
 )  # fmt: skip
 
 
@@ -92,9 +102,13 @@ class GenPrm(GenerativeFamily):
         )  # fmt: skip
         try:
             await asyncio.wait([verdict])
-        finally:
-            kept = ended.pop(min(ended)) if ended else None
+        except asyncio.CancelledError:
+            verdict.cancel()
+            await asyncio.gather(verdict, return_exceptions=True)
             writer.release(*(held for held, _ in ended.values()))
+            raise
+        kept = ended.pop(min(ended)) if ended else None
+        writer.release(*(held for held, _ in ended.values()))
         content = analyze + kept[1] if kept else ""
         messages = (*messages, {"role": "assistant", "content": content})
         steps = (*state.steps, step)

@@ -13,7 +13,17 @@ from dataclasses import dataclass, replace
 
 from .family import fill
 from .writer import Draft, Thread, Writer
-from .written import UNFINISHED, Failed, GenerativeFamily, State, Verdict, render_chat, shared_length, sigmoid, verdict_of
+from .written import (
+    UNFINISHED,
+    Failed,
+    GenerativeFamily,
+    State,
+    Verdict,
+    render_chat,
+    shared_length,
+    sigmoid,
+    verdict_of,
+)
 
 _LABEL = re.compile(r"(?:## )?Step \d+:")
 
@@ -74,7 +84,8 @@ class ThinkPrm(GenerativeFamily):
     ) -> tuple[State, asyncio.Task[Verdict]] | None:
         steps = (*state.steps, step)
         text = self.prompt(tokenizer, state.problem, steps)
-        begun = await writer.begin(text, shared_length(text, self.prompt(tokenizer, state.problem, (*steps, "x"))), state.held or state.root)
+        stable = shared_length(text, self.prompt(tokenizer, state.problem, (*steps, "x")))
+        begun = await writer.begin(text, stable, state.held or state.root)
         if begun is None:
             return None
         chain, thread = begun

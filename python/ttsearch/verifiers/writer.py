@@ -7,15 +7,15 @@ draft is read from the same KV. Nothing here knows what the text is about.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any, Protocol
 
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling, Session, StepEnd
 
-from ..tokens import token_bytes
+from .spelling import Spelling
+from .text import common
 
 
 @dataclass(frozen=True)
@@ -92,6 +92,10 @@ class Writer(Protocol):
         """The draft's thread up to character `at` of its text; it holds nothing that is to be released."""
         ...
 
+    def retain(self, held: Chain | Thread) -> None:
+        """One more `release` to come."""
+        ...
+
     def release(self, *held: Chain | Thread) -> None: ...
 
 
@@ -99,76 +103,26 @@ class Unreadable(Exception):
     """The odds of a choice cannot be read behind a draft; the message is the reason, in the words that are counted."""
 
 
-def clean(text: str) -> str:
-    """Text with what is no UTF-8 replaced: fit for a tokenizer."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-
-
-class Spelling:
-    """A tokenizer as bytes: where in a run of tokens a text is, and which ids stand for a choice.
-
-    Raises:
-        ValueError: the tokenizer changes text that it is handed in pieces (it puts a space in front).
-    """
-
-    def __init__(self, tokenizer, vocab: int):
-        self.tokenizer = tokenizer
-        self.bytes = token_bytes(tokenizer, vocab)
-        if self.spell(self.encode("a\n")) != b"a\n":
-            raise ValueError(
-                "the tokenizer does not spell a piece of text as it is (it adds a space in front?), so a text cannot be "
-                "continued in pieces; a generative verifier needs a byte-level tokenizer such as Qwen's or Llama 3's"
-            )
-
-    def encode(self, text: str) -> list[int]:
-        return list(self.tokenizer(clean(text), add_special_tokens=False).input_ids)
-
-    def spell(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.bytes[i] for i in ids)
-
-    def question(self, text: str, choices: tuple[str, str]) -> tuple[list[int], tuple[int, int]]:
-        """Ids of `text`, as they are in front of either choice, and the two ids that decide between them.
-
-        Raises:
-            ValueError: a choice is not one token there.
-        """
-        yes, no = (self.encode(text + choice) for choice in choices)
-        same = common(yes, no)
-        if len(yes) != same + 1 or len(no) != same + 1:
-            raise ValueError(
-                f"{choices[0]!r} and {choices[1]!r} must be one token each behind {text!r}, got {yes[same:]} and "
-                f"{no[same:]}; change the family's choices, or the white space in front of them"
-            )
-        return yes[:same], (yes[same], no[same])
-
-    def cut(self, ids: Sequence[int], at: int) -> tuple[int, str]:
-        """How many of `ids` lie within the first `at` bytes, and what is left of those bytes."""
-        ends = list(accumulate(len(self.bytes[i]) for i in ids))
-        count = sum(end <= at for end in ends)
-        begin = ends[count - 1] if count else 0
-        return count, self.spell(ids)[begin:at].decode("utf-8", "surrogateescape")
-
-
-def common(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-
-
 class TokenWriter:
     """See `Writer`. The engine's policy and verifier are one model, whose head reads log P(yes) - log P(no).
 
     Args:
-        stops: every text that any `write` will name; the engine pauses a draft there.
-        stop_ids: end-of-text ids ("") and special tokens that are stop texts (which bytes do not show).
+        choices: the two texts; rows: their ids, those of the head.
+        ends: end-of-text ids ("") and special tokens that are stop texts, which bytes do not show.
     """
 
     def __init__(
-        self, engine: Engine, spelling: Spelling, choices: tuple[str, str], stop_ids: dict[int, str], sampling: Sampling
+        self,
+        engine: Engine,
+        spelling: Spelling,
+        choices: tuple[str, str],
+        rows: tuple[int, int],
+        ends: dict[int, str],
+        sampling: Sampling,
     ):
-        self.engine, self.spelling, self.choices = engine, spelling, choices
-        self.stop_ids, self.sampling = stop_ids, sampling
+        self.engine, self.spelling, self.sampling = engine, spelling, sampling
+        self.choices, self.rows, self.ends = choices, rows, ends
         self.limit = engine.policy_model.config.max_positions
-        self.rows = spelling.question(forced, choices)[1]
         self.session: Session | None = None
 
     def open(self, text: str, stable: int, max_tokens: int) -> Chain:
@@ -239,9 +193,15 @@ class TokenWriter:
         count, pending = self.spelling.cut(draft.thread.ids[draft.start :], size)
         return replace(draft.thread, ids=draft.thread.ids[: draft.start + count], pending=pending)
 
+    def retain(self, held: Chain | Thread) -> None:
+        for node in _ends([held]):
+            self.engine.retain(node)
+
     def release(self, *held: Chain | Thread) -> None:
-        nodes = [h.node if isinstance(h, Thread) else h.nodes[-1][0] for h in held if isinstance(h, Thread) or h.nodes]
-        self.engine.release(self.session, policy=nodes)
+        self.engine.release(self.session, policy=_ends(held))
+
+    def close(self) -> None:
+        self.engine.close(self.session)
 
     async def _extend(self, node: Any, ids: Sequence[int], keep: int | None = None) -> Any:
         return await asyncio.wrap_future(self.engine.extend(self.session, node, list(ids), keep))
@@ -300,10 +260,15 @@ class _Drafting:
             data = data[: at + size * self.include]
             kept, pending = self.writer.spelling.cut(self.ids, len(data))
         elif end.reason == "end":
-            stop = self.writer.stop_ids.get(self.ids[-1], "")
+            stop = self.writer.ends.get(self.ids[-1], "")
             stop = stop if stop in self.stops else ""
             kept -= not (self.include and stop)
         elif end.reason == "step" and self.room > 0:
             return None
         thread = Thread(end.node, (*self.before, *self.ids[:kept]), pending)
         return Draft(thread, len(self.before), data.decode("utf-8", "surrogateescape"), stop)
+
+
+def _ends(held: Iterable[Chain | Thread]) -> list[Any]:
+    """The nodes whose handles are held."""
+    return [h.node if isinstance(h, Thread) else h.nodes[-1][0] for h in held if isinstance(h, Thread) or h.nodes]
