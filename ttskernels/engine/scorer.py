@@ -27,8 +27,8 @@ class ScoreRunner:
     def __init__(self, model, forest: Forest, residency: Residency):
         if model.head is None:
             raise ValueError(
-                "verifier has no score head (a plain language model?); load a process reward model, for example a "
-                "token classifier or a Skywork checkpoint"
+                "verifier has no score head (a plain language model?); load a process reward model, or pass load_model a "
+                "HeadSpec that names rows of the language-model head"
             )
         parts = (model.head.weight, model.head.bias, model.head.inner_weight, model.head.inner_bias)
         if not all(bool(part.isfinite().all()) for part in parts if part is not None):
@@ -175,7 +175,7 @@ class ScoreRunner:
             scores[rows] = step_score(
                 hidden, rows,
                 head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-                norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, label=head.label,
+                norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, mix=head.mix,
             )  # fmt: skip
         return scores
 

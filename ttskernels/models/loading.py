@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.families import decoder_config
-from ttskernels.models.heads import HeadKind, ScoreHead, build_head, head_kind
+from ttskernels.models.heads import HeadKind, HeadSpec, ScoreHead, build_head, head_kind, language_model_head
 from ttskernels.models.sources import resolve
 
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
@@ -28,14 +28,21 @@ class Checkpoint:
     weights: dict[str, Tensor]
     head: ScoreHead | None
     folder: Path
+    keeps_lm_head: bool  # the vocabulary head is wanted: untied in `weights`, or the embedding
 
 
-def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
-    """Read a checkpoint folder, hub id or GGUF file and convert its weights to `dtype`.
+def load_checkpoint(
+    source: str | os.PathLike,
+    dtype: torch.dtype = torch.bfloat16,
+    head: HeadSpec | None = None,
+    keep_lm_head: bool = False,
+) -> Checkpoint:
+    """Read a checkpoint folder, hub id or GGUF file and convert its weights to `dtype`. `head`: see `load_model`.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: unsupported family or feature; a weight missing, unexpected or of the wrong shape; a damaged file.
+        ValueError: unsupported family or feature; a weight missing, unexpected or of the wrong shape; a damaged file;
+            a `head` the checkpoint cannot have.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
@@ -48,18 +55,26 @@ def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat
     }
     kind = head_kind((raw.get("architectures") or [""])[0], names)
     tensors = _read(names)
-    head = None if kind is None else build_head(kind, tensors, config.hidden)
     weights = _check(config, tensors, kind, folder)
-    if kind is not None:
-        weights.pop("lm_head.weight", None)  # a score head replaces it
-    elif config.tie_embeddings and "lm_head.weight" in weights:
+    if config.tie_embeddings and "lm_head.weight" in weights:
         if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
             raise ValueError(
                 f"{folder}: lm_head.weight differs from model.embed_tokens.weight although "
                 "tie_word_embeddings is true; "
                 "set it to false in config.json, or remove lm_head.weight"
             )
-    return Checkpoint(config, {n: t.to(dtype).contiguous() for n, t in weights.items()}, head, folder)
+    score_head = None
+    if kind is not None:
+        if keep_lm_head:
+            raise ValueError(f"keep_lm_head must be false for {folder}: it has a {kind.name} and is no policy")
+        score_head = build_head(kind, tensors, config.hidden, head)
+    elif head is not None:
+        score_head = language_model_head(head, weights.get("lm_head.weight", weights["model.embed_tokens.weight"]))
+    keep_lm_head = keep_lm_head or score_head is None
+    if not keep_lm_head:
+        weights.pop("lm_head.weight", None)
+    wanted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    return Checkpoint(config, wanted, score_head, folder, keep_lm_head)
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:

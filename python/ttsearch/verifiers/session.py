@@ -19,6 +19,7 @@ from ..dtypes import torch_dtype
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
 from .detect import detect_family
+from .family import PrmFamily
 from .running import Running
 from .text import Extension, PrmPath, TextVerifier
 
@@ -132,23 +133,23 @@ class EngineVerifierSession:
 
 
 def read_verifier(
-    source: str | Path, family: str | None = None, dtype: str = "bf16", impl: str = "auto"
+    source: str | Path, family: str | Path | PrmFamily | None = None, dtype: str = "bf16", impl: str = "auto"
 ) -> tuple[Model, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
     Raises:
         ValueError: a checkpoint without a score head, of no known family, or whose tokenizer is not of its family.
     """
-    model = load_model(source, torch_dtype(dtype), impl)
-    if model.head is None:
-        raise ValueError(f"verifier {source} has no score head; pass a process reward model")
-    found = detect_family(resolve(source, torch_dtype(dtype)), family)
-    return model, TextVerifier(load_tokenizer(source), found, model.config.max_positions)
+    found = detect_family(resolve(source, torch_dtype(dtype)), family, source)
+    text = TextVerifier(load_tokenizer(source), found)
+    model = load_model(source, torch_dtype(dtype), impl, text.head)
+    text.limit(model.config.max_positions)
+    return model, text
 
 
 def load_verifier(
     source: str | Path,
-    family: str | None = None,
+    family: str | Path | PrmFamily | None = None,
     *,
     dtype: str = "bf16",
     impl: str = "auto",
@@ -158,7 +159,8 @@ def load_verifier(
 
     Args:
         source: checkpoint folder or hub id.
-        family: which text it reads (`ttsearch.verifiers.FAMILIES`). None: seen in the checkpoint.
+        family: which text it reads: a name in `ttsearch.verifiers.FAMILIES`, a .json or .py file that describes one, or
+            a `PrmFamily`. None: seen in the checkpoint.
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
     """
