@@ -19,6 +19,7 @@ from ..dtypes import torch_dtype
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
 from .detect import detect_family
+from .family import PrmFamily
 from .running import Running
 from .text import Extension, PrmPath, TextVerifier
 
@@ -132,7 +133,7 @@ class EngineVerifierSession:
 
 
 def read_verifier(
-    source: str | Path, family: str | None = None, dtype: str = "bf16", impl: str = "auto"
+    source: str | Path, family: str | Path | PrmFamily | None = None, dtype: str = "bf16", impl: str = "auto"
 ) -> tuple[Model, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
@@ -148,7 +149,7 @@ def read_verifier(
 
 def load_verifier(
     source: str | Path,
-    family: str | None = None,
+    family: str | Path | PrmFamily | None = None,
     *,
     dtype: str = "bf16",
     impl: str = "auto",
@@ -158,7 +159,8 @@ def load_verifier(
 
     Args:
         source: checkpoint folder or hub id.
-        family: which text it reads (`ttsearch.verifiers.FAMILIES`). None: seen in the checkpoint.
+        family: which text it reads: a name in `ttsearch.verifiers.FAMILIES`, a .json or .py file that describes one, or
+            a `PrmFamily`. None: seen in the checkpoint.
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
     """
