@@ -61,6 +61,14 @@ def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, sq
     return hidden.new_empty(rows.shape[0], dtype=torch.float32)
 
 
+@_define(
+    "token_logprob(Tensor hidden, Tensor rows, Tensor? norm_weight, float eps, Tensor lm_head, int vocab, "
+    "ScalarType dtype, Tensor ids) -> Tensor"
+)
+def _(hidden, rows, norm_weight, eps, lm_head, vocab, dtype, ids) -> Tensor:
+    return hidden.new_empty(rows.shape[0], dtype=torch.float32)
+
+
 @_define("path_aggregate(Tensor state, Tensor scores, Tensor indptr) -> Tensor")
 def _(state, scores, indptr) -> Tensor:
     return torch.empty_like(state)
