@@ -55,9 +55,9 @@ def _(logits, rows, keys, positions, params) -> tuple[Tensor, Tensor]:
 
 @_define(
     "step_score(Tensor hidden, Tensor rows, Tensor? norm_weight, float eps, Tensor? inner_weight, Tensor? inner_bias, "
-    "Tensor weight, Tensor? bias, str squash, int label) -> Tensor"
+    "Tensor weight, Tensor? bias, str squash, Tensor? mix) -> Tensor"
 )
-def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label) -> Tensor:
+def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, mix) -> Tensor:
     return hidden.new_empty(rows.shape[0], dtype=torch.float32)
 
 
