@@ -174,7 +174,8 @@ def test_an_ambiguous_checkpoint_lists_what_it_may_be(tmp_path):
         detect_family(folder)
     plain = [name for name, layout in LAYOUTS.items() if layout.head == "ForCausalLM"]
     listed = ", ".join(name for name in FAMILIES if name in plain)
-    assert f"cannot tell the PRM family of m (LlamaForCausalLM); pass --prm-family, one of {listed}, or a file" in str(refused.value)
+    said = f"cannot tell the PRM family of m (LlamaForCausalLM); pass --prm-family, one of {listed}, or a file"
+    assert said in str(refused.value)
     write_config(tmp_path / "t", architectures=["XForTokenClassification"], id2label={0: "a", 1: "b", 2: "c"})
     with pytest.raises(ValueError, match=r"family of t \(XForTokenClassification with 3 labels\)"):
         detect_family(tmp_path / "t")
@@ -191,7 +192,8 @@ def test_what_cannot_be_checked_is_refused_by_name(tmp_path, name):
         get_family(name)
     with pytest.raises(ValueError, match=message.lower().replace("prm ", "PRM ", 1)):
         detect_family(write_config(tmp_path / "m", architectures=["LlamaForCausalLM"]), source=name)
-    cached = write_config(tmp_path / ("models--" + name.replace("/", "--")) / "snapshots" / "1", architectures=["LlamaForCausalLM"])
+    cached = tmp_path / ("models--" + name.replace("/", "--")) / "snapshots" / "1"
+    write_config(cached, architectures=["LlamaForCausalLM"])
     with pytest.raises(ValueError, match="is not supported"):
         detect_family(cached)
     assert detect_family(cached, "versaprm").name == "versaprm", "unless its user says what it is"
