@@ -41,8 +41,9 @@ def detect_family(folder: str | Path, family: str | Path | PrmFamily | None = No
     best = [f for f in sure if specific(f) == most]
     if len(best) == 1:
         return best[0]
+    labels = f" with {signs.labels} labels" if signs.labels else ""
     raise ValueError(
-        f"cannot tell the PRM family of {folder.name} (architecture {signs.architecture or 'missing'}); pass --prm-family, "
+        f"cannot tell the PRM family of {folder.name} ({signs.architecture or 'no architecture'}{labels}); pass --prm-family, "
         f"one of {', '.join(f.name for f in best or fitting or FAMILIES.values())}, or a file that describes one"
     )
 

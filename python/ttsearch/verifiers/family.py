@@ -144,4 +144,4 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    return getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "").replace("collections.abc.", "")

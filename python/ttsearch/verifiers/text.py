@@ -170,15 +170,17 @@ class TextVerifier:
             return
         if unknown is not None and unknown in self._suffix_ids:
             self._wrong(f"ends a step with {suffix!r}, which this tokenizer has no token for")
-        wanted = self.family.suffix_tokens
+        wanted, marker = self.family.suffix_tokens, suffix.strip() or suffix
         if wanted is None:
             return
-        marker = suffix.strip() or suffix
-        at = 1 + suffix.index(marker)
-        encoding = self.tokenizer("." + suffix, add_special_tokens=False, return_offsets_mapping=True)
-        inside = [span for span in encoding["offset_mapping"] if span[0] < at + len(marker) and span[1] > at]
-        if len(inside) != wanted or inside[0][0] == 0:
-            self._wrong(f"needs {marker!r} to be {wanted} token{'s' * (wanted > 1)} of its own, here it is {len(inside)}")
+        spans = [(0, 1)] * len(self._suffix_ids)
+        if self.family.tokenise == "whole":  # after other text; it must not become part of that text's last token
+            at = 1 + suffix.index(marker)
+            spans = self.tokenizer("." + suffix, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            spans = [span for span in spans if span[0] < at + len(marker) and span[1] > at]
+            spans = [] if spans[0][0] == 0 else spans
+        if len(spans) != wanted:
+            self._wrong(f"needs {marker!r} to be {wanted} token{'s' * (wanted > 1)} of its own, which it is not here")
 
     def _check_ids(self) -> None:
         """Where the vocabulary is the real one, its ids must be the published ones."""
