@@ -42,11 +42,10 @@ def _(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pa
 
 @_define(
     "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, float scale, float softcap, int window, "
-    "Tensor? sinks) -> (Tensor, Tensor)"
+    "Tensor? sinks, Tensor(a!) out) -> Tensor"
 )
-def _(q, k_pages, v_pages, plan, scale, softcap, window, sinks) -> tuple[Tensor, Tensor]:
-    v_dim = v_pages.shape[3]
-    return q.new_empty(q.shape[0], q.shape[1], v_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _(q, k_pages, v_pages, plan, scale, softcap, window, sinks, out) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @_define("sample(Tensor logits, Tensor rows, Tensor keys, Tensor positions, Tensor params) -> (Tensor, Tensor)")

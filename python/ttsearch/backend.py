@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .protocols import Backend
+from .protocols import Backend, Verifier
 
 
 def load_backend(
@@ -47,3 +47,10 @@ def load_backend(
         policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
         kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
     )  # fmt: skip
+
+
+def load_verifier(source: str | Path, family: Any = None, **options: Any) -> Verifier:
+    """Load a process reward model by itself; see `ttsearch.verifiers.session.load_verifier` for the options."""
+    from .verifiers.session import load_verifier as load
+
+    return load(source, family, **options)

@@ -1,11 +1,9 @@
-"""Score heads of process reward models as data: which weights they have and how logits become a score."""
+"""Score heads of process reward models: what is wanted of a checkpoint, and the form op `step_score` takes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,119 +62,6 @@ class ScoreHead:
     mix: Tensor | None = None  # [labels] float32; None: one label
 
 
-@dataclass(frozen=True)
-class HeadKind:
-    """Weight names of a kind of checkpoint. `architectures` are patterns of config.json's architectures entry."""
-
-    name: str
-    architectures: tuple[str, ...]
-    weight: str
-    bias: str
-    bias_required: bool = False
-    inner_weight: str | None = None
-    inner_bias: str | None = None
-    labels: int | None = None  # None: any number
-    reads: Mapping[int, HeadSpec] = field(default_factory=dict)  # number of labels -> how they are read
-
-    def names(self) -> tuple[str, ...]:
-        return tuple(n for n in (self.weight, self.bias, self.inner_weight, self.inner_bias) if n)
-
-    def required(self) -> tuple[str, ...]:
-        return tuple(n for n in self.names() if n != self.bias or self.bias_required)
-
-
-BINARY = {2: HeadSpec(mix=(0, 1))}
-HEAD_KINDS = (
-    HeadKind(  # Skywork-o1-Open-PRM
-        "value head",
-        ("*ForPrmModel", "*PRM_MODEL"),
-        "v_head.summary.weight",
-        "v_head.summary.bias",
-        bias_required=True,
-        labels=1,
-        reads={1: HeadSpec(squash="sigmoid")},
-    ),
-    HeadKind(  # Qwen2.5-Math-PRM
-        "two-layer classifier",
-        ("*ForProcessRewardModel",),
-        "score.2.weight",
-        "score.2.bias",
-        bias_required=True,
-        inner_weight="score.0.weight",
-        inner_bias="score.0.bias",
-        reads=BINARY,
-    ),
-    HeadKind(  # TRL, PURE: two labels; MathMinos: one
-        "token classifier",
-        ("*ForTokenClassification",),
-        "score.weight",
-        "score.bias",
-        reads=BINARY | {1: HeadSpec(squash="none")},
-    ),
-)
-
-
-def head_kind(architecture: str, names: Collection[str]) -> HeadKind | None:
-    """The kind of head of a checkpoint with these weight names; None: a plain language model.
-
-    Raises:
-        ValueError: an architecture that is neither, or one whose head weights are not in the files.
-    """
-    for kind in HEAD_KINDS:
-        if any(fnmatch(architecture, pattern) for pattern in kind.architectures) or kind.weight in names:
-            missing = [name for name in kind.required() if name not in names]
-            if missing:
-                raise ValueError(
-                    f"a {architecture} checkpoint must hold {missing[0]} ({kind.name}), which is in none of its files; "
-                    "the download or the export is incomplete"
-                )
-            return kind
-    if not fnmatch(architecture, "*ForCausalLM"):
-        raise ValueError(
-            f"architectures must name a *ForCausalLM or one of "
-            f"{', '.join(p for kind in HEAD_KINDS for p in kind.architectures)}, got {architecture!r}; "
-            "add a HeadKind to ttskernels/models/heads.py"
-        )
-    return None
-
-
-def build_head(
-    kind: HeadKind, weights: Mapping[str, Tensor], hidden: int, spec: HeadSpec | None = None
-) -> ScoreHead:
-    """Take the head's weights.
-
-    Raises:
-        ValueError: a weight of the wrong shape; a `spec` for another kind of head; more labels than the kind knows how
-            to read and no `spec` that says so.
-    """
-    if spec is not None and (spec.rows or spec.vocab_mean):
-        raise ValueError(
-            f"head must leave rows and vocab_mean empty, got {spec}: the checkpoint has a {kind.name}, not a plain "
-            "language model; this verifier is of another family"
-        )
-    weight = weights[kind.weight]
-    bias = weights.get(kind.bias)
-    inner_weight, inner_bias = weights.get(kind.inner_weight or ""), weights.get(kind.inner_bias or "")
-    inner = hidden
-    if inner_weight is not None:
-        inner = inner_weight.shape[0]
-        _expect(kind.inner_weight, inner_weight, (inner, hidden))
-        _expect(kind.inner_bias, inner_bias, (inner,))
-    labels = kind.labels or weight.shape[0]
-    _expect(kind.weight, weight, (labels, inner))
-    if bias is not None:
-        _expect(kind.bias, bias, (labels,))
-    if spec is None:
-        if labels not in kind.reads:
-            raise ValueError(
-                f"head must be a HeadSpec whose mix says what each of the {labels} labels of {kind.weight} counts, got "
-                f"None; without one a {kind.name} has {' or '.join(map(str, kind.reads))}"
-            )
-        spec = kind.reads[labels]
-    wide = [None if t is None else t.float().contiguous() for t in (weight, bias, inner_weight, inner_bias)]
-    return ScoreHead(*wide, **spec.reading(labels))
-
-
 def language_model_head(spec: HeadSpec, lm_head: Tensor) -> ScoreHead:
     """The head that `spec` makes of a vocabulary head `[vocab, hidden]`, without a `[tokens, vocab]` tensor ever.
 
@@ -198,10 +83,3 @@ def language_model_head(spec: HeadSpec, lm_head: Tensor) -> ScoreHead:
         wanted = spec.mix.index(1)
         return ScoreHead((weight[wanted] - weight[1 - wanted])[None], squash="sigmoid")
     return ScoreHead(weight, **spec.reading(len(spec.rows)))
-
-
-def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(tensor.shape) != shape:
-        raise ValueError(
-            f"{name} must have shape {shape}, got {tuple(tensor.shape)}; the file is not of this model"
-        )

@@ -160,16 +160,20 @@ def load_model(
     head: HeadSpec | None = None,
     *,
     keep_lm_head: bool = False,
+    base: str | os.PathLike | None = None,
 ) -> Model:
     """Load a policy or process reward model.
 
     Args:
-        source: checkpoint folder (safetensors), hub id `owner/name`, `.gguf` file or a folder with one.
+        source: checkpoint folder (safetensors or pytorch_model.bin; or a LoRA adapter, which is merged into its base),
+            hub id `owner/name`, `.gguf` file or a folder with one.
         dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype.
         impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch.
         head: how scores are read. None: as the checkpoint's own kind says; a plain language model has no head. Rows or
             the mean of the vocabulary make a head of a plain language model, whose vocabulary head is then not kept.
         keep_lm_head: keep it nevertheless: the model is a policy, too.
+        base: the base model of an adapter (None: the one its adapter_config.json names), or of a checkpoint that is
+            published without a config.json (PQM; only the base's config.json is read).
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
         ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
@@ -180,7 +184,7 @@ def load_model(
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
-    checkpoint = load_checkpoint(source, dtype, head, keep_lm_head)
+    checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 

@@ -17,16 +17,15 @@ from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
 from ttskernels.models.model import load_model
-from ttskernels.models.sources import resolve
 
 from ..budget import Budget, Limits
+from ..dtypes import torch_dtype
 from ..prompts import TextPolicy, detect_style
+from ..protocols import Verifier, VerifierSession
 from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
-from ..verifiers import PrmPath, TextVerifier, detect_family
+from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, read_verifier
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_KV_BYTES = 2 << 30
 LIKELIHOOD = (
     "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
 )
@@ -37,21 +36,19 @@ class _Handle:
     """What a search node holds in the engine."""
 
     policy: Any  # forest node, None once given back
-    verifier: Any
-    read: PrmPath | None  # what the verifier has read up to here
+    verifier: Any  # handle of the verifier's session, None where the path was not scored
     key: int
     children: int = 0  # ordinals handed out
 
 
 class LocalBackend:
-    """A policy and, optionally, a verifier in this process. One engine serves every problem at once."""
+    """A policy on an engine and, optionally, any verifier, often on the same engine. Serves every problem at once."""
 
     def __init__(
-        self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None, likelihood: bool = False
+        self, engine: Engine, text_policy: TextPolicy, verifier: Verifier | None = None, likelihood: bool = False
     ):
-        self.engine, self.text_policy, self.text_verifier = engine, text_policy, text_verifier
-        self.likelihood = likelihood
-        self.has_verifier = likelihood or text_verifier is not None
+        self.engine, self.text_policy, self.verifier, self.likelihood = engine, text_policy, verifier, likelihood
+        self.has_verifier = likelihood or verifier is not None
 
     @classmethod
     def load(
@@ -74,27 +71,25 @@ class LocalBackend:
             kv_bytes: KV budget of both models together; None: 2 GiB.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        model = load_model(policy, DTYPES[dtype], impl)
+        model = load_model(policy, torch_dtype(dtype), impl)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
-        scorer = text_verifier = None
         likelihood = verifier == LIKELIHOOD
+        scorer = text_verifier = None
         if verifier is not None and not likelihood:
-            family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family, verifier)
-            text_verifier = TextVerifier(load_tokenizer(verifier), family)
-            scorer = load_model(verifier, DTYPES[dtype], impl, text_verifier.head)
-            text_verifier.limit(scorer.config.max_positions)
+            scorer, text_verifier = read_verifier(verifier, prm_family, dtype, impl)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
-        return cls(engine, text_policy, text_verifier, likelihood)
+        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else None
+        return cls(engine, text_policy, prm, likelihood)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
 
     def close(self) -> None:
+        if self.verifier is not None:
+            self.verifier.close()
         self.engine.shutdown()
 
     def __enter__(self) -> LocalBackend:
@@ -112,13 +107,21 @@ class LocalPolicy:
         self._opened = time.perf_counter()
         self._sampling = Sampling(budget.temperature, budget.top_k, budget.top_p, budget.min_p)
         prompt = backend.text_policy.prompt_ids(problem.prompt)
-        read = backend.text_verifier.start(problem.prompt) if backend.text_verifier else None
-        verifier_prompt = list(read.ids) if read else None
         self._prompt_tokens = len(prompt)
         room = self._engine.policy_model.config.max_positions - len(prompt)
         self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
-        self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=self._max_tokens)
-        handle = _Handle(self._session.root, self._session.verifier_root, read, root_key(budget.seed, problem.id))
+        self._session: Session = self._engine.open(prompt, max_new_tokens=self._max_tokens)
+        self._verifier: VerifierSession | None = None
+        if backend.verifier is not None:
+            try:
+                self._verifier = backend.verifier.open(
+                    problem.prompt, max_new_tokens=self._max_tokens, beside=self._session
+                )
+            except BaseException:
+                self._engine.close(self._session)
+                raise
+        verifier_root = self._verifier.root if self._verifier else None
+        handle = _Handle(self._session.root, verifier_root, root_key(budget.seed, problem.id))
         self.root = SearchNode(num_tokens=len(prompt), handle=handle)
 
     async def expand(
@@ -188,8 +191,9 @@ class LocalPolicy:
         for node in nodes:
             node.released, node.handle = True, None
         policy = [h.policy for h in handles if h.policy is not None]
-        verifier = [h.verifier for h in handles if h.verifier is not None]
-        self._engine.release(self._session, policy=policy, verifier=verifier)
+        self._engine.release(self._session, policy=policy)
+        if self._verifier is not None:
+            self._verifier.release([h.verifier for h in handles if h.verifier is not None])
 
     def cost(self) -> Cost:
         c = self._session.counters
@@ -197,15 +201,15 @@ class LocalPolicy:
             tokens_prefilled=c.policy_prefilled, tokens_decoded=c.policy_decoded, tokens_reused=c.policy_reused,
             tokens_recomputed=c.policy_recomputed, flops=c.policy_flops,
         )  # fmt: skip
-        verifier = ModelCost(
-            tokens_prefilled=c.verifier_prefilled, tokens_reused=c.verifier_reused,
-            tokens_recomputed=c.verifier_recomputed, flops=c.verifier_flops,
-        )  # fmt: skip
-        known = c.prefill_seconds + c.decode_seconds + c.score_seconds
+        verifier = self._verifier.cost() if self._verifier else ModelCost()
+        score_seconds = self._verifier.seconds if self._verifier else 0.0
+        known = c.prefill_seconds + c.decode_seconds + score_seconds
         other = max(0.0, time.perf_counter() - self._opened - known)
-        return Cost(policy, verifier, c.prefill_seconds, c.decode_seconds, c.score_seconds, other, c.peak_kv_bytes)
+        return Cost(policy, verifier, c.prefill_seconds, c.decode_seconds, score_seconds, other, c.peak_kv_bytes)
 
     def close(self) -> None:
+        if self._verifier is not None:
+            self._verifier.close()
         self._engine.close(self._session)
 
 
@@ -241,28 +245,21 @@ class _Chain:
         text_policy = self.policy._backend.text_policy
         reason = end.reason if end.reason != "end" else text_policy.finish_reason(-2, end.ids[-1])
         ordinal = self.ordinal if parent is self.parent else 0
-        handle = None if end.more else _Handle(end.node, None, None, end.key)
+        handle = None if end.more else _Handle(end.node, None, end.key)
         return SearchNode(
             parent, (*parent.path_key, ordinal), text_policy.decode(end.ids), len(end.ids), finished=end.finished,
             finish_reason=reason, logprob=end.logprob, handle=handle,
         )  # fmt: skip
 
     async def _score(self, steps: list[SearchNode]) -> None:
-        """One job for all steps of the chain: their ids in a row, read at each step's end."""
-        text_verifier = self.policy._backend.text_verifier
-        above = self.parent.handle.verifier
-        new = text_verifier.extend(self.parent.handle.read, [step.text for step in steps])
-        last = steps[-1]
-        last.handle.read = new.path
-        if not new.ids:  # no visible text: nothing to read; children continue below the same prefix
-            self.policy._engine.retain(above)
-            last.handle.verifier = above
-            return
-        if not text_verifier.fits(new.length):
+        """One call for all steps of the chain."""
+        above, last = self.parent.handle.verifier, steps[-1]
+        if above is None:
+            raise ValueError(f"node {self.parent.path_key} was expanded with score=False; its children cannot be scored")
+        scored = await self.policy._verifier.score(above, [step.text for step in steps])
+        if scored.refused:
             last.finished, last.finish_reason = True, "refused"
             return
-        future = self.policy._engine.score(self.policy._session, above, new.ids, new.reads)
-        node, scores = await asyncio.wrap_future(future)
-        last.handle.verifier = node
-        for owner, score in zip((steps[i] for i in new.owner), scores, strict=True):
-            owner.step_score = score if owner.step_score is None else min(owner.step_score, score)
+        last.handle.verifier, last.running = scored.handle, scored.running
+        for step, score in zip(steps, scored.scores, strict=True):
+            step.step_score = score

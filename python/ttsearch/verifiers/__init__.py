@@ -1,4 +1,4 @@
-"""PRM families as data, their detection, and the text they read."""
+"""PRM families as data, their detection, and the text they read; `session` runs them, and needs torch."""
 
 from .detect import detect_family
 from .families import FAMILIES, get_family
