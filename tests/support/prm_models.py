@@ -62,8 +62,14 @@ def tokenizer_of(family: str):
     return LAYOUTS[family].tokenizer()
 
 
-def write_prm(folder: Path, family: str, seed: int = 0) -> PlainPrm:
-    """Config, weights and tokenizer files of a random PRM of `family`; returns it as plain PyTorch."""
+def write_prm(folder: Path, family: str, seed: int = 0) -> Path:
+    """Config, weights and tokenizer files of a random PRM of `family`."""
+    build_prm(folder, family, seed)
+    return folder
+
+
+def build_prm(folder: Path, family: str, seed: int = 0) -> PlainPrm:
+    """The same, and the model as plain PyTorch."""
     layout, tokenizer = LAYOUTS[family], tokenizer_of(family)
     sizes = SIZES | {"vocab_size": len(tokenizer) + 3} | layout.config  # real vocabularies are padded too
     if layout.variant == "qwen2":

@@ -30,13 +30,13 @@ LLAMA3_CHAT = (
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_0|>"]
-WORDS = "step problem answer equals therefore so the sum of is we add get then system user assistant Date Today Question"
+WORDS = "step Step problem answer equals therefore so the sum of is we add get then system user assistant Date Today Question"
 LINES = [f"{a} {b}: 1 + {i} = 2. {b} {a} - {i}" for i, a in enumerate(WORDS.split()) for b in WORDS.split()]
 
 
 def byte_level(split: str, special: list[str], bos: str | None, chat: str | None) -> PreTrainedTokenizerFast:
     """Merges of newlines with what stands before them, markers of blank lines, ` ки` and ` +` as the real ones have."""
-    corpus = [*LINES, *("so.\n\nstep 2:\n\nx =\n" * 3 for _ in range(9))]
+    corpus = [*LINES, *("so.\nso.\n\nstep 2:\n\nx =\n" * 3 for _ in range(9))]
     corpus += [f"a{marker}" for marker in (" \n\n\n\n", " \n\n\n\n\n", "\n\n\n\n", " ки", "ки", " и", " + -") for _ in range(99)]
     core = Tokenizer(models.BPE(ignore_merges=split is LLAMA3_SPLIT))
     core.pre_tokenizer = byte_level_splitter(split)

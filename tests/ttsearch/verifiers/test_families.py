@@ -11,7 +11,10 @@ from safetensors.torch import save_file
 from tiny_tokenizers import bytes_only
 from ttsearch.verifiers import FAMILIES, PrmFamily, TextVerifier, detect_family, get_family
 
-MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1], "turns": [["user", "x"]]}
+MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1]}
+
+CHAT = {"layout": "chat", "prompt": "{problem}"}
+DIALOGUE = {"layout": "dialogue", "prompt": "{problem}", "suffix": "", "turns": [["user", "{problem} {step}"]]}
 
 
 def test_every_family_names_its_source():
@@ -43,15 +46,15 @@ def test_fields_may_be_replaced():
         ({"rows": ["+"], "mix": []}, r"mix must have one number per row, got \(\) for rows \('\+',\)"),
         ({"rows": ["+", "+"], "mix": [0, 1]}, "rows must be distinct"),
         ({"rows": ["+", "-"], "mix": [0, 1], "vocab_mean": True}, "rows and vocab_mean exclude each other"),
-        ({"layout": "chat"}, "turns must hold {problem}"),
-        ({"layout": "dialogue", "turns": [["user", "{problem} {step}"]]}, "next_turns must hold {step}"),
+        ({"turns": [["user", "{problem}"]]}, "turns is of layout 'chat' or 'dialogue' or 'question', not 'text'"),
+        ({"layout": "chat"}, "prompt is of layout 'text', not 'chat'"),
+        (CHAT, "turns must hold {problem}, got ''"),
+        (DIALOGUE | {"suffix": "\n"}, "suffix is of layout 'text' or 'chat' or 'question', not 'dialogue'"),
+        (DIALOGUE, "next_turns must hold {step}"),
+        (DIALOGUE | {"next_turns": [["user", "{step}"]]}, "layout 'dialogue' needs a reply"),
+        (CHAT | {"layout": "question", "turns": [["user", "{problem}"]]}, "turns must hold {solution}"),
         (
-            {"layout": "dialogue", "turns": [["user", "{problem} {step}"]], "next_turns": [["user", "{step}"]]},
-            "layout 'dialogue' needs a reply",
-        ),
-        ({"layout": "question", "turns": [["user", "{problem}"]]}, "turns must hold {solution}"),
-        (
-            {"layout": "question", "turns": [["user", "{problem} {solution}"]], "tokenise": "step"},
+            CHAT | {"layout": "question", "turns": [["user", "{problem} {solution}"]], "tokenise": "step"},
             "tokenise must be 'whole' with layout 'question', got 'step'",
         ),
         ({"read": "every token"}, "read 'every token' needs layout 'chat' and tokenise 'whole'"),
@@ -71,7 +74,7 @@ def test_a_family_needs_a_name():
 def test_a_family_in_a_file(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(MINE))
     family = get_family(str(tmp_path / "mine.json"))
-    assert family.name == "mine" and family.mix == (0, 1) and family.turns == (("user", "x"),)
+    assert family.name == "mine" and family.mix == (0, 1)
     assert TextVerifier(bytes_only(), family).extend(TextVerifier(bytes_only(), family).start("q"), ["a"]).reads == [1]
     (tmp_path / "like.json").write_text(json.dumps({"family": "math-shepherd", "step": "Step {n}: {step}"}))
     assert get_family(tmp_path / "like.json").step == "Step {n}: {step}"
@@ -136,8 +139,7 @@ def test_detect_by_name_and_architecture(tmp_path, name, architecture, family):
 
 @pytest.mark.parametrize("family", ["skywork", "pqm", "qwen-math-prm", "trl",  "reasoneval-7b", "reasoneval-34b"])
 def test_detect_by_files_alone(tmp_path, family):
-    write_prm(tmp_path / "m", family)
-    assert detect_family(tmp_path / "m").name == family
+    assert detect_family(write_prm(tmp_path / "m", family)).name == family
 
 
 def test_a_value_head_beside_a_language_model(tmp_path):

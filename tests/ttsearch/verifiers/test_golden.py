@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from prm_models import LAYOUTS, PlainIn, load_prm, tokenizer_of, write_prm
+from prm_models import LAYOUTS, PlainIn, build_prm, load_prm, tokenizer_of
 from prm_reference import REFERENCES
 from ttsearch.verifiers import FAMILIES, TextVerifier
 
@@ -15,7 +15,7 @@ STEPS = ["Step 1: we add 12 + 3 = 15.", "so the sum of 15 - 1 is 14, é.", "Ther
 @pytest.fixture(scope="module", params=FAMILIES)
 def prm(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    return request.param, folder, write_prm(folder, request.param)
+    return request.param, folder, build_prm(folder, request.param)
 
 
 def read_all(verifier, problem, steps):

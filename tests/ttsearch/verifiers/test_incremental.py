@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from prm_models import PlainIn, load_prm, tokenizer_of, write_prm
+from prm_models import PlainIn, build_prm, load_prm, tokenizer_of
 from prm_reference import REFERENCES
 from ttsearch.verifiers import FAMILIES, TextVerifier
 
@@ -19,7 +19,7 @@ PROBLEM = "what is 12 + ки 3?"
 @pytest.fixture(scope="module", params=CHOSEN)
 def loaded(request, tmp_path_factory, cpu_extension_once):
     folder = tmp_path_factory.mktemp(request.param)
-    plain = write_prm(folder, request.param, seed=3)
+    plain = build_prm(folder, request.param, seed=3)
     verifier = TextVerifier(tokenizer_of(request.param), FAMILIES[request.param])
     engine = Engine(None, load_prm(folder, torch.float32, verifier.head), kv_bytes=1 << 26)
     yield request.param, verifier, engine, PlainIn(plain)
