@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
 from prm_checkpoints import write_causal_lm, write_math_psa
-from prm_models import LAYOUTS, write_prm
+from prm_models import LAYOUTS, tokenizer_of, write_prm
 from safetensors.torch import save_file
 from tiny_tokenizers import bytes_only
+from ttsearch.tokenizer import load_tokenizer
 from ttsearch.verifiers import FAMILIES, PrmFamily, TextVerifier, detect_family, get_family
 
 MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1]}
@@ -157,11 +159,15 @@ def test_a_value_head_beside_a_language_model(tmp_path):
     assert detect_family(folder).name == "pqm", "weights without a config.json"
 
 
-def test_detect_an_adapter(tmp_path):
-    folder = tmp_path / "Math-psa"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
+def test_an_adapter_has_its_bases_tokenizer(tmp_path):
+    folder = write_prm(tmp_path / "Math-psa", "math-psa")
     assert detect_family(folder).name == "math-psa"
+    for file in folder.glob("*token*"):
+        file.rename(folder / "base" / file.name)
+    assert load_tokenizer(folder).get_vocab() == tokenizer_of("math-psa").get_vocab()
+    shutil.rmtree(folder / "base")
+    with pytest.raises(ValueError, match="cannot load a tokenizer from .*base"):
+        load_tokenizer(folder)
 
 
 def test_detect_by_marker_file_with_one_field_changed(tmp_path):
