@@ -39,6 +39,12 @@ def path_score(node: SearchNode, aggregate: str | None) -> float:
     """
     if aggregate not in _RULES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
+    running = node.running
+    if running is not None and running.count and node.finish_reason != "refused":
+        if aggregate != "product":
+            return getattr(running, aggregate)
+        if running.bounded:
+            return running.log_product
     scores = node.step_scores()
     if node.finish_reason == "refused" or not scores:
         return -math.inf

@@ -106,7 +106,7 @@ def test_bad_input_is_an_error_that_says_what_to_do(backend):
         solve(PROBLEMS[0], backend=backend, strategy="majority", n=0, **RULES)
     with pytest.raises(ValueError, match="the policy allows"):
         solve("1;a+1" + ";b+1" * 200 + "?", backend=backend, strategy="majority", n=4, **RULES)
-    with pytest.raises(ValueError, match="no score head"):
+    with pytest.raises(ValueError, match="cannot tell the PRM family"):
         load_backend(policy_path(), policy_path())
     with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32"):
         load_backend(policy_path(), dtype="int3")
