@@ -23,7 +23,8 @@ def load_backend(
         policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
         verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
             "likelihood": steps score their own mean token likelihood, no second model.
-        prm_family: which text the verifier reads (`ttsearch.verifiers.FAMILIES`). None: seen in its config.
+        prm_family: which text the verifier reads: one of `ttsearch.verifiers.FAMILIES`, or a .json or .py file that
+            describes another. None: seen in the checkpoint.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
         options: handed to the engine (`dtype`, `impl`, `device`).

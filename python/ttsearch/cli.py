@@ -36,7 +36,8 @@ Verifier = Annotated[
     str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
 ]
 PrmFamily = Annotated[
-    str | None, typer.Option(help="What text the verifier reads [default: seen in its config].")
+    str | None,
+    typer.Option(help="What text the verifier reads: a family's name, or a file that describes one [default: seen in it]."),
 ]
 PromptStyle = Annotated[
     str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")

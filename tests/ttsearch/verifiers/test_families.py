@@ -2,15 +2,21 @@
 
 import json
 import re
-import struct
+import shutil
 
 import pytest
 import torch
-from prm_models import LAYOUTS, write_prm
+from prm_checkpoints import write_causal_lm, write_math_psa
+from prm_models import LAYOUTS, tokenizer_of, write_prm
+from safetensors.torch import save_file
 from tiny_tokenizers import bytes_only
+from ttsearch.tokenizer import load_tokenizer
 from ttsearch.verifiers import FAMILIES, PrmFamily, TextVerifier, detect_family, get_family
 
-MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1], "turns": [["user", "x"]]}
+MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1]}
+
+CHAT = {"layout": "chat", "prompt": "{problem}"}
+DIALOGUE = {"layout": "dialogue", "prompt": "{problem}", "suffix": "", "turns": [["user", "{problem} {step}"]]}
 
 
 def test_every_family_names_its_source():
@@ -42,15 +48,15 @@ def test_fields_may_be_replaced():
         ({"rows": ["+"], "mix": []}, r"mix must have one number per row, got \(\) for rows \('\+',\)"),
         ({"rows": ["+", "+"], "mix": [0, 1]}, "rows must be distinct"),
         ({"rows": ["+", "-"], "mix": [0, 1], "vocab_mean": True}, "rows and vocab_mean exclude each other"),
-        ({"layout": "chat"}, "turns must hold {problem}"),
-        ({"layout": "dialogue", "turns": [["user", "{problem} {step}"]]}, "next_turns must hold {step}"),
+        ({"turns": [["user", "{problem}"]]}, "turns is of layout 'chat' or 'dialogue' or 'question', not 'text'"),
+        ({"layout": "chat"}, "prompt is of layout 'text', not 'chat'"),
+        (CHAT, "turns must hold {problem}, got ''"),
+        (DIALOGUE | {"suffix": "\n"}, "suffix is of layout 'text' or 'chat' or 'question', not 'dialogue'"),
+        (DIALOGUE, "next_turns must hold {step}"),
+        (DIALOGUE | {"next_turns": [["user", "{step}"]]}, "layout 'dialogue' needs a reply"),
+        (CHAT | {"layout": "question", "turns": [["user", "{problem}"]]}, "turns must hold {solution}"),
         (
-            {"layout": "dialogue", "turns": [["user", "{problem} {step}"]], "next_turns": [["user", "{step}"]]},
-            "layout 'dialogue' needs a reply",
-        ),
-        ({"layout": "question", "turns": [["user", "{problem}"]]}, "turns must hold {solution}"),
-        (
-            {"layout": "question", "turns": [["user", "{problem} {solution}"]], "tokenise": "step"},
+            CHAT | {"layout": "question", "turns": [["user", "{problem} {solution}"]], "tokenise": "step"},
             "tokenise must be 'whole' with layout 'question', got 'step'",
         ),
         ({"read": "every token"}, "read 'every token' needs layout 'chat' and tokenise 'whole'"),
@@ -70,7 +76,7 @@ def test_a_family_needs_a_name():
 def test_a_family_in_a_file(tmp_path):
     (tmp_path / "mine.json").write_text(json.dumps(MINE))
     family = get_family(str(tmp_path / "mine.json"))
-    assert family.name == "mine" and family.mix == (0, 1) and family.turns == (("user", "x"),)
+    assert family.name == "mine" and family.mix == (0, 1)
     assert TextVerifier(bytes_only(), family).extend(TextVerifier(bytes_only(), family).start("q"), ["a"]).reads == [1]
     (tmp_path / "like.json").write_text(json.dumps({"family": "math-shepherd", "step": "Step {n}: {step}"}))
     assert get_family(tmp_path / "like.json").step == "Step {n}: {step}"
@@ -102,12 +108,8 @@ def test_a_file_that_does_not_describe_a_family(tmp_path, file, content, message
 def write_config(folder, **config):
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "config.json").write_text(json.dumps(config))
+    save_file({"model.norm.weight": torch.ones(1)}, folder / "model.safetensors")
     return folder
-
-
-def write_header(folder, *names):
-    header = json.dumps({name: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]} for name in names}).encode()
-    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
 
 
 @pytest.mark.parametrize(
@@ -137,25 +139,35 @@ def test_detect_by_name_and_architecture(tmp_path, name, architecture, family):
     assert detect_family(write_config(tmp_path / "x", architectures=[architecture]), source=f"owner/{name}").name == family
 
 
-@pytest.mark.parametrize("family", ["skywork", "pqm", "qwen-math-prm", "trl", "reasoneval-7b", "reasoneval-34b"])
+@pytest.mark.parametrize("family", ["skywork", "pqm", "qwen-math-prm", "trl",  "reasoneval-7b", "reasoneval-34b"])
 def test_detect_by_files_alone(tmp_path, family):
     assert detect_family(write_prm(tmp_path / "m", family)).name == family
 
 
-def test_detect_by_an_index_or_a_pickle(tmp_path):
+def test_a_value_head_beside_a_language_model(tmp_path):
     folder = write_config(tmp_path / "m", architectures=["Qwen2ForCausalLM"])
-    torch.save({"v_head.summary.weight": torch.zeros(1, 2)}, folder / "pytorch_model.bin")
+    save_file({"v_head.summary.weight": torch.zeros(1, 2)}, folder / "model.safetensors")
+    with pytest.raises(ValueError, match="one of skywork, pqm, or a file"):
+        detect_family(folder)
+    assert detect_family(folder, source="owner/Skywork-o1-Open-PRM").name == "skywork"
+    (folder / "added_tokens.json").write_text('{"[PRM]": 7}')
+    assert detect_family(folder).name == "pqm"
+    (folder / "added_tokens.json").write_text("{}")
     assert detect_family(folder).name == "skywork"
-    (folder / "pytorch_model.bin").unlink()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"v_head.summary.weight": "a"}}))
-    assert detect_family(folder).name == "skywork"
+    (folder / "added_tokens.json").unlink()
+    (folder / "config.json").unlink()
+    assert detect_family(folder).name == "pqm", "weights without a config.json"
 
 
-def test_detect_an_adapter(tmp_path):
-    folder = tmp_path / "Math-psa"
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text("{}")
+def test_an_adapter_has_its_bases_tokenizer(tmp_path):
+    folder = write_prm(tmp_path / "Math-psa", "math-psa")
     assert detect_family(folder).name == "math-psa"
+    for file in folder.glob("*token*"):
+        file.rename(folder / "base" / file.name)
+    assert load_tokenizer(folder).get_vocab() == tokenizer_of("math-psa").get_vocab()
+    shutil.rmtree(folder / "base")
+    with pytest.raises(ValueError, match="cannot load a tokenizer from .*base"):
+        load_tokenizer(folder)
 
 
 def test_detect_by_marker_file_with_one_field_changed(tmp_path):
@@ -172,26 +184,24 @@ def test_an_ambiguous_checkpoint_lists_what_it_may_be(tmp_path):
     folder = write_config(tmp_path / "m", architectures=["LlamaForCausalLM"])
     with pytest.raises(ValueError) as refused:
         detect_family(folder)
-    plain = [name for name, layout in LAYOUTS.items() if layout.head == "ForCausalLM"]
+    plain = [name for name, layout in LAYOUTS.items() if layout.write in (write_causal_lm, write_math_psa)]
     listed = ", ".join(name for name in FAMILIES if name in plain)
-    assert f"cannot tell the PRM family of m (LlamaForCausalLM); pass --prm-family, one of {listed}, or a file" in str(refused.value)
+    said = f"cannot tell the PRM family of m (LlamaForCausalLM); pass --prm-family, one of {listed}, or a file"
+    assert said in str(refused.value)
     write_config(tmp_path / "t", architectures=["XForTokenClassification"], id2label={0: "a", 1: "b", 2: "c"})
     with pytest.raises(ValueError, match=r"family of t \(XForTokenClassification with 3 labels\)"):
         detect_family(tmp_path / "t")
     with pytest.raises(ValueError, match=r"family of n \(no architecture\)"):
         detect_family(write_config(tmp_path / "n"))
-    with pytest.raises(ValueError, match="must be a folder with a config.json"):
+    with pytest.raises(ValueError, match="verifier must be a folder with a checkpoint: .*absent must hold one of"):
         detect_family(tmp_path / "absent")
 
 
 @pytest.mark.parametrize("name", ["Gen-Verse/ReasonFlux-PRM-7B", "Babelscape/Llama-3.1-8B-PRM800k-r"])
 def test_what_cannot_be_checked_is_refused_by_name(tmp_path, name):
-    message = f"the PRM {re.escape(name)} is not supported: .* could not be checked on real weights"
-    with pytest.raises(ValueError, match=message):
-        get_family(name)
-    with pytest.raises(ValueError, match=message.lower().replace("prm ", "PRM ", 1)):
-        detect_family(write_config(tmp_path / "m", architectures=["LlamaForCausalLM"]), source=name)
-    cached = write_config(tmp_path / ("models--" + name.replace("/", "--")) / "snapshots" / "1", architectures=["LlamaForCausalLM"])
-    with pytest.raises(ValueError, match="is not supported"):
-        detect_family(cached)
-    assert detect_family(cached, "versaprm").name == "versaprm", "unless its user says what it is"
+    folder = write_config(tmp_path / "m", architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match=f"{re.escape(name)}.* is not supported: "):
+        detect_family(folder, source=name)
+    cached = tmp_path / ("models--" + name.replace("/", "--")) / "snapshots" / "1"
+    with pytest.raises(ValueError, match="is not supported: "):
+        detect_family(write_config(cached, architectures=["LlamaForCausalLM"]))

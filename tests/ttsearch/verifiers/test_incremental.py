@@ -4,12 +4,11 @@ import random
 
 import pytest
 import torch
-from prm_models import tokenizer_of, write_prm
-from prm_reference import REFERENCES, PlainPrm
+from prm_models import PlainIn, build_prm, load_prm, tokenizer_of
+from prm_reference import REFERENCES
 from ttsearch.verifiers import FAMILIES, TextVerifier
 
 from ttskernels.engine.batcher import Engine
-from ttskernels.models.model import load_model
 
 # one of each layout: per step, whole text (SentencePiece, byte-level), dialogue, a read before the last token
 CHOSEN = ["trl", "math-shepherd", "versaprm", "er-prm", "rlhflow-mistral", "qwen-math-prm", "llemma", "reasoneval-7b"]
@@ -19,10 +18,11 @@ PROBLEM = "what is 12 + ки 3?"
 
 @pytest.fixture(scope="module", params=CHOSEN)
 def loaded(request, tmp_path_factory, cpu_extension_once):
-    folder = write_prm(tmp_path_factory.mktemp(request.param), request.param, seed=3)
+    folder = tmp_path_factory.mktemp(request.param)
+    plain = build_prm(folder, request.param, seed=3)
     verifier = TextVerifier(tokenizer_of(request.param), FAMILIES[request.param])
-    engine = Engine(None, load_model(folder, torch.float32, head=verifier.head), kv_bytes=1 << 26)
-    yield request.param, verifier, engine, PlainPrm(folder)
+    engine = Engine(None, load_prm(folder, torch.float32, verifier.head), kv_bytes=1 << 26)
+    yield request.param, verifier, engine, PlainIn(plain)
     engine.shutdown()
 
 
