@@ -318,8 +318,9 @@ def score(
     if as_json:
         _print_json(summary | {"results": str(results)})
         return
-    table = Table(*summary)
-    table.add_row(*(f"{value:,}" if isinstance(value, int) else f"{value:.4f}" for value in summary.values()))
+    table = Table(show_header=False)
+    for name, value in summary.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
     out.print(table)
     spoiled = next((each for group in scored for each in group if each.refused or each.error), None)
     if spoiled is not None:

@@ -92,7 +92,7 @@ def score_steps(
         [as_steps(s, f"solutions[{i}][{j}]", separator) for j, s in enumerate(each)]
         for i, each in enumerate(solutions)
     ]
-    own = not hasattr(verifier, "open")
+    own = isinstance(verifier, str | Path)
     if own:
         verifier = load_verifier(verifier, family, **options)
     try:

@@ -44,7 +44,7 @@ class ProcessRewardModel:
     """
 
     def __init__(self, model_name: str | Path | Verifier, **options: Any):
-        self._own = not hasattr(model_name, "open")
+        self._own = isinstance(model_name, str | Path)
         self.verifier: Verifier = load_verifier(model_name, **options) if self._own else model_name
 
     def score(

@@ -44,7 +44,7 @@ class PrmReward:
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
         self.aggregate, self.separator, self.__name__ = aggregate, separator, name
-        self._own = not hasattr(verifier, "open")
+        self._own = isinstance(verifier, str | Path)
         self.verifier: Verifier = load_verifier(verifier, **options) if self._own else verifier
 
     def __call__(
