@@ -81,9 +81,9 @@ def _(config, constants, inv_freq, weights) -> int:
 
 @_define(
     "decoder_forward(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor plan, Tensor ids, Tensor out_rows, "
-    "int output, int width) -> Tensor"
+    "int output, int width, Tensor? out_plan=None) -> Tensor"
 )
-def _(handle, k_pool, v_pool, plan, ids, out_rows, output, width) -> Tensor:
+def _(handle, k_pool, v_pool, plan, ids, out_rows, output, width, out_plan=None) -> Tensor:
     return k_pool.new_empty(out_rows.shape[0], width, dtype=torch.float32)
 
 

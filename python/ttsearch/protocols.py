@@ -123,6 +123,8 @@ class VerifierSession(Protocol):
 class Verifier(Protocol):
     """A verifier loaded once; sessions are opened per problem, and several may run at the same time."""
 
+    name: str  # what results say their scores come from
+
     def open(self, problem: str, *, max_new_tokens: int = 0, beside: Any = None) -> VerifierSession:
         """Start a problem.
 

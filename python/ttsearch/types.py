@@ -49,6 +49,8 @@ class Scored:
     scores: list[float | None]  # one a step; None: it has no visible text, or was refused
     refused: str | None = None  # why the verifier cannot take this path, for example its length
     running: PathScores | None = None  # of the whole path; None: not kept
+    computed: int = 0  # tokens read for these steps
+    kept: int = 0  # tokens of the chain that stayed in front of them
 
 
 @dataclass(eq=False)

@@ -1,83 +1,96 @@
-"""A tiny checkpoint of every PRM family: real layout, random weights, a tokenizer that behaves like the real one."""
+"""A tiny checkpoint of every PRM family: published layout, random weights, a tokenizer that behaves like the real one."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import prm_checkpoints
 import tiny_tokenizers
 import torch
-from tiny_models import rewrite, write_tiny
+from prm_checkpoints import PlainPrm
+from tiny_models import config_of
+
+from ttskernels.models.model import Model, load_model
 
 SIZES = {"max_position_embeddings": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @dataclass(frozen=True)
 class Layout:
+    write: Callable[..., PlainPrm]
     variant: str  # of tiny_models
-    tokenizer: str
-    head: str = "ForCausalLM"
-    arguments: tuple[str | None, ...] = ()
+    tokenizer: Callable[[], object]
+    config: dict = field(default_factory=dict)
+
+
+def causal(variant: str, tokenizer) -> Layout:
+    return Layout(prm_checkpoints.write_causal_lm, variant, tokenizer)
+
+
+def classifier(variant: str, tokenizer, labels: int) -> Layout:
+    return Layout(prm_checkpoints.write_token_classifier, variant, tokenizer, {"num_labels": labels})
 
 
 LAYOUTS = {
-    "math-shepherd": Layout("mistral_full", "mistral"),
-    "mathminos": Layout("mistral_full", "mistral", "labels 1"),
-    "rlhflow-mistral": Layout("llama", "llama3"),
-    "rlhflow-deepseek": Layout("llama_rope3_bias", "llama3"),
-    "skywork": Layout("qwen2", "qwen", "v_head", ("<|im_start|>",)),
-    "qwen-math-prm": Layout("qwen2", "qwen", "mlp", (None, "<extra_0>")),
-    "math-psa": Layout("qwen2", "qwen"),
-    "er-prm": Layout("llama", "llama3"),
-    "versaprm": Layout("llama", "llama3"),
-    "versaprm-qwen": Layout("qwen2", "qwen"),
-    "pqm": Layout("llama", "deepseek", "v_head"),
-    "trl": Layout("qwen2", "qwen", "labels 2"),
-    "trl-blank-line": Layout("llama", "llama3", "labels 2"),
-    "pure": Layout("qwen2", "qwen", "labels 2"),
-    "llemma": Layout("llama", "mistral"),
-    "rebase": Layout("llama", "mistral"),
-    "reasoneval-7b": Layout("mistral_full", "mistral", "score_head", ("<s>",)),
-    "reasoneval-34b": Layout("llama", "mistral", "score_head"),
+    "math-shepherd": causal("mistral_full", tiny_tokenizers.mistral),
+    "mathminos": classifier("mistral_full", tiny_tokenizers.mistral, 1),
+    "rlhflow-mistral": causal("llama", tiny_tokenizers.llama3),
+    "rlhflow-deepseek": causal("llama_rope3_bias", tiny_tokenizers.llama3),
+    "skywork": Layout(prm_checkpoints.write_skywork, "qwen2", lambda: tiny_tokenizers.qwen("<|im_start|>")),
+    "qwen-math-prm": Layout(prm_checkpoints.write_qwen_prm, "qwen2", lambda: tiny_tokenizers.qwen(None, "<extra_0>")),
+    "math-psa": Layout(prm_checkpoints.write_math_psa, "qwen2", tiny_tokenizers.qwen),
+    "er-prm": causal("llama", tiny_tokenizers.llama3),
+    "versaprm": causal("llama", tiny_tokenizers.llama3),
+    "versaprm-qwen": causal("qwen2", tiny_tokenizers.qwen),
+    "pqm": Layout(prm_checkpoints.write_pqm, "llama", tiny_tokenizers.deepseek),
+    "trl": classifier("qwen2", tiny_tokenizers.qwen, 2),
+    "trl-blank-line": classifier("llama", tiny_tokenizers.llama3, 2),
+    "pure": classifier("qwen2", tiny_tokenizers.qwen, 2),
+    "llemma": causal("llama", tiny_tokenizers.mistral),
+    "rebase": causal("llama", tiny_tokenizers.mistral),
+    "reasoneval-7b": Layout(
+        prm_checkpoints.write_reason_eval, "mistral_full", lambda: tiny_tokenizers.mistral("<s>"), {"use_bias": True}
+    ),
+    "reasoneval-34b": Layout(prm_checkpoints.write_reason_eval, "llama", tiny_tokenizers.mistral),
 }
 
 
 def tokenizer_of(family: str):
-    layout = LAYOUTS[family]
-    return getattr(tiny_tokenizers, layout.tokenizer)(*layout.arguments)
+    return LAYOUTS[family].tokenizer()
 
 
 def write_prm(folder: Path, family: str, seed: int = 0) -> Path:
     """Config, weights and tokenizer files of a random PRM of `family`."""
-    layout, tokenizer = LAYOUTS[family], tokenizer_of(family)
-    sizes = SIZES | {"vocab_size": len(tokenizer) + 3}  # real ones are padded too
-    if layout.variant == "qwen2":
-        sizes |= {"hidden_size": 128}
-    kind, labels = "ForCausalLM", {}
-    if layout.head.startswith("labels"):
-        kind, labels = "ForTokenClassification", {"num_labels": int(layout.head.split()[1])}
-    model = write_tiny(folder, layout.variant, seed, kind, **sizes, **labels)
-    hidden = model.config.hidden_size
-    draw = torch.Generator().manual_seed(seed + 1)
-
-    def linear(name: str, labels: int, bias: bool = True) -> dict[str, torch.Tensor]:
-        weight = torch.randn(labels, hidden, generator=draw) / hidden**0.5
-        return {f"{name}.weight": weight} | ({f"{name}.bias": torch.randn(labels, generator=draw)} if bias else {})
-
-    if layout.head == "v_head":
-        rewrite(folder, lambda tensors: tensors.update(linear("v_head.summary", 1)))
-    elif layout.head == "mlp":
-        rewrite(folder, lambda tensors: tensors.update(linear("score.0", hidden) | linear("score.2", 2)))
-        change_config(folder, architectures=["Qwen2ForProcessRewardModel"])
-    elif layout.head == "score_head":
-        rewrite(folder, lambda tensors: (tensors.update(linear("score_head", 3, bias=False)), tensors.pop("lm_head.weight")))
-        size = "7B" if family.endswith("7b") else "34B"
-        change_config(folder, architectures=[f"ReasonEval_{size}"], use_bias=False, bias=False)
-    tokenizer.save_pretrained(folder)
+    build_prm(folder, family, seed)
     return folder
 
 
-def change_config(folder: Path, **entries) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+def build_prm(folder: Path, family: str, seed: int = 0) -> PlainPrm:
+    """The same, and the model as plain PyTorch."""
+    layout, tokenizer = LAYOUTS[family], tokenizer_of(family)
+    sizes = SIZES | {"vocab_size": len(tokenizer) + 3} | layout.config  # real vocabularies are padded too
+    if layout.variant == "qwen2":
+        sizes |= {"hidden_size": 128}
+    plain = layout.write(folder, config_of(layout.variant, **sizes), seed)
+    tokenizer.save_pretrained(folder)
+    return plain
+
+
+def load_prm(folder: Path, dtype: torch.dtype, head) -> Model:
+    """Our model of it; PQM is published without a config.json."""
+    base = None if (folder / "config.json").exists() or (folder / "adapter_config.json").exists() else folder / "base"
+    return load_model(folder, dtype, head=head, base=base)
+
+
+class PlainIn:
+    """A plain PRM in some dtype, one sequence at a time."""
+
+    def __init__(self, plain: PlainPrm, dtype: torch.dtype = torch.float32):
+        self.plain = PlainPrm(copy.deepcopy(plain.trunk).to(dtype), copy.deepcopy(plain.head).to(dtype))
+
+    def logits(self, ids: list[int]) -> torch.Tensor:
+        """`[tokens, labels]`, or over the vocabulary for a language model."""
+        return self.plain.logits(torch.tensor([ids]))[0]

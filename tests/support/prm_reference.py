@@ -1,19 +1,16 @@
 """The published scoring procedure of each PRM family in plain transformers: own texts, own search for markers.
 
-Written from the publications and their code, not from ttsearch; `REFERENCES[family](prm, tokenizer, problem, steps)` gives
-the ids, the positions of the scores and the scores. Where a procedure finds markers by their id, steps and problems here
-must not contain them.
+Written from the publications and their code, not from ttsearch. `REFERENCES[family](prm, tokenizer, problem, steps)` gives
+the ids, the positions of the scores and the scores; `prm.logits(ids)` are the checkpoint's `[tokens, labels or vocab]`.
+Where a procedure finds markers by their id, steps and problems here must not contain them.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel
 
 
 @dataclass
@@ -21,31 +18,6 @@ class Scored:
     ids: list[int]
     positions: list[int]
     scores: torch.Tensor
-
-
-class PlainPrm:
-    """Backbone by transformers, heads from the files; everything in `dtype`."""
-
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32):
-        weights = {name: tensor.to(dtype) for name, tensor in load_file(folder / "model.safetensors").items()}
-        config = AutoConfig.from_pretrained(folder, attn_implementation="eager")
-        self.backbone = AutoModel.from_config(config).to(dtype).eval()
-        inner = {name.removeprefix("model."): t for name, t in weights.items() if name.startswith("model.")}
-        self.backbone.load_state_dict(inner)
-        self.weights = weights | {"embed": self.backbone.embed_tokens.weight}
-
-    @torch.no_grad()
-    def hidden(self, ids: list[int]) -> torch.Tensor:
-        return self.backbone(torch.tensor([ids])).last_hidden_state[0]
-
-    @torch.no_grad()
-    def logits(self, ids: list[int]) -> torch.Tensor:
-        return self.hidden(ids) @ self.weights.get("lm_head.weight", self.weights["embed"]).T
-
-    @torch.no_grad()
-    def linear(self, ids: list[int], name: str) -> torch.Tensor:
-        out = self.hidden(ids) @ self.weights[name + ".weight"].T
-        return out + self.weights[name + ".bias"] if name + ".bias" in self.weights else out
 
 
 def where(ids: list[int], token: int) -> list[int]:
@@ -82,7 +54,7 @@ def skywork(prm, tokenizer, problem, steps):
     newline = tokenizer.encode("\n")[-1]
     ids = prompt + [newline if i in ends else token for i, token in enumerate(answer)]
     positions = [len(prompt) + i for i in ends]
-    return Scored(ids, positions, prm.linear(ids, "v_head.summary")[positions, 0].sigmoid())
+    return Scored(ids, positions, prm.logits(ids)[positions, 0].sigmoid())
 
 
 def qwen_math_prm(prm, tokenizer, problem, steps):
@@ -93,9 +65,7 @@ def qwen_math_prm(prm, tokenizer, problem, steps):
     ]
     ids = list(tokenizer.apply_chat_template(turns)["input_ids"])
     positions = where(ids, tokenizer.encode("<extra_0>")[0])
-    inner = torch.relu(prm.linear(ids, "score.0"))
-    logits = inner @ prm.weights["score.2.weight"].T + prm.weights["score.2.bias"]
-    return Scored(ids, positions, logits.softmax(-1)[positions, 1])
+    return Scored(ids, positions, prm.logits(ids).softmax(-1)[positions, 1])
 
 
 def math_psa(prm, tokenizer, problem, steps):
@@ -129,7 +99,7 @@ def pqm(prm, tokenizer, problem, steps):
     answer = " [PRM]\n".join(numbered(steps)) + " [PRM]"
     ids = tokenizer.encode(f"{query}\n{answer}", add_special_tokens=False)
     positions = where(ids, tokenizer.encode("[PRM]", add_special_tokens=False)[-1])
-    return Scored(ids, positions, prm.linear(ids, "v_head.summary")[positions, 0])
+    return Scored(ids, positions, prm.logits(ids)[positions, 0])
 
 
 def separated(tokenizer, problem, steps, separator, front=()):
@@ -144,14 +114,14 @@ def separated(tokenizer, problem, steps, separator, front=()):
 
 def pure(prm, tokenizer, problem, steps):
     ids, positions = separated(tokenizer, problem, steps, "\n\n")
-    probabilities = prm.linear(ids, "score").softmax(-1)[positions]
+    probabilities = prm.logits(ids).softmax(-1)[positions]
     return Scored(ids, positions, probabilities[:, 1] - probabilities[:, 0])
 
 
 def trl(prm, tokenizer, problem, steps, separator="\n"):
     front = () if tokenizer.bos_token_id is None else (tokenizer.bos_token_id,)
     ids, positions = separated(tokenizer, problem, steps, separator, front)
-    return Scored(ids, positions, prm.linear(ids, "score").softmax(-1)[positions, 1])
+    return Scored(ids, positions, prm.logits(ids).softmax(-1)[positions, 1])
 
 
 def trl_blank_line(prm, tokenizer, problem, steps):
@@ -181,7 +151,7 @@ def mathminos(prm, tokenizer, problem, steps):
     text = "".join(f"{step} и\n" for step in numbered(steps))
     ids = tokenizer.encode(f"Human: {problem}\n\nAssistant:{text}")
     positions = where(ids, tokenizer.encode("и")[-1])
-    return Scored(ids, positions, prm.linear(ids, "score")[positions, 0])
+    return Scored(ids, positions, prm.logits(ids)[positions, 0])
 
 
 def reasoneval(prm, tokenizer, problem, steps, skipped, front):
@@ -196,7 +166,7 @@ def reasoneval(prm, tokenizer, problem, steps, skipped, front):
         else:
             ids.append(token)
     ids, positions = front + ids, positions[skipped:]
-    probabilities = prm.linear(ids, "score_head").softmax(-1)[positions]
+    probabilities = prm.logits(ids).softmax(-1)[positions]
     return Scored(ids, positions, probabilities[:, 1] + probabilities[:, 2])
 
 

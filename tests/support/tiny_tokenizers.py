@@ -30,30 +30,52 @@ LLAMA3_CHAT = (
     "{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
 LLAMA3_SPECIAL = ["<|begin_of_text|>", "<|eot_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|reserved_special_token_0|>"]
-WORDS = "step problem answer equals therefore so the sum of is we add get then system user assistant Date Today Question"
+WORDS = "step Step problem answer equals therefore so the sum of is we add get then system user assistant Date Today Question"
 LINES = [f"{a} {b}: 1 + {i} = 2. {b} {a} - {i}" for i, a in enumerate(WORDS.split()) for b in WORDS.split()]
 
 
 def byte_level(split: str, special: list[str], bos: str | None, chat: str | None) -> PreTrainedTokenizerFast:
     """Merges of newlines with what stands before them, markers of blank lines, ` ки` and ` +` as the real ones have."""
-    corpus = [*LINES, *("so.\n\nstep 2:\n\nx =\n" * 3 for _ in range(9))]
+    corpus = [*LINES, *("so.\nso.\n\nstep 2:\n\nx =\n" * 3 for _ in range(9))]
     corpus += [f"a{marker}" for marker in (" \n\n\n\n", " \n\n\n\n\n", "\n\n\n\n", " ки", "ки", " и", " + -") for _ in range(99)]
     core = Tokenizer(models.BPE(ignore_merges=split is LLAMA3_SPLIT))
+    core.pre_tokenizer = byte_level_splitter(split)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    core.train_from_iterator(corpus, trainers.BpeTrainer(vocab_size=480, initial_alphabet=alphabet, show_progress=False))
+    finish_byte_level(core, split, special, bos)
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=special[-1], pad_token=special[-1])
+    wrapped.chat_template = chat
+    return wrapped
+
+
+def byte_level_splitter(split: str):
     byte = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    core.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte])
-    core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=480, initial_alphabet=byte.alphabet(), show_progress=False)
-    core.train_from_iterator(corpus, trainer)
+    return pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(split), "isolated"), byte])
+
+
+def finish_byte_level(core: Tokenizer, split: str, special: list[str], bos: str | None) -> Tokenizer:
+    core.pre_tokenizer, core.decoder = byte_level_splitter(split), decoders.ByteLevel()
     core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     if split is QWEN_SPLIT:
         core.normalizer = normalizers.NFC()
     if bos:
-        core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, core.token_to_id(bos))]
-        )
-    wrapped = PreTrainedTokenizerFast(tokenizer_object=core, bos_token=bos, eos_token=special[-1], pad_token=special[-1])
-    wrapped.chat_template = chat
-    return wrapped
+        core.post_processor = begins_with(bos, core.token_to_id(bos))
+    return core
+
+
+def begins_with(bos: str, token: int):
+    return processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, token)])
+
+
+def sentencepiece_bpe(vocab: dict[str, int], merges: list[tuple[str, str]]) -> Tokenizer:
+    """`vocab` holds <unk>, <s>, </s> and a token of every byte."""
+    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    spaces = decoders.Replace("▁", " ")
+    core.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    core.post_processor = begins_with("<s>", vocab["<s>"])
+    return core
 
 
 @functools.cache
@@ -86,13 +108,15 @@ def mistral(pad: str = "</s>") -> PreTrainedTokenizerFast:
     model = json.loads(learned.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    vocab = {piece: i for i, piece in enumerate(names)}
-    merges = [tuple(merge) for merge in model["merges"]]
-    core = Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
-    core.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in names[:3]])
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    core = sentencepiece_bpe({piece: i for i, piece in enumerate(names)}, [tuple(merge) for merge in model["merges"]])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token=pad
     )
+
+
+def bytes_only(**special) -> PreTrainedTokenizerFast:
+    """One token a byte."""
+    core = Tokenizer(models.BPE({token: i for i, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=core, **special)

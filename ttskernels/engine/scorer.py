@@ -152,7 +152,11 @@ class ScoreRunner:
         """The scores of each job; None where they are not finite."""
         started = time.perf_counter()
         sources = [job.node for job in jobs]
-        reused = {job.node: sum(n.cached for n in self.forest.path(job.node)) for job in jobs}
+        reused, seen = {}, set()
+        for job in jobs:  # what the batch computes is the first job's that needs it
+            path = [n for n in self.forest.path(job.node) if n not in seen]
+            reused[job.node] = self.forest.length(job.node) - sum(len(n.ids) - n.cached for n in path)
+            seen.update(path)
         hidden: dict[Node, torch.Tensor] = {}
         while len(hidden) < len(jobs):  # a prefix longer than a batch takes several forwards
             self._forward(jobs, [s for s in sources if s not in hidden], hidden)

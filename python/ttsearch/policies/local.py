@@ -81,7 +81,8 @@ class LocalBackend:
             scorer, text_verifier = read_verifier(verifier, prm_family, dtype, impl)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
-        return cls(engine, text_policy, EngineVerifier(engine, text_verifier) if scorer else None, likelihood)
+        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else None
+        return cls(engine, text_policy, prm, likelihood)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
-from .families import FAMILIES, get_family, refuse
+from ttskernels.models.layouts import refuse
+from ttskernels.models.weights import read_weights, weight_files
+
+from .families import FAMILIES, get_family
 from .family import PrmFamily
 
 MARKER_FILE = "ttsk_prm.json"
@@ -30,19 +34,22 @@ def detect_family(folder: str | Path, family: str | Path | PrmFamily | None = No
         return get_family(family)
     if (folder / MARKER_FILE).exists():
         return get_family(folder / MARKER_FILE)
+    config = {}
+    if (folder / "config.json").exists():
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    refuse(str(source), folder, config)
     names = well_known_names(folder, str(source))
-    for name in names:
-        refuse(name)
-    signs = Signs.read(folder)
+    signs = Signs.read(folder, config)
     fitting = [f for f in FAMILIES.values() if signs.fit(f)]
     named = [f for f in fitting if any(fnmatch(name, pattern) for name in names for pattern in f.known_as)]
     sure = named or [f for f in fitting if not f.by_name_only]
-    most = max((specific(f) for f in sure), default=0)
-    best = [f for f in sure if specific(f) == most]
+    most = max((signs.seen(f) for f in sure), default=0)
+    best = [f for f in sure if signs.seen(f) == most]
     if len(best) == 1:
         return best[0]
+    labels = f" with {signs.labels} labels" if signs.labels else ""
     raise ValueError(
-        f"cannot tell the PRM family of {folder.name} (architecture {signs.architecture or 'missing'}); pass --prm-family, "
+        f"cannot tell the PRM family of {folder.name} ({signs.architecture or 'no architecture'}{labels}); pass --prm-family, "
         f"one of {', '.join(f.name for f in best or fitting or FAMILIES.values())}, or a file that describes one"
     )
 
@@ -54,11 +61,6 @@ def well_known_names(folder: Path, source: str) -> list[str]:
     return [name.replace("--", "/").lower() for name in (folder.name, *cached, given) if name]
 
 
-def specific(family: PrmFamily) -> int:
-    """How many signs a family asks for: [PRM] and a value head are more than a value head."""
-    return (family.weight is not None) + (family.labels is not None) + (family.token is not None)
-
-
 @dataclass(frozen=True)
 class Signs:
     """What a checkpoint's files say without reading its weights."""
@@ -66,43 +68,34 @@ class Signs:
     architecture: str
     labels: int | None
     weights: frozenset[str]
-    tokenizer: str  # contents of the tokenizer's files
+    tokenizer: str  # contents of the tokenizer's files; empty if they are elsewhere
 
     @classmethod
-    def read(cls, folder: Path) -> Signs:
-        if (folder / "adapter_config.json").exists() and not (folder / "config.json").exists():
+    def read(cls, folder: Path, config: Mapping[str, Any]) -> Signs:
+        if (folder / "adapter_config.json").exists():
             return cls("AdapterForCausalLM", None, frozenset(), "")
-        if not (folder / "config.json").exists():
-            raise ValueError(f"verifier must be a folder with a config.json, got {folder}")
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        try:
+            weights = frozenset(read_weights(weight_files(folder)))
+        except FileNotFoundError as error:
+            raise ValueError(f"verifier must be a folder with a checkpoint: {error}") from error
         architecture = (config.get("architectures") or [""])[0]
         labels = None
         if architecture.endswith("ForTokenClassification"):
             labels = len(config.get("id2label") or {0: "", 1: ""})
         files = [folder / name for name in TOKENIZER_FILES]
         text = "\n".join(file.read_text(encoding="utf-8") for file in files if file.is_file())
-        return cls(architecture, labels, frozenset(weight_names(folder)), text)
+        return cls(architecture, labels, weights, text)
 
     def fit(self, family: PrmFamily) -> bool:
         return (
             any(fnmatch(self.architecture, pattern) for pattern in family.architectures)
             and (family.weight is None or family.weight in self.weights)
             and (family.labels is None or self.labels is None or family.labels == self.labels)
-            and (family.token is None or json.dumps(family.token)[1:-1] in self.tokenizer)
+            and (family.token is None or not self.tokenizer or family.token in self.tokenizer)
         )
 
+    def seen(self, family: PrmFamily) -> int:
+        """How many signs of a fitting family are there: [PRM] and a value head are more than a value head."""
+        token = family.token is not None and family.token in self.tokenizer
+        return (family.weight is not None) + (family.labels is not None) + token
 
-def weight_names(folder: Path) -> set[str]:
-    """Names of the weights in a folder's files."""
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        if index.exists():
-            return set(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    if (folder / "model.safetensors").exists():
-        with (folder / "model.safetensors").open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            return set(json.loads(file.read(length))) - {"__metadata__"}
-    if (folder / "pytorch_model.bin").exists():
-        import torch
-
-        return set(torch.load(folder / "pytorch_model.bin", map_location="meta", weights_only=True))
-    return set()

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 PLACEHOLDER = re.compile(r"\{(problem|step|n|solution)\}")
 Turns = tuple[tuple[str, str], ...]  # (role, text) of chat turns
+LAYOUTS_WITH = {  # field -> the layouts that use it
+    "prompt": ("text",),
+    "turns": ("chat", "dialogue", "question"),
+    "next_turns": ("dialogue",),
+    "reply": ("dialogue",),
+    "closing": ("question",),
+    "template_args": ("chat", "dialogue", "question"),
+    "suffix": ("text", "chat", "question"),
+    "between": ("text", "chat", "question"),
+}
 
 
 def fill(text: str, **values: str) -> str:
@@ -76,13 +86,13 @@ class PrmFamily:
         if not self.name:
             raise ValueError("a PRM family must have a name")
         where = f"PRM family {self.name!r}"
-        written = {
-            "text": self.prompt,
-            "chat": texts(self.turns),
-            "question": texts(self.turns),
-            "dialogue": texts(self.turns),
-        }[self.layout]
-        self._need(where, "prompt" if self.layout == "text" else "turns", written, "{problem}")
+        for f in fields(self):
+            layouts = LAYOUTS_WITH.get(f.name, (self.layout,))
+            unset = f.default_factory() if f.default is MISSING and f.name in LAYOUTS_WITH else f.default
+            if self.layout not in layouts and getattr(self, f.name) != unset:
+                raise ValueError(f"{where}: {f.name} is of layout {' or '.join(map(repr, layouts))}, not {self.layout!r}")
+        name, written = ("prompt", self.prompt) if self.layout == "text" else ("turns", texts(self.turns))
+        self._need(where, name, written, "{problem}")
         if self.layout == "dialogue":
             self._need(where, "turns", written, "{step}")
             self._need(where, "next_turns", texts(self.next_turns), "{step}")
@@ -144,4 +154,6 @@ def matches(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    return getattr(hint, "__name__", None) if isinstance(hint, type) and not get_args(hint) else str(hint).replace("typing.", "")
+    if isinstance(hint, type) and not get_args(hint):
+        return hint.__name__
+    return str(hint).replace("typing.", "").replace("collections.abc.", "")

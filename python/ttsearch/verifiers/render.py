@@ -46,15 +46,15 @@ class Renderer:
         held = turns(family.turns, problem=problem, step=MARK, solution=MARK)
         return self._chat(held, add_generation_prompt=True).rpartition(MARK)[0]
 
-    def text(self, problem: str, pieces: Sequence[str]) -> tuple[str, list[int]]:
-        """The whole text, and for every piece the length of the text up to the end of the token it is read at.
+    def text(self, problem: str, pieces: Sequence[str], since: int = 0) -> tuple[str, list[int]]:
+        """The whole text, and for every piece from number `since` on the length of the text up to where it is read.
 
-        With layout "question" only the last piece has one.
+        With layout "question" only the last piece is read.
         """
         family = self.family
         written = [self.written(piece, i + 1) for i, piece in enumerate(pieces)]
         if family.layout == "dialogue":
-            return self._dialogue(problem, written)
+            return self._dialogue(problem, written, since)
         solution, ends = "", []
         for i, step in enumerate(written):
             solution += (family.between if i else "") + step + family.suffix
@@ -64,21 +64,22 @@ class Renderer:
             text = self._chat(asked, add_generation_prompt=True) + family.closing
             return text, [len(text)]
         opening = self.opening(problem)
-        return opening + solution, [len(opening) + end for end in ends]
+        return opening + solution, [len(opening) + end for end in ends[since:]]
 
-    def _dialogue(self, problem: str, written: list[str]) -> tuple[str, list[int]]:
+    def _dialogue(self, problem: str, written: list[str], since: int) -> tuple[str, list[int]]:
         messages: list[dict[str, str]] = []
         text, ends = "", []
         for i, step in enumerate(written):
             messages += turns(self.family.next_turns if i else self.family.turns, problem=problem, step=step)
-            longer = self._answered(messages)
-            if not longer.startswith(text + self.family.reply if i else ""):
-                raise ValueError(
-                    f"PRM family {self.family.name!r}: the chat template changes an earlier turn when a later one follows; "
-                    "use the chat template of the PRM's own checkpoint"
-                )
-            text = longer
-            ends.append(len(text))
+            if i >= since:
+                longer = self._answered(messages)
+                if ends and not longer.startswith(text + self.family.reply):
+                    raise ValueError(
+                        f"PRM family {self.family.name!r}: the chat template changes an earlier turn when a later one "
+                        "follows; use the chat template of the PRM's own checkpoint"
+                    )
+                text = longer
+                ends.append(len(text))
             messages.append({"role": "assistant", "content": self.family.reply})
         return text, ends
 

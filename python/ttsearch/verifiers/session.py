@@ -38,8 +38,10 @@ class EngineHandle:
 class EngineVerifier:
     """A discriminative verifier on an engine, which a policy may share. `owned`: the engine ends with `close`."""
 
-    def __init__(self, engine: Engine, text: TextVerifier, owned: bool = False):
+    def __init__(self, engine: Engine, text: TextVerifier, owned: bool = False, source: str | Path = ""):
         self.engine, self.text, self._owned = engine, text, owned
+        name = Path(source).resolve().name if Path(source).exists() else str(source)
+        self.name = f"{name} ({text.family.name})"  # what results say they come from
 
     def open(
         self, problem: str, *, max_new_tokens: int = 0, beside: Session | None = None
@@ -76,15 +78,18 @@ class EngineVerifierSession:
             raise ValueError(f"steps must be a sequence of at least one step, got {steps!r}")
         if not self._text.stepwise:
             return await self._score_at_once(parent, list(steps))
-        at, scores = parent, []
+        at, scores, computed, kept = parent, [], 0, None
         for step in steps:  # such a verifier says one thing at a time
-            scored = await self._score_at_once(at, [step])
-            if at is not parent:
-                self.release([at])
+            try:
+                scored = await self._score_at_once(at, [step])
+            finally:
+                if at is not parent:
+                    self.release([at])
             if scored.refused:
                 return Scored(None, [None] * len(steps), scored.refused)
-            at, scores = scored.handle, scores + scored.scores
-        return Scored(at, scores, None, at.running.scores())
+            at, scores, computed = scored.handle, scores + scored.scores, computed + scored.computed
+            kept = scored.kept if kept is None else kept
+        return Scored(at, scores, None, at.running.scores(), computed, kept)
 
     async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
         extension = self._text.extend(parent.path, steps)
@@ -93,7 +98,7 @@ class EngineVerifierSession:
             return Scored(None, [None] * len(steps), refused)
         node, scores = await self._run(parent.node, extension, len(steps))
         handle = EngineHandle(extension.path, node, parent.running.fold(scores))
-        return Scored(handle, scores, None, handle.running.scores())
+        return Scored(handle, scores, None, handle.running.scores(), len(extension.ids), extension.keep)
 
     async def _run(self, parent: Node, extension: Extension, count: int) -> tuple[Node, list[float | None]]:
         scores: list[float | None] = [None] * count
@@ -165,4 +170,4 @@ def load_verifier(
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
     """
     model, text = read_verifier(source, family, dtype, impl)
-    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes or DEFAULT_KV_BYTES), text, owned=True)
+    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes or DEFAULT_KV_BYTES), text, True, source)

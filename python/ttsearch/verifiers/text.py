@@ -111,16 +111,16 @@ class TextVerifier:
             ids, reads = self._append(path, len(before), [piece for piece, _ in pieces])
             keep = len(path.ids)
         else:
-            text, ends = self._renderer.text(path.problem, before + [piece for piece, _ in pieces])
+            text, ends = self._renderer.text(path.problem, before + [piece for piece, _ in pieces], len(before))
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = [*self._front, *encoding["input_ids"]], encoding["offset_mapping"]
             keep = common(path.ids, ids)
             if self.family.read == "every token":
-                reads, owner = self._every_token(path.problem, keep, offsets, ends[len(before) :], owner)
+                reads, owner = self._every_token(path.problem, keep, offsets, ends, owner)
             else:
                 starts = [start for start, _ in offsets]
                 shift = len(self._front) - 1 + self.family.read_offset
-                reads = [bisect_left(starts, end) + shift for end in ends[-len(pieces) :]]
+                reads = [bisect_left(starts, end) + shift for end in ends]
                 owner = owner[-len(reads) :]
         keep = min(keep, *reads) if reads else keep
         new = PrmPath(path.problem, all_steps, tuple(ids))

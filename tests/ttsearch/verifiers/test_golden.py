@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from prm_models import LAYOUTS, tokenizer_of, write_prm
-from prm_reference import REFERENCES, PlainPrm
+from prm_models import LAYOUTS, PlainIn, build_prm, load_prm, tokenizer_of
+from prm_reference import REFERENCES
 from ttsearch.verifiers import FAMILIES, TextVerifier
 
 from ttskernels.engine.batcher import Engine
-from ttskernels.models.model import load_model
 
 PROBLEM = "Question: what is 12 + 3 - 1, and why?"
 STEPS = ["Step 1: we add 12 + 3 = 15.", "so the sum of 15 - 1 is 14, é.", "Therefore\nthe answer equals \\boxed{14}."]
@@ -15,7 +14,8 @@ STEPS = ["Step 1: we add 12 + 3 = 15.", "so the sum of 15 - 1 is 14, é.", "Ther
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def prm(request, tmp_path_factory):
-    return request.param, write_prm(tmp_path_factory.mktemp(request.param), request.param)
+    folder = tmp_path_factory.mktemp(request.param)
+    return request.param, folder, build_prm(folder, request.param)
 
 
 def read_all(verifier, problem, steps):
@@ -27,7 +27,7 @@ def read_all(verifier, problem, steps):
 
 def score_stepwise(folder, verifier, problem, steps, dtype):
     """One step after another through the engine."""
-    engine = Engine(None, load_model(folder, dtype, head=verifier.head), kv_bytes=1 << 24)
+    engine = Engine(None, load_prm(folder, dtype, verifier.head), kv_bytes=1 << 24)
     path = verifier.start(problem)
     session = engine.open(None, list(path.ids))
     node, scores = session.verifier_root, []
@@ -44,21 +44,20 @@ def test_registry_is_covered():
 
 
 def test_ids_and_positions(prm):
-    family, folder = prm
+    family, _, plain = prm
     tokenizer = tokenizer_of(family)
-    plain = PlainPrm(folder)
     for steps in (STEPS[:1], STEPS, [*STEPS, *STEPS[:2]]):
-        published = REFERENCES[family](plain, tokenizer, PROBLEM, steps)
+        published = REFERENCES[family](PlainIn(plain), tokenizer, PROBLEM, steps)
         ids, positions = read_all(TextVerifier(tokenizer, FAMILIES[family]), PROBLEM, steps)
         assert positions == published.positions
         assert ids[: positions[-1] + 1] == published.ids[: positions[-1] + 1], "what follows the last read is never read"
 
 
 def test_scores(prm, cpu_extension):
-    family, folder = prm
+    family, folder, written = prm
     tokenizer = tokenizer_of(family)
     verifier = TextVerifier(tokenizer, FAMILIES[family])
-    plain = {dtype: PlainPrm(folder, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
+    plain = {dtype: PlainIn(written, dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16)}
     ours, low, exact = [], [], []
     for problem in (PROBLEM, "1 + 1", "a longer one: is the sum of 2 - 3 + 4 equals 3?"):
         prefixes = [STEPS[: k + 1] for k in range(len(STEPS))]  # a step's first score is kept: that of the text so far

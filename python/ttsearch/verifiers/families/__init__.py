@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import runpy
 from dataclasses import fields, replace
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 from ..family import PrmFamily
 from . import er_prm, llemma, math_psa, math_shepherd, pqm, qwen, reasoneval, rlhflow, skywork, trl, versaprm
-from .refused import REFUSED
 
 MODULES = (math_shepherd, rlhflow, skywork, qwen, math_psa, er_prm, versaprm, pqm, trl, llemma, reasoneval)
 FAMILIES: dict[str, PrmFamily] = {family.name: family for module in MODULES for family in module.FAMILIES}
@@ -24,13 +22,12 @@ def get_family(name: str | Path | PrmFamily, **overrides: Any) -> PrmFamily:
         name: one of `FAMILIES`; or a .json file with the fields of a `PrmFamily` (or `{"family": name}` and the fields
             that differ); or a .py file that sets FAMILY to a `PrmFamily`; or a family as it is.
     Raises:
-        ValueError: unknown or unsupported name, unknown field, a field that does not fit; the message says which.
+        ValueError: unknown name, unknown field, a field that does not fit; the message says which.
     """
     if isinstance(name, PrmFamily):
         return change(name, overrides)
     if Path(name).suffix in (".json", ".py"):
         return change(read_family(Path(name)), overrides)
-    refuse(str(name))
     if name not in FAMILIES:
         raise ValueError(
             f"PRM family must be one of {', '.join(FAMILIES)}, or a .json or .py file that describes one, got {str(name)!r}"
@@ -65,9 +62,3 @@ def read_family(file: Path) -> PrmFamily:
     base = get_family(values.pop("family")) if "family" in values else None
     return change(base, values, f"{file.name}: ")
 
-
-def refuse(name: str) -> None:
-    """Raise where `name` is that of a PRM known not to be supported."""
-    for pattern, reason in REFUSED:
-        if fnmatch(name.lower(), pattern):
-            raise ValueError(f"the PRM {name} is not supported: {reason}")

@@ -16,9 +16,10 @@ FAMILIES = (
         squash="none",
         mix=(1,),
         unbounded=True,
-        architectures=("*",),
+        architectures=("*ForCausalLM", ""),  # published without a config.json
         weight="v_head.summary.weight",
         token="[PRM]",
+        known_as=("*pqm*",),
         by_name_only=False,
         source="Process_Q_Model train_main.py and bon_eval_hf.py",
     ),
