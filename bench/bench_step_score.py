@@ -19,6 +19,7 @@ def make(n, inner, dtype=torch.bfloat16):
     hidden = torch.randn(TOKENS, DIM, dtype=dtype)
     rows = torch.linspace(0, TOKENS - 1, n).to(torch.int32)
     heads = {"weight": torch.randn(2, inner or DIM, dtype=dtype), "norm_weight": torch.ones(DIM, dtype=dtype)}
+    heads["mix"] = torch.tensor([0.0, 1.0])
     if inner:
         heads["inner_weight"] = torch.randn(inner, DIM, dtype=dtype) / DIM**0.5
     return hidden, rows, heads

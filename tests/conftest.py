@@ -33,6 +33,14 @@ def cpu_extension():
         pytest.skip(f"C++ extension: {reason}")
 
 
+@pytest.fixture(params=["reference", "cpu"])
+def impl(request):
+    """Run a test on the reference and on the C++ extension."""
+    if request.param == "cpu":
+        request.getfixturevalue("cpu_extension")
+    return request.param
+
+
 @pytest.fixture(params=ISAS)
 def isa(request, cpu_extension):
     """Run a test once per instruction-set level this CPU has."""

@@ -42,11 +42,10 @@ def _(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pa
 
 @_define(
     "tree_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor plan, float scale, float softcap, int window, "
-    "Tensor? sinks) -> (Tensor, Tensor)"
+    "Tensor? sinks, Tensor(a!) out) -> Tensor"
 )
-def _(q, k_pages, v_pages, plan, scale, softcap, window, sinks) -> tuple[Tensor, Tensor]:
-    v_dim = v_pages.shape[3]
-    return q.new_empty(q.shape[0], q.shape[1], v_dim), q.new_empty(q.shape[:2], dtype=torch.float32)
+def _(q, k_pages, v_pages, plan, scale, softcap, window, sinks, out) -> Tensor:
+    return q.new_empty(q.shape[:2], dtype=torch.float32)
 
 
 @_define("sample(Tensor logits, Tensor rows, Tensor keys, Tensor positions, Tensor params) -> (Tensor, Tensor)")
@@ -56,9 +55,9 @@ def _(logits, rows, keys, positions, params) -> tuple[Tensor, Tensor]:
 
 @_define(
     "step_score(Tensor hidden, Tensor rows, Tensor? norm_weight, float eps, Tensor? inner_weight, Tensor? inner_bias, "
-    "Tensor weight, Tensor? bias, str squash, int label) -> Tensor"
+    "Tensor weight, Tensor? bias, str squash, Tensor? mix) -> Tensor"
 )
-def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label) -> Tensor:
+def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, mix) -> Tensor:
     return hidden.new_empty(rows.shape[0], dtype=torch.float32)
 
 

@@ -11,9 +11,8 @@ namespace {
 Squash SquashOf(const std::string& name) {
   if (name == "none") return Squash::kNone;
   if (name == "sigmoid") return Squash::kSigmoid;
-  if (name == "softmax") return Squash::kSoftmax;
-  STD_TORCH_CHECK(name == "difference", "squash must be none, sigmoid, softmax or difference, got ", name);
-  return Squash::kDifference;
+  STD_TORCH_CHECK(name == "softmax", "squash must be none, sigmoid or softmax, got ", name);
+  return Squash::kSoftmax;
 }
 
 const float* VectorOf(const std::optional<Tensor>& t, int64_t size, const char* name) {
@@ -25,7 +24,8 @@ const float* VectorOf(const std::optional<Tensor>& t, int64_t size, const char* 
 
 Tensor StepScoreOp(const Tensor& hidden, const Tensor& rows, const std::optional<Tensor>& norm_weight, double eps,
                    const std::optional<Tensor>& inner_weight, const std::optional<Tensor>& inner_bias,
-                   const Tensor& weight, const std::optional<Tensor>& bias, std::string squash, int64_t label) {
+                   const Tensor& weight, const std::optional<Tensor>& bias, std::string squash,
+                   const std::optional<Tensor>& mix) {
   STD_TORCH_CHECK(hidden.dim() == 2 && hidden.stride(1) == 1, "hidden must be [tokens, dim] with contiguous rows");
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && rows.is_contiguous(),
                   "rows must be contiguous int32 [n]");
@@ -37,16 +37,15 @@ Tensor StepScoreOp(const Tensor& hidden, const Tensor& rows, const std::optional
                       (inner_weight->dim() == 2 && inner_weight->size(1) == dim && inner_weight->is_contiguous() &&
                        inner_weight->scalar_type() == weight.scalar_type()),
                   "inner_weight must be contiguous [inner, ", dim, "] of weight's dtype");
-  STD_TORCH_CHECK(label >= 0 && label < weight.size(0), "label must be in 0..", weight.size(0) - 1, ", got ", label);
-  const int64_t n = rows.size(0);
+  const int64_t n = rows.size(0), labels = weight.size(0);
   Tensor scores = torch::stable::new_empty(hidden, {n}, ScalarType::Float);
   Tensor scratch = torch::stable::new_empty(hidden, {n * (dim + inner)}, ScalarType::Float);
   TTSK_SELECT(StepScore)({hidden.data_ptr(), static_cast<const int32_t*>(rows.data_ptr()),
                           VectorOf(norm_weight, dim, "norm_weight"), inner > 0 ? inner_weight->data_ptr() : nullptr,
                           VectorOf(inner_bias, inner, "inner_bias"), weight.data_ptr(),
-                          VectorOf(bias, weight.size(0), "bias"), Data<float>(scores), Data<float>(scratch), n, dim,
-                          hidden.stride(0), inner, weight.size(0), static_cast<float>(eps), SquashOf(squash),
-                          static_cast<int32_t>(label), DTypeOf(hidden), DTypeOf(weight)});
+                          VectorOf(bias, labels, "bias"), VectorOf(mix, labels, "mix"), Data<float>(scores),
+                          Data<float>(scratch), n, dim, hidden.stride(0), inner, labels, static_cast<float>(eps),
+                          SquashOf(squash), DTypeOf(hidden), DTypeOf(weight)});
   return scores;
 }
 

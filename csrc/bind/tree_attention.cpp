@@ -1,7 +1,6 @@
 #include "ttskernels/tree_attention.h"
 
 #include <optional>
-#include <tuple>
 
 #include "check_plan.h"
 #include "tensor.h"
@@ -9,9 +8,8 @@
 namespace ttsk {
 namespace {
 
-std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& plan,
-                                           double scale, double softcap, int64_t window,
-                                           const std::optional<Tensor>& sinks) {
+Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& plan, double scale,
+                       double softcap, int64_t window, const std::optional<Tensor>& sinks, Tensor out) {
   const DType dtype = DTypeOf(q);
   STD_TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2), "q must be [rows, q_heads, head_dim]");
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
@@ -40,15 +38,17 @@ std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, con
     STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == q.size(1),
                     "sinks must be float32 [q_heads]");
   }
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.dim() == 3 && out.size(0) == q.size(0) &&
+                      out.size(1) == q.size(1) && out.size(2) == v_dim && out.stride(2) == 1 && out.stride(1) == v_dim,
+                  "out must be [rows, q_heads, v_dim] of q's dtype, each row contiguous");
   CheckPlan(plan, q.size(0), page_size, k.size(0));
 
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), v_dim});
   Tensor lse = torch::stable::new_empty(q, {q.size(0), q.size(1)}, ScalarType::Float);
   TreeAttentionParams p{};
   p.q = q.data_ptr(), p.out = out.mutable_data_ptr(), p.lse = Data<float>(lse);
   p.k = k.data_ptr(), p.v = v.data_ptr(), p.plan = Data<const int32_t>(plan);
   p.rows = q.size(0), p.q_heads = q.size(1), p.kv_heads = kv_heads, p.head_dim = head_dim, p.v_dim = v_dim;
-  p.q_stride = q.stride(0), p.out_stride = q.size(1) * v_dim, p.dtype = dtype, p.packed = packed;
+  p.q_stride = q.stride(0), p.out_stride = out.stride(0), p.dtype = dtype, p.packed = packed;
   if (!packed) {
     p.k_strides = {k.stride(0), k.stride(1), k.stride(2)};
     p.v_strides = {v.stride(0), v.stride(1), v.stride(2)};
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> TreeAttentionOp(const Tensor& q, const Tensor& k, con
   p.window = static_cast<int32_t>(window);
   p.sinks = sinks.has_value() ? Data<const float>(*sinks) : nullptr;
   TTSK_SELECT(TreeAttention)(p);
-  return {out, lse};
+  return lse;
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
@@ -18,16 +19,6 @@ namespace ttsk::TTSK_ISA {
 
 constexpr int kLanes = 16;
 
-inline float BitsToFloat(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline uint32_t FloatToBits(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
 inline float Bf16ToFloat(uint16_t v) { return BitsToFloat(static_cast<uint32_t>(v) << 16); }
 // Round to nearest even; NaN stays NaN.
 inline uint16_t FloatToBf16(float f) {

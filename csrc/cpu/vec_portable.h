@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bits.h"
+
 namespace ttsk::TTSK_ISA {
 
 struct Vec { float v[16]; };
@@ -40,40 +42,30 @@ inline float ReduceAdd(Vec a) {
   return a.v[0];
 }
 
-inline float FloatFromBits(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-inline uint32_t BitsOf(float f) {
-  uint32_t bits;
-  std::memcpy(&bits, &f, 4);
-  return bits;
-}
 inline float HalfToFloat(uint16_t h) {
   const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-  if (exponent == 31) return FloatFromBits(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return FloatFromBits(sign | ((exponent + 112) << 23) | (mantissa << 13));
+  if (exponent == 31) return BitsToFloat(sign | 0x7f800000u | (mantissa << 13));
+  if (exponent != 0) return BitsToFloat(sign | ((exponent + 112) << 23) | (mantissa << 13));
   const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
   return sign != 0 ? -value : value;
 }
 inline uint16_t FloatToHalf(float f) {
-  const uint32_t bits = BitsOf(f), magnitude = bits & 0x7fffffffu;
+  const uint32_t bits = FloatToBits(f), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);
   if (magnitude > 0x7f800000u) return sign | 0x7e00 | static_cast<uint16_t>((magnitude >> 13) & 0x3ff);
   if (magnitude >= 0x477ff000u) return sign | 0x7c00;
   if (magnitude < 0x38800000u) {  // result is denormal: let float addition round at 2^-24
-    const float shifted = FloatFromBits(magnitude) + 0.5f;
-    return sign | static_cast<uint16_t>(BitsOf(shifted) - 0x3f000000u);
+    const float shifted = BitsToFloat(magnitude) + 0.5f;
+    return sign | static_cast<uint16_t>(FloatToBits(shifted) - 0x3f000000u);
   }
   const uint32_t rounded = magnitude + 0xfff + ((magnitude >> 13) & 1);
   return sign | static_cast<uint16_t>((rounded - 0x38000000u) >> 13);
 }
-inline Vec LoadBf16(const uint16_t* p) { TTSK_LANES(FloatFromBits(static_cast<uint32_t>(p[i]) << 16)) }
+inline Vec LoadBf16(const uint16_t* p) { TTSK_LANES(BitsToFloat(static_cast<uint32_t>(p[i]) << 16)) }
 inline Vec LoadFp16(const uint16_t* p) { TTSK_LANES(HalfToFloat(p[i])) }
 inline void StoreBf16(uint16_t* p, Vec a) {
   for (int i = 0; i < 16; ++i) {
-    const uint32_t bits = BitsOf(a.v[i]);
+    const uint32_t bits = FloatToBits(a.v[i]);
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     p[i] = static_cast<uint16_t>((nan ? bits | 0x400000u : bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
   }
@@ -88,8 +80,8 @@ inline Pairs LoadPairs(const void* p) {
   std::memcpy(r.v, p, sizeof(r.v));
   return r;
 }
-inline Vec Even(Pairs a) { TTSK_LANES(FloatFromBits(a.v[i] << 16)) }
-inline Vec Odd(Pairs a) { TTSK_LANES(FloatFromBits(a.v[i] & 0xffff0000u)) }
+inline Vec Even(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] << 16)) }
+inline Vec Odd(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] & 0xffff0000u)) }
 #undef TTSK_LANES
 
 }  // namespace ttsk::TTSK_ISA

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 from collections.abc import Coroutine, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -11,15 +10,6 @@ from .types import SearchNode
 
 if TYPE_CHECKING:
     from .protocols import Policy
-
-
-def sampling_key(seed: int, problem_id: str, path_key: tuple[int, ...]) -> int:
-    """int64 key of a child's random numbers; together with the token position it fixes every draw.
-
-    Depends on nothing else: no handle, no counter, no order of arrival.
-    """
-    text = f"{seed}/{problem_id}/{','.join(map(str, path_key))}"
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def walk(root: SearchNode) -> Iterator[SearchNode]:

@@ -31,13 +31,6 @@ SECTIONS = (at.ROW_POS, at.ROW_SLOT, at.ROW_PERM, at.ROW_LEAF, at.ITEMS, at.SEGS
 IMPLS = ["reference", "cpu"]
 
 
-@pytest.fixture(params=IMPLS)
-def impl(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu_extension")
-    return request.param
-
-
 def assert_same_plan(a, b):
     assert np.array_equal(a.buffer[: at.HEADER_INTS].numpy(), b.buffer[: at.HEADER_INTS].numpy())
     for field in SECTIONS:

@@ -1,11 +1,12 @@
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from prm_checkpoints import to_bin
 from tiny_models import VARIANTS, rewrite, write_tiny
 
 from ttskernels.models.loading import expected_shapes, load_checkpoint
@@ -123,17 +124,17 @@ def test_damaged_config(folder):
 
 
 def test_nothing_to_load(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no checkpoint: expected config.json and"):
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint: expected config.json with"):
         load_checkpoint(tmp_path)
     with pytest.raises(
         FileNotFoundError, match="does not exist; pass a checkpoint folder, a .gguf file or a hub id"
     ):
         load_checkpoint(tmp_path / "absent")
-    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
-    with pytest.raises(FileNotFoundError, match="holds .bin weights only"):
+    (tmp_path / "training_args.bin").write_bytes(b"x")  # what trainers leave beside a model
+    with pytest.raises(FileNotFoundError, match="holds no checkpoint"):
         load_checkpoint(tmp_path)
-    save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
-    with pytest.raises(FileNotFoundError, match="holds safetensors but no config.json"):
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="holds weights but no config.json"):
         load_checkpoint(tmp_path)
     with pytest.raises(ValueError, match="must be a folder, a hub id or a .gguf file, got the file"):
         load_checkpoint(tmp_path / "pytorch_model.bin")
@@ -144,10 +145,85 @@ def test_nothing_to_load(tmp_path):
         load_checkpoint(tmp_path / "two")
 
 
-def test_adapter_folder(folder):
-    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(FileNotFoundError, match="merge an adapter into its base model first"):
+@pytest.mark.parametrize("keep", [0, 4, 200, 0.5, -1])
+def test_truncated_bin(folder, keep):
+    to_bin(folder)
+    file = folder / "pytorch_model.bin"
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep) if isinstance(keep, float) else keep])
+    with pytest.raises(ValueError, match="pytorch_model.bin is not a complete PyTorch weight file .*; download it again"):
+        load_checkpoint(folder)
+
+
+def test_damaged_bin(folder):
+    """The pickle inside is overwritten, the archive around it is whole."""
+    to_bin(folder)
+    file = folder / "pytorch_model.bin"
+    data = bytearray(file.read_bytes())
+    data[60:90] = b"\xff" * 30
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match="is not a complete PyTorch weight file .Unsupported operand 255"):
+        load_checkpoint(folder)
+
+
+class Code:
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_bin_with_code_is_not_opened(folder, tmp_path, zipped):
+    (folder / "model.safetensors").unlink()
+    content = {EMBED: torch.ones(131, 64), "x": Code(tmp_path / "ran")}
+    torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(ValueError, match="pytorch_model.bin asks to load posix.mkdir: .*could run any code; it is not opened"):
+        load_checkpoint(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("content", [[torch.ones(2)], {"model": {EMBED: torch.ones(2)}}, {"step": 3}])
+def test_bin_of_something_else(folder, content):
+    (folder / "model.safetensors").unlink()
+    torch.save(content, folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin must hold a dict of tensors, got (list|dict)"):
+        load_checkpoint(folder)
+
+
+def test_bin_of_an_old_torch(folder):
+    before = load_checkpoint(folder, torch.float32).weights
+    to_bin(folder)
+    file = folder / "pytorch_model.bin"
+    torch.save(torch.load(file, weights_only=True), file, _use_new_zipfile_serialization=False)
+    after = load_checkpoint(folder, torch.float32).weights
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_missing_bin_shard(folder):
+    to_bin(folder, shards=2)
+    (folder / "pytorch_model-00002-of-00002.bin").unlink()
+    with pytest.raises(FileNotFoundError, match="00002.bin is named by pytorch_model.bin.index.json but is missing"):
+        load_checkpoint(folder)
+
+
+def test_safetensors_before_bin(folder):
+    (folder / "pytorch_model.bin").write_bytes(b"not even a file")
+    load_checkpoint(folder)
+
+
+def test_weight_that_is_there_twice(folder):
+    rewrite(folder, lambda t: t.update({f"pretrained_model.{EMBED}": t[EMBED].clone()}))
+    with pytest.raises(ValueError, match="embed_tokens.weight is there twice; the files are of two checkpoints"):
+        load_checkpoint(folder)
+
+
+def test_a_single_file_of_any_name(folder):
+    (folder / "model.safetensors").rename(folder / "weights.safetensors")
+    load_checkpoint(folder)
+    (folder / "other.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="must hold one of model.safetensors, .*got other.safetensors, weights"):
         load_checkpoint(folder)
 
 

@@ -128,7 +128,7 @@ def test_verifier_has_no_vocabulary_head(impl, tmp_path):
     assert model.flops_per_token(10) == model.config.flops_per_token(10, output="hidden")
     tree = Tree(model)
     root = tree.forest.add(None, [1, 2])
-    with pytest.raises(ValueError, match="output must be 'hidden': this checkpoint has a score head"):
+    with pytest.raises(ValueError, match="output must be 'hidden': this model was loaded with a score head and no vocab"):
         tree.run([root])
     with pytest.raises(ValueError, match="decode needs a vocabulary head"):
         decode(model, tree, [], torch.zeros(0, dtype=torch.int32))

@@ -6,15 +6,6 @@ import torch
 from ttskernels._reference import path_aggregate as reference
 from ttskernels.ops.path_aggregate import HOWS, aggregate, empty_state, path_aggregate
 
-IMPLS = ["reference", "cpu"]
-
-
-@pytest.fixture(params=IMPLS)
-def impl(request):
-    if request.param == "cpu":
-        request.getfixturevalue("cpu_extension")
-    return request.param
-
 
 def make(sizes):
     return torch.rand(sum(sizes)), torch.tensor([0, *sizes]).cumsum(0).int()

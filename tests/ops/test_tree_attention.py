@@ -275,9 +275,30 @@ def test_layout_round_trip():
 def test_opcheck(cpu_extension):
     trees = random_trees(0)
     args = make(trees, 4, 2, 64, torch.float32)
+    plan, out = build_plan(trees), torch.empty_like(args[0])
     torch.library.opcheck(
-        torch.ops.ttskernels.tree_attention.default, (*args, build_plan(trees), 0.1, 0.0, 0, torch.zeros(4))
+        torch.ops.ttskernels.tree_attention.default, (*args, plan, 0.1, 0.0, 0, torch.zeros(4), out)
     )
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_out(cpu_extension, impl):
+    """`out` is written and returned, also into wider rows, whose other columns stay."""
+    trees = random_trees(4)
+    q, k, v = make(trees, 4, 2, 64, torch.float32, v_dim=48)
+    plan = build_plan(trees)
+    expected = tree_attention(q, k, v, plan, impl=impl)
+    wide = torch.full((q.shape[0], 6, 48), float("nan"))
+    out = wide[:, 1:5]
+    result, lse = tree_attention(q, k, v, plan, out=out, return_lse=True, impl=impl)
+    assert result is out and torch.equal(out, expected) and lse.isfinite().all()
+    assert wide[:, 0].isnan().all() and wide[:, 5].isnan().all()
+    for bad in (out[:-1], out.double(), wide[:, :4].transpose(1, 2), out.transpose(1, 2).contiguous().transpose(1, 2)):
+        with pytest.raises(ValueError, match="out must be|of out must be contiguous"):
+            tree_attention(q, k, v, plan, out=bad, impl=impl)
+    square = make(trees, 4, 2, 64, torch.float32)
+    with pytest.raises(ValueError, match="out must not share memory with q"):
+        tree_attention(*square, plan, out=square[0], impl=impl)
 
 
 def invalid(q, k, v, plan):

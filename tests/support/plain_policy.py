@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from dataclasses import dataclass, field
 
 import torch
 from ttsearch.budget import Budget
 from ttsearch.prompts import TextPolicy
-from ttsearch.tree import sampling_key
 from ttsearch.types import Cost, Problem, SearchNode
 from ttsearch.verifiers import TextVerifier
+
+from ttskernels.engine.keys import as_int64, child_key, root_key
 
 
 @dataclass
@@ -67,7 +69,8 @@ class PlainPolicy:
         text, ordinal = self.backend.text, self._ordinals.get(parent.path_key, 0)
         self._ordinals[parent.path_key] = ordinal + 1
         key = (*parent.path_key, ordinal)
-        draw = torch.Generator().manual_seed(sampling_key(self.budget.seed, self.problem.id, key))
+        root = root_key(self.budget.seed, self.problem.id)
+        draw = torch.Generator().manual_seed(as_int64(functools.reduce(child_key, key, root)))
         room = min(limits.max_step_tokens, limits.max_tokens - parent.path_tokens())
         ids, state, logprob = [], 0, 0.0
         while state >= 0 and len(ids) < room:

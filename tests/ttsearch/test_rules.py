@@ -5,7 +5,7 @@ import math
 import pytest
 from ttsearch.aggregate import display_score, path_score, ranked
 from ttsearch.budget import Budget
-from ttsearch.tree import kept_leaves, sampling_key, walk
+from ttsearch.tree import kept_leaves, walk
 from ttsearch.types import Cost, ModelCost, Problem, SearchNode
 from ttsearch.vote import elect
 
@@ -135,18 +135,6 @@ def test_costs_add():
         total.policy == ModelCost(11, 2, 3, 4, 5, 6.0) and total.peak_kv_bytes == 100 and total.flops == 7.0
     )
     assert a.peak_kv_bytes == 100 and sum([a, a], Cost()).seconds_score == 6.0
-
-
-def test_sampling_keys_are_fixed_and_distinct():
-    assert sampling_key(0, "p", (0, 1)) == sampling_key(0, "p", (0, 1))
-    keys = [
-        sampling_key(s, p, k)
-        for s in (0, 1)
-        for p in ("p", "q")
-        for k in ((0,), (0, 1), (1, 0), (0, 0), (10,), (1,))
-    ]
-    assert len(set(keys)) == len(keys) and all(-(2**63) <= key < 2**63 for key in keys)
-    assert sampling_key(0, "p", (0, 1)) == 4121699741825337550, "changing keys changes every published tree"
 
 
 def test_tree_walks():

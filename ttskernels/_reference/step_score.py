@@ -14,7 +14,7 @@ def step_score(
     weight: Tensor,
     bias: Tensor | None,
     squash: str,
-    label: int,
+    mix: Tensor | None,
 ) -> Tensor:
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     x = hidden[rows.long()].to(wide)
@@ -27,12 +27,10 @@ def step_score(
     logits = x @ weight.to(wide).T
     if bias is not None:
         logits = logits + bias.to(wide)
-    if squash == "none":
-        scores = logits[:, label]
+    bad = bad | ~logits.isfinite().all(-1)
+    if squash == "softmax":
+        logits = torch.softmax(logits, -1)
     elif squash == "sigmoid":
-        scores = torch.sigmoid(logits[:, label])
-    else:
-        p = torch.softmax(logits, -1)
-        scores = p[:, label] if squash == "softmax" else p[:, label] - p[:, 0]
-    bad = bad | ~logits[:, label].isfinite()
+        logits = torch.sigmoid(logits)
+    scores = logits.sum(-1) if mix is None else (logits * mix.to(wide)).sum(-1)
     return scores.masked_fill(bad, float("nan"))

@@ -22,8 +22,8 @@ class ScoreRunner:
     def __init__(self, model, forest: Forest, residency: Residency):
         if model.head is None:
             raise ValueError(
-                "verifier has no score head (a plain language model?); load a process reward model, for example a "
-                "token classifier or a Skywork checkpoint"
+                "verifier has no score head (a plain language model?); load a process reward model, or pass load_model a "
+                "HeadSpec that names rows of the language-model head"
             )
         self.model, self.forest, self.residency = model, forest, residency
         self.heads = model.config.heads
@@ -106,7 +106,7 @@ class ScoreRunner:
             torch.cat([hidden[job.node] for job in jobs]),
             torch.arange(sum(len(job.reads) for job in jobs), dtype=torch.int32),
             head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-            norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, label=head.label,
+            norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, mix=head.mix,
         ).tolist()  # fmt: skip
         seconds = (time.perf_counter() - started) / len(jobs)
         result, at = [], 0

@@ -17,6 +17,7 @@ import functools
 import heapq
 import itertools
 import math
+from array import array
 from typing import NamedTuple
 
 import numpy as np
@@ -42,7 +43,7 @@ class Built(NamedTuple):
     row_perm: list[int]
     row_leaf: list[int]
     items: list[tuple[int, ...]]
-    segs: list[int]
+    segs: array
     merge_indptr: list[int]
     merge_slots: list[int]
     num_slots: int
@@ -50,19 +51,37 @@ class Built(NamedTuple):
     stats: PlanStats
 
 
-@functools.lru_cache(maxsize=4096)
-def row_rate(rows: int, costs: Costs) -> float:
-    """Microseconds per token of `rows` rows, in even blocks of at most block_rows."""
-    blocks = -(-rows // costs.block_rows)
-    size = -(-rows // blocks)
-    last = rows - (blocks - 1) * size
-    return (blocks - 1) * block_rate(size, costs) + block_rate(last, costs)
+class BlockRates(dict):
+    """Microseconds per token of an item of so many rows."""
+
+    def __init__(self, costs: Costs):
+        self.costs = costs
+
+    def __missing__(self, rows: int) -> float:
+        costs = self.costs
+        padded = -(-rows * costs.group // costs.tile_rows) * costs.tile_rows
+        self[rows] = rate = max(costs.byte_us, costs.flop_us * padded)
+        return rate
 
 
-@functools.lru_cache(maxsize=4096)
-def block_rate(rows: int, costs: Costs) -> float:
-    padded = -(-rows * costs.group // costs.tile_rows) * costs.tile_rows
-    return max(costs.byte_us, costs.flop_us * padded)
+class RowRates(dict):
+    """Microseconds per token of so many rows, in even blocks of at most block_rows."""
+
+    def __init__(self, block_rates: BlockRates):
+        self.block_rates = block_rates
+
+    def __missing__(self, rows: int) -> float:
+        blocks = -(-rows // self.block_rates.costs.block_rows)
+        size = -(-rows // blocks)
+        last = rows - (blocks - 1) * size
+        self[rows] = rate = (blocks - 1) * self.block_rates[size] + self.block_rates[last]
+        return rate
+
+
+@functools.lru_cache(maxsize=64)
+def rates(costs: Costs) -> tuple[BlockRates, RowRates]:
+    block_rates = BlockRates(costs)
+    return block_rates, RowRates(block_rates)
 
 
 class Tree:
@@ -102,39 +121,43 @@ class Tree:
         self.growing = [leaf[v] and own[v] == 1 and reach[v] == length[v] for v in range(nodes)]
         capacity = spec.capacity.tolist()
         self.extent = [max(capacity[v], reach[v]) if self.growing[v] else self.seen[v] for v in range(nodes)]
+        self._whole_pages(spec)
         # Stable: rows of one node at one position stay in the caller's order.
         place = np.asarray(row_lo, np.int64)[spec.row_node]
         self.perm = np.lexsort((spec.row_pos, place)).tolist()
         self.pos = spec.row_pos[self.perm].tolist()  # by plan row
 
-    def segments(self, v: int) -> list[int]:
+    def segments(self, v: int) -> array:
         """[page, offset, count, begin] of each page piece of the node, cut where a partial begins."""
-        end, page_size = self.extent[v], self.page_size
-        pages = self.pages[self.page_indptr[v] : self.page_indptr[v + 1]]
-        if (
-            self.offset[v] == 0 and PARTIAL_TOKENS % page_size == 0
-        ):  # every piece is a page: the common case, faster
-            used = -(-end // page_size)
-            out = [0] * (4 * used)
-            out[::4] = pages[:used]
-            out[2::4] = [page_size] * used
-            out[3 :: 4 * PARTIAL_TOKENS // page_size] = [1] * -(-end // PARTIAL_TOKENS)
-            if used:
-                out[-2] = end - (used - 1) * page_size
-            return out
-        out = []
-        token = 0
+        if self.offset[v] == 0 and PARTIAL_TOKENS % self.page_size == 0:  # every piece is a page: the common case
+            return self.whole_pages[4 * self.page_lo[v] : 4 * self.page_lo[v + 1]]
+        out = array("i")
+        token, end = 0, self.extent[v]
         while token < end:
-            page, offset = divmod(self.offset[v] + token, page_size)
-            count = min(page_size - offset, end - token, PARTIAL_TOKENS - token % PARTIAL_TOKENS)
-            out += (pages[page], offset, count, int(token % PARTIAL_TOKENS == 0))
+            page, offset = divmod(self.offset[v] + token, self.page_size)
+            count = min(self.page_size - offset, end - token, PARTIAL_TOKENS - token % PARTIAL_TOKENS)
+            out.extend((self.pages[self.page_indptr[v] + page], offset, count, int(token % PARTIAL_TOKENS == 0)))
             token += count
         return out
+
+    def _whole_pages(self, spec: TreeSpec) -> None:
+        """Pieces of every node as if it began on a page, and where each node's are: all of them in a few calls."""
+        extent = np.asarray(self.extent, np.int64)
+        used = -(-extent // self.page_size)
+        bounds = np.concatenate([[0], used.cumsum()])
+        piece = np.arange(bounds[-1]) - bounds[:-1].repeat(used)
+        out = np.zeros((bounds[-1], 4), np.int32)
+        at = spec.page_indptr[:-1].repeat(used) + piece
+        out[:, 0] = spec.pages[np.minimum(at, len(spec.pages) - 1)]
+        out[:, 2] = np.minimum(self.page_size, extent.repeat(used) - piece * self.page_size)
+        out[:, 3] = piece * self.page_size % PARTIAL_TOKENS == 0
+        self.whole_pages, self.page_lo = array("i", out.tobytes()), bounds.tolist()
 
 
 def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
     """pushed[node], the modelled cost of the choice and that of flat decoding (us of one worker)."""
     nodes = len(tree.parent)
+    row_rate = rates(costs)[1]
     pushed = [True] * nodes
     # Of the items that would take in a node above: cost, rate, blocks without tokens, partial records, open
     # rows (those that end at a separate node, so that even a fold from the root is a partial), and flat
@@ -147,7 +170,7 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
         if tree.total[v] == 0:
             continue
         if tree.own[v]:
-            own_rate, own_blocks = row_rate(tree.own[v], costs), -(-tree.own[v] // costs.block_rows)
+            own_rate, own_blocks = row_rate[tree.own[v]], -(-tree.own[v] // costs.block_rows)
             rate[v] += own_rate
             flat_rate[v] += own_rate
             flat[v] += own_blocks * costs.item_us
@@ -157,7 +180,7 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
             groups = -(-tokens // PARTIAL_TOKENS)
             flat[v] += tokens * flat_rate[v]
             push = tokens * rate[v] + empty[v] * costs.item_us
-            once_rate, blocks = row_rate(rows, costs), -(-rows // costs.block_rows)
+            once_rate, blocks = row_rate[rows], -(-rows // costs.block_rows)
             once = blocks * costs.item_us + tokens * once_rate
             extra = 0.0
             if tree.pos0[v] == 0:  # a separate root makes partials of everything below, and one of itself
@@ -207,48 +230,53 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
 
 def block_items(
     tree: Tree, pushed: list[bool], costs: Costs
-) -> tuple[list[Item], list[int], dict[int, tuple[int, int]]]:
+) -> tuple[list[Item], array, dict[int, tuple[int, int]]]:
     """One item per chain and block of rows; the segments; and the segment range of each growing node."""
+    block_rate = rates(costs)[0]
     items: list[Item] = []
-    segs: list[int] = []
+    segs = array("i")
     grows: dict[int, tuple[int, int]] = {}
-    pieces: dict[int, list[int]] = {}
-    for v in range(len(tree.parent)):
-        rows = tree.own[v] if pushed[v] else tree.total[v]
+    pieces: dict[int, array] = {}
+    parent, own, total, node_pos0, pos = tree.parent, tree.own, tree.total, tree.pos0, tree.pos
+    for v, is_pushed in enumerate(pushed):
+        rows = own[v] if is_pushed else total[v]
         if rows == 0:
             continue
-        chain, up = [v], tree.parent[v]
+        chain, up = [v], parent[v]
         while up >= 0 and pushed[up]:
             chain.append(up)
-            up = tree.parent[up]
-        pos0, seg_lo = tree.pos0[chain[-1]], len(segs) // 4
+            up = parent[up]
+        pos0, seg_lo = node_pos0[chain[-1]], len(segs) // 4
         for u in reversed(chain):
             if u not in pieces:
                 pieces[u] = tree.segments(u)
             segs += pieces[u]
         seg_hi = len(segs) // 4
-        if tree.growing[v]:
+        growing = tree.growing[v]
+        if growing:
             grows[v] = (seg_hi - len(pieces[v]) // 4, seg_hi)
-        blocks = -(-rows // costs.block_rows)
-        size = -(-rows // blocks)
-        for lo in range(tree.row_lo[v], tree.row_lo[v] + rows, size):
-            hi = min(lo + size, tree.row_lo[v] + rows)
-            last, growing = tree.pos[hi - 1], tree.growing[v]
-            end, n = tree.pos0[v] + tree.extent[v], seg_hi - seg_lo
+        stop = node_pos0[v] + tree.extent[v]
+        size = -(-rows // -(-rows // costs.block_rows))
+        row_lo = tree.row_lo[v]
+        row_hi = row_lo + rows
+        for lo in range(row_lo, row_hi, size):
+            hi = min(lo + size, row_hi)
+            last, end, n = pos[hi - 1], stop, seg_hi - seg_lo
             while not growing and n > 1 and end - segs[(seg_lo + n) * 4 - 2] > last:
                 n -= 1  # the block's last row sees nothing of this segment
                 end -= segs[(seg_lo + n) * 4 + 2]
-            cost = costs.item_us + min(end - pos0, last + 1 - pos0) * block_rate(hi - lo, costs)
+            cost = costs.item_us + (min(end, last + 1) - pos0) * block_rate[hi - lo]
             items.append(Item(lo, hi - lo, seg_lo, n, pos0, end - pos0, cost, growing))
     return items, segs, grows
 
 
-def split_items(tree: Tree, items: list[Item], segs: list[int], costs: Costs) -> list[Item]:
+def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> list[Item]:
     """Cut long items at partial starts while there are too few (item, kv head) tasks for the workers."""
     total = 0.0
     for item in items:
         total += item.cost
     target = total / costs.tasks * costs.kv_heads
+    block_rate = rates(costs)[0]
     out: list[Item] = []
     for item in items:
         pieces = min(math.ceil(item.cost / target), int(item.cost / costs.min_piece_us))
@@ -269,13 +297,13 @@ def split_items(tree: Tree, items: list[Item], segs: list[int], costs: Costs) ->
             while not item.growing and tree.pos[row_lo] < pos0:
                 row_lo += 1  # sees nothing of this piece
             seen = max(0, min(end - start, tree.pos[row_hi - 1] + 1 - pos0))
-            cost = costs.item_us + seen * block_rate(row_hi - row_lo, costs)
+            cost = costs.item_us + seen * block_rate[row_hi - row_lo]
             out.append(Item(row_lo, row_hi - row_lo, lo, hi - lo, pos0, end - start, cost, item.growing))
     return out
 
 
 def assign_slots(
-    items: list[Item], segs: list[int], rows: int
+    items: list[Item], segs: array, rows: int
 ) -> tuple[list[int], list[int], list[int], int]:
     """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
     change = [0] * (rows + 1)
@@ -291,9 +319,11 @@ def assign_slots(
             continue
         groups = 1 if item.pos0 == 0 else sum(segs[item.seg_lo * 4 + 3 : (item.seg_lo + item.seg_n) * 4 : 4])
         slots.append(used)
-        for r in range(item.row_n):
-            merges[item.row_lo + r] += range(used + r, used + r + groups * item.row_n, item.row_n)
-        used += groups * item.row_n
+        rows_of_item = merges[item.row_lo : item.row_lo + item.row_n]
+        for _ in range(groups):
+            for slot, part in enumerate(rows_of_item, used):
+                part.append(slot)
+            used += item.row_n
     indptr = [0]
     for part in merges:
         indptr.append(indptr[-1] + len(part))
@@ -316,7 +346,7 @@ def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]
 
 
 def row_targets(
-    spec: TreeSpec, tree: Tree, segs: list[int], grows: dict[int, tuple[int, int]]
+    spec: TreeSpec, tree: Tree, segs: array, grows: dict[int, tuple[int, int]]
 ) -> tuple[list[int], list[int]]:
     """row_slot and row_leaf of every row, caller's order."""
     slots, leaves = [], []
@@ -363,14 +393,5 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
         flat_us=flat / costs.workers,
     )
     return Built(
-        row_slot,
-        tree.perm,
-        row_leaf,
-        packed,
-        segs,
-        merge_indptr,
-        merge_slots,
-        num_slots,
-        worker_indptr,
-        stats,
-    )
+        row_slot, tree.perm, row_leaf, packed, segs, merge_indptr, merge_slots, num_slots, worker_indptr, stats
+    )  # fmt: skip

@@ -41,14 +41,13 @@ class Decoder(Protocol):
 class PythonDecoder:
     """Runs layer by layer through `ops`; every op gets the same `impl`."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str):
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True):
         self.config, self.impl = config, impl
         self.embed = weights["model.embed_tokens.weight"]
-        lm_head = weights.get("lm_head.weight", self.embed)
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
-        self.packed = {
-            name: linear_pack(tensor, impl=impl) for name, tensor in (matrices | {LM_HEAD: lm_head}).items()
-        }
+        if lm_head:
+            matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
+        self.packed = {name: linear_pack(tensor, impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
     def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:

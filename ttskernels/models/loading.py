@@ -1,23 +1,24 @@
-"""Weights from safetensors: every expected tensor with its shape, nothing unexpected, no guess and no random head."""
+"""A checkpoint: every expected tensor with its shape, nothing unexpected, no guess and no random head."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.families import decoder_config
-from ttskernels.models.heads import HeadKind, ScoreHead, build_head, head_kind
-from ttskernels.models.sources import resolve
+from ttskernels.models.heads import HeadSpec, ScoreHead, language_model_head
+from ttskernels.models.layouts import build_head, head_kind, refuse
+from ttskernels.models.lora import Adapter, read_adapter
+from ttskernels.models.sources import resolve, resolve_config
+from ttskernels.models.weights import DTYPES, main_file, read_json, read_weights, some, weight_files
 
-DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+EMBED, LM_HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(eq=False)
@@ -28,38 +29,95 @@ class Checkpoint:
     weights: dict[str, Tensor]
     head: ScoreHead | None
     folder: Path
+    keeps_lm_head: bool  # the vocabulary head is wanted: untied in `weights`, or the embedding
 
 
-def load_checkpoint(source: str | os.PathLike, dtype: torch.dtype = torch.bfloat16) -> Checkpoint:
-    """Read a checkpoint folder, hub id or GGUF file and convert its weights to `dtype`.
+def load_checkpoint(
+    source: str | os.PathLike,
+    dtype: torch.dtype = torch.bfloat16,
+    head: HeadSpec | None = None,
+    *,
+    keep_lm_head: bool = False,
+    base: str | os.PathLike | None = None,
+) -> Checkpoint:
+    """Read a checkpoint and convert its weights to `dtype`. Arguments: see `load_model`.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: unsupported family or feature; a weight missing, unexpected or of the wrong shape; a damaged file.
+        ValueError: unsupported family or feature; a weight missing, unexpected or of the wrong shape; a damaged file;
+            a `head` the checkpoint cannot have.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))}, got {dtype}")
     folder = resolve(source, dtype)
-    raw = _read_json(folder / "config.json")
-    config = decoder_config(raw, dtype, _generation_eos(folder))
-    files = _weight_files(folder)
-    names = {
-        name: file for file in files for name in _names(file) if not name.endswith("rotary_emb.inv_freq")
-    }
-    kind = head_kind((raw.get("architectures") or [""])[0], names)
-    tensors = _read(names)
-    head = None if kind is None else build_head(kind, tensors, config.hidden)
-    weights = _check(config, tensors, kind, folder)
+    adapter = read_adapter(folder)
+    model_folder = folder if adapter is None else _base_model(adapter, base, dtype)
+    config_folder = model_folder if adapter is not None else _config_folder(folder, base)
+    raw = read_json(config_folder / "config.json")
+    refuse(str(source), folder, raw)
+    config = decoder_config(raw, dtype, _generation_eos(config_folder))
+    tensors = read_weights(weight_files(model_folder))
+    if adapter is not None:
+        adapter.merge(tensors)
+    elif config_folder != folder and EMBED in tensors:  # the base's config.json does not know of added tokens
+        config = replace(config, vocab=len(tensors[EMBED]))
+    kind = head_kind(raw, tensors)
+    weights = _check(config, tensors, kind.names(raw) if kind else (), needs_lm_head=kind is None, folder=folder)
     if kind is not None:
-        weights.pop("lm_head.weight", None)  # a score head replaces it
-    elif config.tie_embeddings and "lm_head.weight" in weights:
-        if not torch.equal(weights.pop("lm_head.weight"), weights["model.embed_tokens.weight"]):
-            raise ValueError(
-                f"{folder}: lm_head.weight differs from model.embed_tokens.weight although "
-                "tie_word_embeddings is true; "
-                "set it to false in config.json, or remove lm_head.weight"
-            )
-    return Checkpoint(config, {n: t.to(dtype).contiguous() for n, t in weights.items()}, head, folder)
+        if keep_lm_head:
+            raise ValueError(f"keep_lm_head must be false for {folder}: it has a {kind.name} and is no policy")
+        score_head = build_head(kind, tensors, config.hidden, head)
+    else:
+        _untie(config, weights, folder)
+        score_head = None if head is None else language_model_head(head, weights.get(LM_HEAD, weights[EMBED]))
+    keep_lm_head = keep_lm_head or score_head is None
+    if not keep_lm_head:
+        weights.pop(LM_HEAD, None)
+    wanted = {name: tensor.to(dtype).contiguous() for name, tensor in weights.items()}
+    return Checkpoint(config, wanted, score_head, folder, keep_lm_head)
+
+
+def _base_model(adapter: Adapter, base: str | os.PathLike | None, dtype: torch.dtype) -> Path:
+    """Folder of the model that `adapter` is merged into."""
+    folder = adapter.folder
+    if main := main_file(folder):
+        raise ValueError(f"{folder} holds an adapter and {main.name}; keep the adapter, or the whole model, elsewhere")
+    if base is None and adapter.base is None:
+        raise ValueError(f"base must be the model that the adapter in {folder} belongs to, got None; its config names none")
+    try:
+        found = resolve(base or adapter.base, dtype)
+    except (FileNotFoundError, ConnectionError) as error:
+        if base is not None:
+            raise
+        raise type(error)(
+            f"the adapter in {folder} belongs to {adapter.base}: {error}; pass base= where that model is"
+        ) from error
+    if not (found / "config.json").is_file():
+        raise FileNotFoundError(f"the base model {found} of the adapter in {folder} holds no config.json")
+    return found
+
+
+def _config_folder(folder: Path, base: str | os.PathLike | None) -> Path:
+    """Folder with the config.json of the weights in `folder`."""
+    if (folder / "config.json").is_file():
+        if base is not None:
+            raise ValueError(f"base must be None for {folder}, which is a whole checkpoint, got {base}")
+        return folder
+    if base is None:
+        raise FileNotFoundError(
+            f"{folder} holds weights but no config.json; copy it from the original checkpoint, or pass as base the model "
+            "that was trained on (PQM is published as weights alone)"
+        )
+    return resolve_config(base)
+
+
+def _untie(config: DecoderConfig, weights: dict[str, Tensor], folder: Path) -> None:
+    """Drop a copy of the embedding; a vocabulary head of its own under tie_word_embeddings is an error."""
+    if config.tie_embeddings and LM_HEAD in weights and not torch.equal(weights.pop(LM_HEAD), weights[EMBED]):
+        raise ValueError(
+            f"{folder}: {LM_HEAD} differs from {EMBED} although tie_word_embeddings is true; "
+            f"set it to false in config.json, or remove {LM_HEAD}"
+        )
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -83,104 +141,47 @@ def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
         layer["self_attn.o_proj.bias"] = (h,)
     if config.qk_norm:
         layer |= {f"self_attn.{p}_norm.weight": (config.head_dim,) for p in "qk"}
-    shapes = {"model.embed_tokens.weight": (config.vocab, h), "model.norm.weight": (h,)}
+    shapes = {EMBED: (config.vocab, h), "model.norm.weight": (h,)}
     return shapes | {
         f"model.layers.{i}.{name}": shape for i in range(config.layers) for name, shape in layer.items()
     }
 
 
 def _check(
-    config: DecoderConfig, tensors: Mapping[str, Tensor], kind: HeadKind | None, folder: Path
+    config: DecoderConfig,
+    tensors: Mapping[str, Tensor],
+    head_names: tuple[str, ...],
+    *,
+    needs_lm_head: bool,
+    folder: Path,
 ) -> dict[str, Tensor]:
+    """The trunk's weights (and the vocabulary head, where there is one) out of exactly those and the score head's."""
     expected = expected_shapes(config)
-    head_names = set(kind.names()) if kind else set()
-    lm_head = (config.vocab, config.hidden)
-    if kind is None and not config.tie_embeddings or "lm_head.weight" in tensors:
-        expected["lm_head.weight"] = lm_head
+    if needs_lm_head and not config.tie_embeddings or LM_HEAD in tensors:
+        expected[LM_HEAD] = (config.vocab, config.hidden)
     if missing := sorted(expected.keys() - tensors.keys()):
         raise ValueError(
-            f"{folder} lacks {_some(missing)}, which a {config.model_type} checkpoint with this config.json has"
+            f"{folder} lacks {some(missing)}, which a {config.model_type} checkpoint with this config.json has"
         )
-    if unexpected := sorted(tensors.keys() - expected.keys() - head_names):
+    if unexpected := sorted(tensors.keys() - expected.keys() - set(head_names)):
         raise ValueError(
-            f"{folder} holds {_some(unexpected)}, which this decoder would not use; "
-            "the checkpoint is of another architecture than its config.json says, or has an adapter to be merged first"
+            f"{folder} holds {some(unexpected)}, which this decoder would not use; "
+            "the checkpoint is of another architecture than its config.json says"
         )
     for name, shape in expected.items():
         if tuple(tensors[name].shape) != shape:
+            hint = f"; for added tokens set vocab_size to {len(tensors[name])}" if name in (EMBED, LM_HEAD) else ""
             raise ValueError(
-                f"{folder}: {name} must have shape {shape} by config.json, got {tuple(tensors[name].shape)}"
+                f"{folder}: {name} must have shape {shape} by config.json, got {tuple(tensors[name].shape)}{hint}"
             )
     return {name: tensors[name] for name in expected}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        return [folder / "model.safetensors"]
-    if index.is_file():
-        files = [folder / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(
-                    f"{file} is named by {index.name} but is missing; the download is incomplete"
-                )
-        return files
-    found = sorted(folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file() or len(found) != 1:
-        raise FileNotFoundError(
-            f"{folder} must hold model.safetensors or model.safetensors.index.json, "
-            f"got {_some([f.name for f in found])}; "
-            "merge an adapter into its base model first (merge_and_unload, save_pretrained)"
-        )
-    return found
-
-
-def _names(file: Path) -> list[str]:
-    with _open(file) as handle:
-        return list(handle.keys())
-
-
-def _read(names: Mapping[str, Path]) -> dict[str, Tensor]:
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(set(names.values())):
-        with _open(file) as handle:
-            for name in handle.keys():
-                if name in names:
-                    tensors[name] = handle.get_tensor(name)
-                    if tensors[name].dtype not in (*DTYPES, torch.float64):
-                        raise ValueError(
-                            f"{file}: {name} must be a 16, 32 or 64-bit float, got {tensors[name].dtype}; "
-                            "use the unquantised checkpoint"
-                        )
-    return tensors
-
-
-def _open(file: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a complete safetensors file ({error}); download it again") from error
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        return json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
 
 
 def _generation_eos(folder: Path) -> tuple[int, ...] | None:
     """End ids of generation_config.json; a chat model's own end of turn is often only there."""
     file = folder / "generation_config.json"
-    value = _read_json(file).get("eos_token_id") if file.is_file() else None
+    value = read_json(file).get("eos_token_id") if file.is_file() else None
     if value is None:
         return None
     return (value,) if isinstance(value, int) else tuple(value)
 
-
-def _some(names: list[str], limit: int = 3) -> str:
-    shown = ", ".join(names[:limit]) or "nothing"
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

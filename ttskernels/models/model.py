@@ -15,7 +15,7 @@ from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import Decoder, PythonDecoder
-from ttskernels.models.heads import ScoreHead
+from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.ops.sample import check_params
 
@@ -26,7 +26,7 @@ class Model:
     """A policy (`head` is None) or a process reward model over plans and a page pool.
 
     `norm` is the final norm's weight in float32, which `step_score` applies to `output="hidden"`. `lm_head` holds the
-    vocabulary rows `[vocab, hidden]`, or None for a checkpoint with a score head.
+    vocabulary rows `[vocab, hidden]`, or None if the model was loaded without: then nothing keeps them.
     """
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, impl: str):
@@ -36,7 +36,7 @@ class Model:
         self._decoder = decoder
         self.norm = checkpoint.weights["model.norm.weight"].float()
         self.lm_head: Tensor | None = None
-        if self.head is None:
+        if checkpoint.keeps_lm_head:
             embed = checkpoint.weights["model.embed_tokens.weight"]
             self.lm_head = checkpoint.weights.get("lm_head.weight", embed)
 
@@ -77,7 +77,8 @@ class Model:
             raise ValueError(f"output must be 'logits' or 'hidden', got {output!r}")
         if output == "logits" and self.lm_head is None:
             raise ValueError(
-                "output must be 'hidden': this checkpoint has a score head and no vocabulary head"
+                "output must be 'hidden': this model was loaded with a score head and no vocabulary head; "
+                "pass keep_lm_head=True to load_model if it is a policy too"
             )
         self._check_rows(ids, plan, pool)
         _check_index("out_rows", out_rows, plan.num_rows)
@@ -112,7 +113,10 @@ class Model:
             ValueError: a shape or dtype mismatch, an id outside the vocabulary, a position past `max_positions`.
         """
         if self.lm_head is None:
-            raise ValueError("decode needs a vocabulary head; this checkpoint has a score head instead")
+            raise ValueError(
+                "decode needs a vocabulary head; this model was loaded with a score head instead: "
+                "pass keep_lm_head=True to load_model if it is a policy too"
+            )
         rows = plan.num_rows
         last = self._check_rows(ids, plan, pool)
         _check("keys", keys, (rows,), torch.int64)
@@ -150,34 +154,45 @@ class Model:
 
 
 def load_model(
-    source: str | os.PathLike, dtype: torch.dtype = torch.bfloat16, impl: _dispatch.Impl = "auto"
+    source: str | os.PathLike,
+    dtype: torch.dtype = torch.bfloat16,
+    impl: _dispatch.Impl = "auto",
+    head: HeadSpec | None = None,
+    *,
+    keep_lm_head: bool = False,
+    base: str | os.PathLike | None = None,
 ) -> Model:
     """Load a policy or process reward model.
 
     Args:
-        source: checkpoint folder (safetensors), hub id `owner/name`, `.gguf` file or a folder with one.
+        source: checkpoint folder (safetensors or pytorch_model.bin; or a LoRA adapter, which is merged into its base),
+            hub id `owner/name`, `.gguf` file or a folder with one.
         dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype.
         impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch.
+        head: how scores are read. None: as the checkpoint's own kind says; a plain language model has no head. Rows or
+            the mean of the vocabulary make a head of a plain language model, whose vocabulary head is then not kept.
+        keep_lm_head: keep it nevertheless: the model is a policy, too.
+        base: the base model of an adapter (None: the one its adapter_config.json names), or of a checkpoint that is
+            published without a config.json (PQM; only the base's config.json is read).
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
-        ValueError: unsupported family or feature, incomplete or damaged files; the message names which.
+        ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
+            message names which.
         UnavailableError: `impl` cannot run here.
     """
     if impl not in _dispatch.IMPLS:
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
-    checkpoint = load_checkpoint(source, dtype)
+    checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
-        return Model(
-            checkpoint,
-            NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.head is None),
-            "cpu",
-        )
+        native = NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.keeps_lm_head)
+        return Model(checkpoint, native, "cpu")
     resolved = "reference" if impl == "auto" else impl
-    return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, resolved), resolved)
+    decoder = PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head=checkpoint.keeps_lm_head)
+    return Model(checkpoint, decoder, resolved)
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import step_score as reference
 
-Squash = Literal["softmax", "sigmoid", "none", "difference"]
-SQUASHES = ("softmax", "sigmoid", "none", "difference")
+Squash = Literal["softmax", "sigmoid", "none"]
+SQUASHES = ("softmax", "sigmoid", "none")
 
 
 def step_score(
@@ -23,11 +23,11 @@ def step_score(
     inner_weight: Tensor | None = None,
     inner_bias: Tensor | None = None,
     squash: Squash = "softmax",
-    label: int = 0,
+    mix: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
-    """Scores of the steps that end at `rows`: gather, RMS norm, optional inner layer with ReLU, head, squash;
-    one pass.
+    """Scores of the steps that end at `rows`: gather, RMS norm, optional inner layer with ReLU, head, squash, mix;
+    one pass. `score = sum_l mix[l] * squash(logits)[l]`.
 
     Args:
         hidden: `[tokens, dim]`, fp32 / fp16 / bf16, before the final norm; not modified.
@@ -35,15 +35,16 @@ def step_score(
         weight: `[labels, dim]` (`[labels, inner]` with an inner layer), any of the three dtypes.
         norm_weight: `[dim]` of the final norm; None if `hidden` is normed already.
         inner_weight: `[inner, dim]`, dtype of `weight`.
-        squash: "softmax": probability of `label`; "difference": that minus the probability of label 0;
-            "sigmoid": of logit `label`; "none": logit `label`, unbounded.
+        squash: "softmax" over all labels, "sigmoid" of each logit, or "none": the logits, unbounded.
+        mix: `[labels]` float32, finite: (0, 1) is the probability of label 1, (-1, 1) that minus label 0's. None: the
+            head has one label and its value is the score.
     Returns:
         `[n]` float32; a row's score has the same bits in any batch. Empty `rows` gives an empty tensor.
     Raises:
-        ValueError: shape or dtype mismatch, a row outside `hidden`, or hidden states that are not finite.
+        ValueError: shape or dtype mismatch, a row outside `hidden`, or hidden states or logits that are not finite.
     Source: Lightman et al. 2023, arXiv:2305.20050.
     """
-    _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, label)
+    _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, mix)
     if resolve(impl, hidden) == "cpu":
         scores = torch.ops.ttskernels.step_score(
             hidden if hidden.stride(1) == 1 else hidden.contiguous(),
@@ -55,10 +56,10 @@ def step_score(
             weight.contiguous(),
             _vector(bias),
             squash,
-            label,
+            None if mix is None else mix.contiguous(),
         )
     else:
-        args = (hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, label)
+        args = (hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, mix)
         scores = reference.step_score(*args)
     finite = scores.isfinite()
     if not finite.all():
@@ -74,7 +75,7 @@ def _vector(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.float().contiguous()
 
 
-def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, label) -> None:
+def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, mix) -> None:
     if hidden.ndim != 2 or not hidden.is_floating_point():
         raise ValueError(
             f"hidden must be floating point [tokens, dim], got {hidden.dtype} {tuple(hidden.shape)}"
@@ -110,8 +111,11 @@ def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, sq
             raise ValueError(f"{name} must be [{size}], got {tuple(vector.shape)}")
     if squash not in SQUASHES:
         raise ValueError(f"squash must be one of {SQUASHES}, got {squash!r}")
-    lowest = 1 if squash == "difference" else 0
-    if not lowest <= label < labels:
-        raise ValueError(
-            f"label must be in {lowest}..{labels - 1} for squash {squash!r} of {labels} labels, got {label}"
-        )
+    if mix is None:
+        if labels != 1:
+            raise ValueError(
+                f"mix must be [{labels}] for a weight of {labels} labels, got None; pass how much each label counts, "
+                "for example torch.tensor([0.0, 1.0]) for the probability of label 1"
+            )
+    elif mix.shape != (labels,) or mix.dtype != torch.float32 or not mix.isfinite().all():
+        raise ValueError(f"mix must be finite float32 [{labels}], got {mix.dtype} {tuple(mix.shape)}: {mix.tolist()}")

@@ -19,6 +19,7 @@ def tree_attention(
     window: int = 0,
     sinks: Tensor | None = None,
     return_lse: bool = False,
+    out: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Dense attention of each row over its own path, reading every shared node once.
@@ -33,22 +34,27 @@ def tree_attention(
         window: if not 0, a row at position p sees positions `p - window + 1 .. p`.
         sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (and lse) of rows that see a token.
         return_lse: also return the natural log of the denominator, `[rows, q_heads]` float32.
+        out: `[rows, q_heads, v_dim]` in `q`'s dtype, rows contiguous, not overlapping `q`; written and returned.
     Returns:
-        `[rows, q_heads, v_dim]` in `q`'s dtype. A row that sees nothing gives 0 and -inf. What unused slots
+        `[rows, q_heads, v_dim]` in `q`'s dtype, or (that, lse). A row that sees nothing gives 0 and -inf. What unused slots
         hold never shows. On the CPU a row's bits depend on its path alone.
     Raises:
         ValueError: shape, dtype or head size mismatch, or a plan of other rows or another page size.
     """
     plan = getattr(plan, "buffer", plan)
     check(q, k_pages, v_pages, plan, softcap, window, sinks)
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
+    check_out(out, q, v_pages.shape[3])
     scale = q.shape[2] ** -0.5 if scale is None else scale
     if resolve(impl, q) == "cpu":
         q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
-        out, lse = torch.ops.ttskernels.tree_attention(
-            q, k_pages, v_pages, plan, scale, softcap, window, sinks
+        lse = torch.ops.ttskernels.tree_attention(
+            q, k_pages, v_pages, plan, scale, softcap, window, sinks, out
         )
     else:
-        out, lse = reference.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+        result, lse = reference.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+        out.copy_(result)
     return (out, lse) if return_lse else out
 
 
@@ -105,6 +111,16 @@ def check(
         raise ValueError(f"softcap and window must be 0 (off) or positive, got {softcap} and {window}")
     if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{q.shape[1]}], got {sinks.dtype} {tuple(sinks.shape)}")
+
+
+def check_out(out: Tensor, q: Tensor, v_dim: int) -> None:
+    want = (q.shape[0], q.shape[1], v_dim)
+    if tuple(out.shape) != want or out.dtype != q.dtype or out.device != q.device:
+        raise ValueError(f"out must be {q.dtype} {want} on {q.device}, got {describe(out)} on {out.device}")
+    if out.numel() and (out.stride(2) != 1 or out.stride(1) != v_dim):
+        raise ValueError(f"each row of out must be contiguous, got strides {out.stride()}")
+    if out.numel() and out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr():
+        raise ValueError("out must not share memory with q, which other workers still read; pass a new tensor")
 
 
 def describe(value) -> str:

@@ -115,26 +115,28 @@ float Logit(const StepScoreParams& p, const float* x, int64_t dim, int64_t label
   return out[0][0] + (p.bias != nullptr ? p.bias[label] : 0.0f);
 }
 
+// The mixed score in one sweep over the labels; softmax is online: sum and mixed are scaled by exp(-top).
 template <typename W>
 float ScoreRow(const StepScoreParams& p, const float* x, int64_t dim) {
-  const float wanted = Logit<W>(p, x, dim, p.label);
-  if (!isfinite(wanted)) return NAN;
-  if (p.squash == Squash::kNone) return wanted;
-  if (p.squash == Squash::kSigmoid) return 1.0f / (1.0f + expf(-wanted));
-  const float first = p.squash == Squash::kDifference ? Logit<W>(p, x, dim, 0) : 0.0f;
-  if (p.squash == Squash::kDifference && p.labels == 2) return tanhf(0.5f * (wanted - first));
-  float top = -INFINITY, sum = 0.0f;  // online softmax: sum of exp(logit - top)
+  float top = -INFINITY, sum = 0.0f, mixed = 0.0f;
   for (int64_t c = 0; c < p.labels; ++c) {
-    const float z = c == p.label ? wanted : Logit<W>(p, x, dim, c);
+    const float z = Logit<W>(p, x, dim, c);
     if (!isfinite(z)) return NAN;
-    if (z > top) {
-      sum *= expf(top - z);
-      top = z;
+    float value = z;
+    if (p.squash == Squash::kSigmoid) value = 1.0f / (1.0f + expf(-z));
+    if (p.squash == Squash::kSoftmax) {
+      if (z > top) {
+        const float shrink = expf(top - z);
+        sum *= shrink;
+        mixed *= shrink;
+        top = z;
+      }
+      value = expf(z - top);
+      sum += value;
     }
-    sum += expf(z - top);
+    mixed += p.mix != nullptr ? p.mix[c] * value : value;
   }
-  const float probability = expf(wanted - top) / sum;
-  return p.squash == Squash::kSoftmax ? probability : probability - expf(first - top) / sum;
+  return p.squash == Squash::kSoftmax ? mixed / sum : mixed;
 }
 
 template <typename T, typename W>

@@ -10,15 +10,16 @@
 namespace ttsk {
 
 enum class Squash : int {
-  kNone = 0,        // logit[label]
-  kSigmoid = 1,     // of logit[label]
-  kSoftmax = 2,     // p[label]
-  kDifference = 3,  // p[label] - p[0]
+  kNone = 0,     // the logits
+  kSigmoid = 1,  // of each logit
+  kSoftmax = 2,  // over all labels
 };
 
-// scores[i] of hidden row rows[i]; NaN if that row holds a value that is not finite, or its logits overflow.
+// scores[i] = sum over labels of mix * squash(logits) of hidden row rows[i]; NaN if that row holds a value that is not
+// finite, or a logit overflows.
 // hidden [tokens, dim], rows `hidden_stride` elements apart; norm_weight [dim] or null; inner_weight [inner, dim] with
-// inner_bias [inner] or null, followed by ReLU (inner = 0: none); weight [labels, inner or dim], bias [labels] or null.
+// inner_bias [inner] or null, followed by ReLU (inner = 0: none); weight [labels, inner or dim], bias [labels] or null,
+// mix [labels] or null (all ones).
 // Vectors are float32, inner_weight and weight of `weight_dtype`, all contiguous.
 // scratch: num_rows * (dim + inner) floats. Opens an OpenMP team; reads each weight once per four rows.
 struct StepScoreParams {
@@ -29,12 +30,12 @@ struct StepScoreParams {
   const float* inner_bias;
   const void* weight;
   const float* bias;
+  const float* mix;
   float* scores;
   float* scratch;
   int64_t num_rows, dim, hidden_stride, inner, labels;
   float eps;
   Squash squash;
-  int32_t label;
   DType hidden_dtype, weight_dtype;
 };
 
