@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ttskernels._triton.tiles import Tiles, default_queues, default_tiles
+from ttskernels._triton.tiles import Tiles, choose_tiles, default_queues
 from ttskernels._triton.workspace import workspace
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -39,7 +39,8 @@ def attend_partial(
     BLOCK_V: tl.constexpr = triton.next_power_of_2(V_DIM)
     n, d, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     lower, upper = first - pos0, tl.minimum(last - pos0, hi - 1)
-    for t in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N, num_stages=STAGES):
+    start = tl.where(lo < hi, lo // BLOCK_N * BLOCK_N, hi)  # nothing to see: no tile
+    for t in tl.range(start, hi, BLOCK_N, num_stages=STAGES):
         token = t + n
         live = token < hi  # the rest of the tile is not read, nor what comes before lo
         at = offset + tl.maximum(token, lo)  # a partial's segments are page pieces, all but the first from slot 0 on
@@ -67,7 +68,7 @@ def attend_partial(
 
 @triton.jit
 def finish(
-    out, lse, sinks, row, head, keep, m, l, o, v_scale, Q_HEADS: tl.constexpr, V_DIM: tl.constexpr,
+    out, lse, sinks, row, head, keep, m, l, o, v_scale, out_row, Q_HEADS: tl.constexpr, V_DIM: tl.constexpr,
 ):  # fmt: skip
     """Normalise and store the rows of m that `keep`; one that has seen nothing gives 0 and -inf."""
     dv = tl.arange(0, o.shape[1])
@@ -81,10 +82,9 @@ def finish(
         m = top
     l = tl.where(none, 1.0, l)
     o = tl.where(none[:, None], 0.0, o * (v_scale / l)[:, None])
-    at = row.to(tl.int64) * Q_HEADS + head
-    tl.store(out + at[:, None] * V_DIM + dv[None, :], o.to(out.dtype.element_ty),
-             mask=keep[:, None] & (dv[None, :] < V_DIM))  # fmt: skip
-    tl.store(lse + at, tl.where(none, NEG_INF, (m + tl.log2(l)) / LOG2E), mask=keep)
+    out_at = out + row.to(tl.int64) * out_row + head * V_DIM
+    tl.store(out_at[:, None] + dv[None, :], o.to(out.dtype.element_ty), mask=keep[:, None] & (dv[None, :] < V_DIM))
+    tl.store(lse + row.to(tl.int64) * Q_HEADS + head, tl.where(none, NEG_INF, (m + tl.log2(l)) / LOG2E), mask=keep)
 
 
 @triton.jit
@@ -111,7 +111,7 @@ def merge_records(
 @triton.jit
 def run_tile(
     q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
-    item, m0, kv_head, qk_scale, v_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot,
+    item, m0, kv_head, qk_scale, v_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -180,12 +180,14 @@ def run_tile(
         m, l, o = merge_records(partial_o, partial_ml, merge_slots, tl.where(keep, expected, 0), head,
                                 Q_HEADS, V_DIM, BLOCK_M)  # fmt: skip
     if tl.max(keep.to(tl.int32)) > 0:
-        finish(out, lse, sinks, row, head, keep, m, l, o, v_scale, Q_HEADS, V_DIM)
+        finish(out, lse, sinks, row, head, keep, m, l, o, v_scale, out_row, Q_HEADS, V_DIM)
 
 
 @triton.jit
-def clear_uncovered_rows(out, lse, plan, queue, num_queues, kv_head, Q_HEADS: tl.constexpr, GROUP: tl.constexpr,
-                         V_DIM: tl.constexpr):  # fmt: skip
+def clear_uncovered_rows(
+    out, lse, plan, queue, num_queues, kv_head, out_row,
+    Q_HEADS: tl.constexpr, GROUP: tl.constexpr, V_DIM: tl.constexpr,
+):  # fmt: skip
     """0 and -inf for the rows of no item (header field 23 counts them; the planner makes none)."""
     BLOCK: tl.constexpr = 64
     rows, num_items = tl.load(plan + 4), tl.load(plan + 5)
@@ -201,11 +203,11 @@ def clear_uncovered_rows(out, lse, plan, queue, num_queues, kv_head, Q_HEADS: tl
                 covered += tl.sum(((lo <= r) & (r < lo + n)).to(tl.int32))
             if covered == 0:
                 row = tl.load(plan + tl.load(plan + 16) + r).to(tl.int64)
-                at = row * Q_HEADS + kv_head * GROUP + g
+                head = kv_head * GROUP + g
                 zero = tl.zeros([g.shape[0], dv.shape[0]], out.dtype.element_ty)
-                tl.store(out + at[:, None] * V_DIM + dv[None, :], zero,
+                tl.store(out + row * out_row + head[:, None] * V_DIM + dv[None, :], zero,
                          mask=(g[:, None] < GROUP) & (dv[None, :] < V_DIM))  # fmt: skip
-                tl.store(lse + at, tl.full([g.shape[0]], NEG_INF, tl.float32), mask=g < GROUP)
+                tl.store(lse + row * Q_HEADS + head, tl.full([g.shape[0]], NEG_INF, tl.float32), mask=g < GROUP)
 
 
 @triton.jit
@@ -214,7 +216,7 @@ def tree_attention_kernel(
     out, lse,                                            # outputs [rows, q_heads, v_dim], [rows, q_heads]
     partial_o, partial_ml, arrived,                      # workspace; arrived is all 0 before and after
     scale, window, num_queues,
-    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head,  # strides in elements
+    q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row,  # strides in elements
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
@@ -231,7 +233,7 @@ def tree_attention_kernel(
     if SOFTCAP == 0.0:
         qk_scale *= LOG2E
     if tl.load(plan + 23) > 0:
-        clear_uncovered_rows(out, lse, plan, queue, num_queues, kv_head, Q_HEADS, GROUP, V_DIM)
+        clear_uncovered_rows(out, lse, plan, queue, num_queues, kv_head, out_row, Q_HEADS, GROUP, V_DIM)
     num_workers = tl.load(plan + 9)
     items, indptr = plan + tl.load(plan + 18), plan + tl.load(plan + 22)
     # A list of its own for each queue, or one list that all of them share in strides.
@@ -244,13 +246,13 @@ def tree_attention_kernel(
             pairs = tl.load(item + 1) * GROUP
             if SMALL_M < LARGE_M and pairs <= SMALL_M:
                 run_tile(q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
-                         item, 0, kv_head, qk_scale, out_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot,
+                         item, 0, kv_head, qk_scale, out_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
                          Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, SOFTCAP, SMALL_M, BLOCK_N, STAGES)  # fmt: skip
             else:
                 for m0 in range(0, pairs, LARGE_M):
                     run_tile(q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
                              item, m0, kv_head, qk_scale, out_scale, window,
-                             q_row, q_head, k_page, k_slot, v_page, v_slot,
+                             q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
                              Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, SOFTCAP, LARGE_M, BLOCK_N, STAGES)  # fmt: skip
 
 
@@ -266,16 +268,17 @@ def tree_attention(
     sinks: Tensor | None,
     k_scale: Tensor | None,
     v_scale: Tensor | None,
+    out: Tensor,
     tiles: Tiles | None = None,
-) -> tuple[Tensor, Tensor]:
-    """`header`: the plan's first integers, on the host; only what advancing and re-planning keep is used of them."""
+) -> Tensor:
+    """Fills `out`, returns lse. Of `header` (the plan's, on the host) only what is kept when a plan is advanced or
+    written again in place is used: a captured launch stays valid."""
     rows, q_heads, head_dim = q.shape
     kv_heads, v_dim = k_pages.shape[2], v_pages.shape[3]
-    out = q.new_empty(rows, q_heads, v_dim)
     lse = q.new_empty(rows, q_heads, dtype=torch.float32)
     if rows == 0:
-        return out, lse
-    tiles = tiles or default_tiles(q, k_pages, v_pages)
+        return lse
+    tiles = tiles or choose_tiles(q, k_pages, v_pages)
     workers, cap_rows, cap_slots = header[9], header[10], header[13]
     queues = workers if workers > 1 else default_queues(q.device, kv_heads)
     size = cap_slots * q_heads
@@ -285,9 +288,9 @@ def tree_attention(
         out, lse,
         scratch.records, scratch.records[size * v_dim :], scratch.arrived,
         scale, window, queues,
-        q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3],
-        q_heads, kv_heads, head_dim, v_dim, k_pages.shape[1], softcap,
+        q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], out.stride(0),
+        q_heads, kv_heads, head_dim, v_dim, k_pages.shape[1], float(softcap),
         16, tiles.large_m, tiles.block_n, tiles.stages,
         num_warps=tiles.warps,
     )  # fmt: skip
-    return out, lse
+    return lse

@@ -52,6 +52,11 @@ class Plan:
         return int(self._array[at.NUM_ROWS])
 
     @property
+    def header(self) -> list[int]:
+        """The header's integers, on the host."""
+        return self._array[: at.HEADER_INTS].tolist()
+
+    @property
     def row_pos(self) -> np.ndarray:
         """`[rows]` int32 view: absolute position of each row's token, caller's order."""
         return at.section(self._array, at.ROW_POS)
