@@ -33,8 +33,7 @@ def attend_partial(
     SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One partial from a fresh accumulator: tokens [lo, hi) of it, the row of m seeing positions first .. last."""
-    BLOCK_M: tl.constexpr = q.shape[0]
+    """Adds tokens [lo, hi) of one partial to a state (m, l, o) whose rows see positions first .. last."""
     BLOCK_D: tl.constexpr = q.shape[1]
     BLOCK_V: tl.constexpr = triton.next_power_of_2(V_DIM)
     n, d, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)

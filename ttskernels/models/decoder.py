@@ -14,6 +14,7 @@ from ttskernels.ops.linear import linear, linear_pack
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
+from ttskernels.ops.silu_mul import silu_mul
 from ttskernels.ops.tree_attention import tree_attention
 
 LM_HEAD = "lm_head.weight"
@@ -106,7 +107,7 @@ class PythonDecoder:
             x, self._vector(layer, "post_attention_layernorm.weight"), self.config.rms_eps, impl=self.impl
         )
         gate, up = self._linear(layer, "mlp.gate_proj", x), self._linear(layer, "mlp.up_proj", x)
-        return self._linear(layer, "mlp.down_proj", torch.nn.functional.silu(gate) * up)
+        return self._linear(layer, "mlp.down_proj", silu_mul(gate, up, impl=self.impl))
 
     def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
         bias = self._vector(layer, f"{name}.bias")
