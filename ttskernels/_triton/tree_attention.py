@@ -38,8 +38,7 @@ def attend_partial(
     BLOCK_V: tl.constexpr = triton.next_power_of_2(V_DIM)
     n, d, dv = tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V)
     lower, upper = first - pos0, tl.minimum(last - pos0, hi - 1)
-    start = tl.where(lo < hi, lo // BLOCK_N * BLOCK_N, hi)  # nothing to see: no tile
-    for t in tl.range(start, hi, BLOCK_N, num_stages=STAGES):
+    for t in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N, num_stages=STAGES):
         token = t + n
         live = token < hi  # the rest of the tile is not read, nor what comes before lo
         at = offset + tl.maximum(token, lo)  # a partial's segments are page pieces, all but the first from slot 0 on
@@ -147,6 +146,7 @@ def run_tile(
         pieces = tl.min(tl.where((s > 0) & (starts != 0), s, SCAN))
         tokens = tl.sum(tl.load(segs + (seg + s) * 4 + 2, mask=inside & (s < pieces), other=0))
         lo, hi = tl.maximum(begin - pos, 0), tl.minimum(end - pos, tokens)
+        hi = tl.where(lo < hi, hi, 0)  # nothing to see: no tile
         m, l, o = attend_partial(
             q_tile, m, l, o, k_base, v_base, segs, seg, tl.load(segs + seg * 4 + 1), pos, lo, hi, first, last, qk_scale,
             k_page, k_slot, v_page, v_slot, SOFTCAP, PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, STAGES,
