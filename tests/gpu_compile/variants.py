@@ -9,8 +9,11 @@ from ttskernels._triton import tree_attention as attention
 from ttskernels._triton.tiles import Tiles, lookup
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-# Spilled bytes of a thread that are accepted, by (kind of pool, padded head size) and architecture.
-ACCEPTED_SPILLS: dict[tuple[str, str], int] = {}
+# Bytes of local memory of a thread that are accepted, by how a variant's name begins; none otherwise.
+ACCEPTED_LOCAL = {
+    "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
+    "tree_attention-fp32": 1024,  # for checks, not for speed
+}
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,6 @@ def variants() -> list[Variant]:
             tree_attention(arch, "bf16", 192, v_dim=128),
         ]
         made += small_ops(arch)
-    for tiles in (Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2)):
+    for tiles in (Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3)):
         made.append(tree_attention("sm_90", "bf16", 128, tiles=tiles, ci=tiles.large_m == 128 and tiles.block_n == 64))
     return made

@@ -66,6 +66,22 @@ class Plan:
         """`[rows]` int32 view: page * page_size + slot where the row's K, V go; -1: they are there."""
         return at.section(self._array, at.ROW_SLOT)
 
+    @property
+    def positions(self) -> torch.Tensor:
+        """`row_pos` as a tensor."""
+        return torch.from_numpy(self.row_pos)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """`row_slot` as a tensor."""
+        return torch.from_numpy(self.row_slot)
+
+    def to(self, device: torch.device | str):
+        """A `DevicePlan`: this plan on a GPU."""
+        from ttskernels.kv.device_plan import DevicePlan
+
+        return DevicePlan(self, device)
+
     def section(self, field: int) -> np.ndarray:
         """View of the used part of a section (fields of plan_layout)."""
         return at.section(self._array, field)

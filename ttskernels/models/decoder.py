@@ -90,7 +90,7 @@ class PythonDecoder:
         q = self._linear(layer, "self_attn.q_proj", x).view(-1, c.q_heads, c.head_dim)
         k = self._linear(layer, "self_attn.k_proj", x).view(-1, c.kv_heads, c.head_dim)
         v = self._linear(layer, "self_attn.v_proj", x).view(-1, c.kv_heads, c.head_dim)
-        positions, slots = torch.from_numpy(plan.row_pos), torch.from_numpy(plan.row_slot)
+        positions, slots = plan.positions, plan.slots
         q = rope_append(
             q, k, v, c.inv_freq, positions, slots, pool.k[layer], pool.v[layer],
             rope_scale=c.rope_scale,
