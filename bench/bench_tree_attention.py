@@ -3,13 +3,14 @@
     pytest bench/bench_tree_attention.py --benchmark-columns=median,iqr,rounds
     TTSK_NUM_THREADS=1 pytest bench/bench_tree_attention.py -k shared
 
-Implementations: `shared` reads each node once, `flat` reads the prompt for each branch (same kernel), `gqa`
+Implementations: `shared` is the plan the engine would run, `flat` reads the prompt for each branch, `gqa`
 is torch's SDPA with enable_gqa on replicated KV, `folded` SDPA with the query group folded into q_len,
 `flex` FlexAttention over the unique tokens with a tree mask, `reference` the slow PyTorch op (small shape).
 extra_info: flops, KV bytes, GFLOP/s, GB/s and their share of the peak (TTSK_PEAK_GFLOPS: fp32 FMA of one
 thread, TTSK_PEAK_GBPS: read bandwidth of the machine).
 """
 
+import itertools
 import os
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch.nn import functional as F
 
 from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
+from ttskernels.kv import HeadShape, plan_from_parents
 from ttskernels.ops.tree_attention import tree_attention
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests" / "support"))
@@ -50,7 +52,9 @@ class Case:
         torch.manual_seed(0)
         nodes = [(-1, prompt, 0)] + [(0, suffix, 0)] * branches
         self.trees = make_trees(nodes, [(i + 1, suffix - 1) for i in range(branches)], slack=False)
-        self.plan = build_plan(self.trees, "separate" if shared else "pushed")
+        self.plan = self.product_plan(HeadShape(q_heads, kv_heads, dim, dim, dtype.itemsize))
+        if not shared:
+            self.plan = build_plan(self.trees, "pushed")
         self.k, self.v = layout.new_pages(self.trees.num_pages, kv_heads, dim, dtype)
         self.k.normal_(), self.v.normal_()
         self.q = torch.randn(branches, q_heads, dim).to(dtype)
@@ -58,6 +62,16 @@ class Case:
         read = prompt + branches * suffix if shared else branches * (prompt + suffix)
         self.flops = 4 * q_heads * dim * branches * (prompt + suffix)
         self.kv_bytes = 2 * kv_heads * dim * self.q.element_size() * read
+
+    def product_plan(self, heads: HeadShape):
+        """What the engine would run: the planner's choice of what is read together."""
+        nodes = self.trees.nodes
+        bounds = list(itertools.accumulate((len(n.pages) for n in nodes), initial=0))
+        return plan_from_parents(
+            [n.parent for n in nodes], [n.length for n in nodes], bounds, [p for n in nodes for p in n.pages],
+            [node for node, _ in self.trees.rows], [self.trees.position(r) for r in range(len(self.trees.rows))],
+            heads, first_offset=[n.offset for n in nodes],
+        ).buffer  # fmt: skip
 
     def dense(self):
         """KV of every branch, replicated: `[branches, kv_heads, tokens, dim]`."""

@@ -193,13 +193,13 @@ def decode_cases(tiny: bool) -> dict:
         pool = PagePool(shape.layers, shape.kv_heads, shape.head_dim, pages, DTYPE, device=DEVICE, strided=True)
         pool.k.normal_(), pool.v.normal_()
         ids = torch.zeros(branches, dtype=torch.int32, device=DEVICE)
-        rows = torch.arange(branches, device=DEVICE)
+        rows = torch.arange(branches, dtype=torch.int32, device=DEVICE)
         for name in ("tree", "flat"):
             if name == "flat" and prompt % 16:
                 continue
             plan = plan_of(levels, heads, flat=name == "flat", decode=True)[0].to(DEVICE)
-            assert decoder.forward(ids, plan, pool, rows, "logits").isfinite().all()
-            line[name] = measure(lambda plan=plan: decoder.forward(ids, plan, pool, rows, "logits"))
+            assert decoder.forward(ids, plan, pool, None, rows, "logits").isfinite().all()
+            line[name] = measure(lambda plan=plan: decoder.forward(ids, plan, pool, None, rows, "logits"))
         return line
 
     names = ["qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-1b", "llama-3.2-3b"]

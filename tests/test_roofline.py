@@ -1,13 +1,14 @@
-import ast
-import inspect
 import subprocess
 import sys
 from collections import Counter
 
 import pytest
+import torch
+from tiny_models import write_tiny
+from trees import Tree
 
 from ttskernels import roofline
-from ttskernels.models.decoder import PythonDecoder
+from ttskernels.models import decoder, load_model
 
 # us a layer on an H100 at 3.0 TB/s and 600 TFLOP/s, by hand: flat, shared, compute
 BY_HAND = {
@@ -39,23 +40,26 @@ def test_levels_of_a_search_tree():
         roofline.expect(shape, [(4, 10), (6, 10)])
 
 
-def test_launches_are_those_of_the_decoder():
-    """Calls in the source of the decoder's methods, of which each is a launch; `view` and slices are not."""
+def counting(name, run, called):
+    def counted(*args, **options):
+        called[name] += 1
+        return run(*args, **options)
 
-    def calls(*methods):
-        found = Counter()
-        for method in methods:
-            tree = ast.parse(inspect.getsource(method).lstrip().replace("\n    ", "\n"))
-            for node in ast.walk(tree):
-                if isinstance(node, ast.Call):
-                    name = node.func.attr if isinstance(node.func, ast.Attribute) else node.func.id
-                    found[{"_linear": "linear"}.get(name, name)] += 1
-        return found
+    return counted
 
-    layer = calls(PythonDecoder._attention, PythonDecoder._mlp)
-    layer["linear"] += 1  # the output projection, in forward
-    assert {name: layer[name] for name in roofline.LAYER_LAUNCHES if name != "add"} == {
-        name: n for name, n in roofline.LAYER_LAUNCHES.items() if name != "add"
+
+def test_launches_are_those_of_the_decoder(tmp_path, monkeypatch):
+    write_tiny(tmp_path, "llama")
+    tree, called = Tree(load_model(tmp_path, torch.float32, "reference")), Counter()
+    for name in ("rms_norm", "linear", "rope_append", "tree_attention", "silu_mul"):
+
+        monkeypatch.setattr(decoder, name, counting(name, getattr(decoder, name), called))
+    tree.run([tree.forest.add(None, [1])])
+    layers = tree.model.config.layers
+    assert called == {
+        name: layers * n + roofline.ITERATION_LAUNCHES.get(name, 0)
+        for name, n in roofline.LAYER_LAUNCHES.items()
+        if name != "add"
     }
 
 

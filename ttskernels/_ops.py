@@ -61,6 +61,14 @@ def _(hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, sq
     return hidden.new_empty(rows.shape[0], dtype=torch.float32)
 
 
+@_define(
+    "token_logprob(Tensor hidden, Tensor rows, Tensor? norm_weight, float eps, Tensor lm_head, int vocab, "
+    "ScalarType dtype, Tensor ids) -> Tensor"
+)
+def _(hidden, rows, norm_weight, eps, lm_head, vocab, dtype, ids) -> Tensor:
+    return hidden.new_empty(rows.shape[0], dtype=torch.float32)
+
+
 @_define("path_aggregate(Tensor state, Tensor scores, Tensor indptr) -> Tensor")
 def _(state, scores, indptr) -> Tensor:
     return torch.empty_like(state)
@@ -73,9 +81,9 @@ def _(config, constants, inv_freq, weights) -> int:
 
 @_define(
     "decoder_forward(int handle, Tensor(a!) k_pool, Tensor(b!) v_pool, Tensor plan, Tensor ids, Tensor out_rows, "
-    "int output, int width) -> Tensor"
+    "int output, int width, Tensor? out_plan=None) -> Tensor"
 )
-def _(handle, k_pool, v_pool, plan, ids, out_rows, output, width) -> Tensor:
+def _(handle, k_pool, v_pool, plan, ids, out_rows, output, width, out_plan=None) -> Tensor:
     return k_pool.new_empty(out_rows.shape[0], width, dtype=torch.float32)
 
 

@@ -114,7 +114,7 @@ void CheckRows(const DecoderShape& s, const Tensor& plan, const Tensor& ids, int
 }
 
 Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, const Tensor& plan, const Tensor& ids,
-                 const Tensor& out_rows, int64_t output, int64_t width) {
+                 const Tensor& out_rows, int64_t output, int64_t width, const std::optional<Tensor>& out_plan) {
   const std::shared_ptr<Entry> entry = Find(handle);
   Decoder& decoder = *entry->decoder;
   const DecoderShape& s = decoder.shape();
@@ -122,18 +122,22 @@ Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
   CheckRows(s, plan, ids, k_pool.size(1));
   STD_TORCH_CHECK(output == 0 || (output == 1 && decoder.has_lm_head()), "output must be 0 (hidden) or, with a vocabulary "
                   "head, 1 (logits), got ", output);
+  STD_TORCH_CHECK(width == (output == 1 ? s.vocab : s.hidden), "width must be the vocabulary for logits, the hidden size "
+                  "for hidden, got ", width);
   STD_TORCH_CHECK(out_rows.scalar_type() == ScalarType::Int && out_rows.dim() == 1 && out_rows.is_contiguous(),
                   "out_rows must be int32 [n]");
   const int32_t* wanted = Data<const int32_t>(out_rows);
+  if (out_plan) CheckPlan(*out_plan, out_rows.numel(), 16, k_pool.size(1));
   for (int64_t i = 0; i < out_rows.numel(); ++i) {
     STD_TORCH_CHECK(wanted[i] >= 0 && wanted[i] < ids.numel(), "out_rows[", i, "] must lie in 0 .. ", ids.numel() - 1,
                     ", got ", wanted[i]);
+    STD_TORCH_CHECK(out_plan || (wanted[i] == i && out_rows.numel() == ids.numel()), "out_rows must be all rows in order "
+                    "without an out_plan");
   }
-  STD_TORCH_CHECK(width == (output == 1 ? s.vocab : s.hidden), "width must be the vocabulary for logits, the hidden size "
-                  "for hidden, got ", width);
   Tensor out = torch::stable::new_empty(k_pool, {out_rows.numel(), width}, ScalarType::Float);
   std::lock_guard<std::mutex> lock(entry->running);
-  decoder.Forward(pools, Data<const int32_t>(plan), Data<const int32_t>(ids), ids.numel(), wanted, out_rows.numel(),
+  decoder.Forward(pools, Data<const int32_t>(plan), Data<const int32_t>(ids), ids.numel(),
+                  out_plan ? Data<const int32_t>(*out_plan) : nullptr, wanted, out_rows.numel(),
                   static_cast<DecoderOutput>(output), Data<float>(out));
   return out;
 }
@@ -196,6 +200,15 @@ STABLE_TORCH_LIBRARY_IMPL(ttskernels, CPU, m) {
 }
 
 }  // namespace ttsk
+
+// bytes: {weights, scratch} of a decoder; zeros for an unknown handle.
+extern "C" __attribute__((visibility("default"))) void ttsk_decoder_memory(int64_t handle, int64_t* bytes) {
+  std::lock_guard<std::mutex> lock(ttsk::registry_mutex);
+  const auto found = ttsk::registry.find(handle);
+  const ttsk::Decoder* decoder = found == ttsk::registry.end() ? nullptr : found->second->decoder.get();
+  bytes[0] = decoder != nullptr ? decoder->weight_bytes() : 0;
+  bytes[1] = decoder != nullptr ? decoder->scratch_bytes() : 0;
+}
 
 // Forgets a decoder; unknown handles are ignored (a finaliser may run twice at interpreter exit).
 extern "C" __attribute__((visibility("default"))) void ttsk_decoder_free(int64_t handle) {

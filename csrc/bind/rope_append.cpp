@@ -7,7 +7,10 @@
 namespace ttsk {
 namespace {
 
-bool Heads(const Tensor& t) { return t.dim() == 3 && t.stride(2) == 1 && t.stride(1) == t.size(2); }
+// The stride of a dimension of size 1, or of an empty tensor, means nothing.
+bool Heads(const Tensor& t) {
+  return t.dim() == 3 && (t.numel() == 0 || (t.stride(2) == 1 && (t.size(1) == 1 || t.stride(1) == t.size(2))));
+}
 
 Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& inv_freq, double rope_scale,
                     const Tensor& positions, const Tensor& slots, const std::optional<Tensor>& q_norm,

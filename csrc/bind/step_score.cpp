@@ -15,13 +15,6 @@ Squash SquashOf(const std::string& name) {
   return Squash::kSoftmax;
 }
 
-const float* VectorOf(const std::optional<Tensor>& t, int64_t size, const char* name) {
-  if (!t.has_value()) return nullptr;
-  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == size && t->is_contiguous(), name,
-                  " must be contiguous float32 [", size, "]");
-  return static_cast<const float*>(t->data_ptr());
-}
-
 Tensor StepScoreOp(const Tensor& hidden, const Tensor& rows, const std::optional<Tensor>& norm_weight, double eps,
                    const std::optional<Tensor>& inner_weight, const std::optional<Tensor>& inner_bias,
                    const Tensor& weight, const std::optional<Tensor>& bias, std::string squash,

@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <optional>
+
 #include "ttskernels/dtype.h"
 
 namespace ttsk {
@@ -13,17 +15,26 @@ namespace ttsk {
 using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
 
-inline DType DTypeOf(const Tensor& t) {
-  switch (t.scalar_type()) {
+inline DType DTypeOf(ScalarType type) {
+  switch (type) {
     case ScalarType::Float: return DType::kFloat32;
     case ScalarType::Half: return DType::kFloat16;
     case ScalarType::BFloat16: return DType::kBFloat16;
     default: break;
   }
-  STD_TORCH_CHECK(false, "dtype must be float32, float16 or bfloat16, got scalar type ", static_cast<int>(t.scalar_type()));
+  STD_TORCH_CHECK(false, "dtype must be float32, float16 or bfloat16, got scalar type ", static_cast<int>(type));
 }
+inline DType DTypeOf(const Tensor& t) { return DTypeOf(t.scalar_type()); }
 
 template <typename T>
 T* Data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
+
+// Data of an optional float32 vector of `size` values; null if there is none.
+inline const float* VectorOf(const std::optional<Tensor>& t, int64_t size, const char* name) {
+  if (!t.has_value()) return nullptr;
+  STD_TORCH_CHECK(t->scalar_type() == ScalarType::Float && t->numel() == size && t->is_contiguous(), name,
+                  " must be contiguous float32 [", size, "]");
+  return static_cast<const float*>(t->data_ptr());
+}
 
 }  // namespace ttsk

@@ -48,7 +48,10 @@ void AppendBias(std::vector<float>& bias, const void* part, int64_t n, DType dty
   for (int64_t i = 0; i < n; ++i) bias.push_back(part != nullptr ? ElementAsFloat(part, i, dtype) : 0.0f);
 }
 
-enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kOutAttended, kWorkspace, kAttention, kLogits,
+// Columns of q, so that k and v begin at a panel of their own and can be computed alone.
+int64_t WholePanels(int64_t q) { return (q + kPanelColumns - 1) / kPanelColumns * kPanelColumns; }
+
+enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kWorkspace, kAttention, kLogits,
                         kRope, kCount };
 
 }  // namespace
@@ -58,7 +61,7 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     : shape_(shape), inv_freq_(inv_freq, inv_freq + shape.head_dim / 2), scratch_(kCount) {
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
-  const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim;
+  const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim, wide_q = WholePanels(q);
   const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
   embed_ = Copy(embed, shape.vocab * h, t);
@@ -71,12 +74,13 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     Layer layer;
     layer.input_norm = Copy(w.input_norm, h, t), layer.post_norm = Copy(w.post_norm, h, t);
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
-    layer.qkv = pack(q + 2 * kv, h);
+    layer.qkv = pack(wide_q + 2 * kv, h);
     LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data());
-    LinearPack(w.k, kv, h, h, t, whole(q, kv), layer.qkv.data());
-    LinearPack(w.v, kv, h, h, t, whole(q + kv, kv), layer.qkv.data());
+    LinearPack(w.k, kv, h, h, t, whole(wide_q, kv), layer.qkv.data());
+    LinearPack(w.v, kv, h, h, t, whole(wide_q + kv, kv), layer.qkv.data());
     const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
     AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
+    layer.qkv_bias.resize(biased ? wide_q : 0);
     AppendBias(layer.qkv_bias, w.k_bias, kv, t, biased);
     AppendBias(layer.qkv_bias, w.v_bias, kv, t, biased);
     layer.o = pack(h, q);
@@ -98,6 +102,23 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     layers_.push_back(std::move(layer));
   }
   shape_.intermediate = (inner + 31) / 32 * 32;
+}
+
+int64_t Decoder::weight_bytes() const {
+  int64_t total = embed_.size() + final_norm_.size() + lm_head_.size();
+  for (const Layer& l : layers_) {
+    for (const Bytes* b : {&l.input_norm, &l.qkv, &l.q_norm, &l.k_norm, &l.o, &l.post_norm, &l.gate_up, &l.down}) {
+      total += b->size();
+    }
+    total += 4 * (l.qkv_bias.size() + l.o_bias.size());
+  }
+  return total;
+}
+
+int64_t Decoder::scratch_bytes() const {
+  int64_t total = 0;
+  for (const Bytes& b : scratch_) total += b.size();
+  return total;
 }
 
 template <typename T>
@@ -125,64 +146,78 @@ void Decoder::Project(const void* x, const Bytes& packed, const std::vector<floa
 }
 
 void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows,
-                      const int32_t* out_rows, int64_t num_out, DecoderOutput output, float* out) {
+                      const int32_t* out_plan, const int32_t* out_rows, int64_t num_out, DecoderOutput output,
+                      float* out) {
   if (rows == 0 || layers_.empty()) return;
   const DecoderShape& s = shape_;
   const int64_t h = s.hidden, size = SizeOf(s.dtype);
-  const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim, qkv_dim = q + 2 * kv;
+  const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim;
+  const int64_t wide_q = WholePanels(q), qkv_dim = wide_q + 2 * kv, most = std::max(rows, num_out);
   float* x = Scratch<float>(kX, rows * h);
-  char* normed = Scratch<char>(kNormed, std::max(rows, num_out) * h * size);
-  float* qkv = Scratch<float>(kQkv, rows * qkv_dim);
-  char* rotated = Scratch<char>(kQ, rows * q * size);
-  char* attended = Scratch<char>(kAttended, rows * q * size);
-  char* act = Scratch<char>(kAct, std::max(rows, num_out) * s.intermediate * size);
+  char* normed = Scratch<char>(kNormed, most * h * size);
+  float* qkv = Scratch<float>(kQkv, most * qkv_dim);
+  char* rotated = Scratch<char>(kQ, most * q * size);
+  char* attended = Scratch<char>(kAttended, most * q * size);
+  char* act = Scratch<char>(kAct, most * s.intermediate * size);
   const std::vector<float> no_bias;
 
   const int64_t pairs = s.head_dim / 2;
-  float* cos_sin = Scratch<float>(kRope, 2 * rows * pairs);
+  float* cos_sin = Scratch<float>(kRope, 2 * most * pairs);
   RopeTable(PlanSection(plan, kFieldRowPos), rows, inv_freq_.data(), pairs, s.rope_scale, cos_sin);
   for (int64_t r = 0; r < rows; ++r) RowAsFloat(embed_.data(), ids[r], h, s.dtype, x + r * h);
-  bool identity = num_out == rows;
-  for (int64_t i = 0; identity && i < rows; ++i) identity = out_rows[i] == i;
 
-  int64_t live = rows;
+  int64_t live = rows;  // rows whose queries run; the K, V of all rows are written in every layer
   for (size_t l = 0; l < layers_.size(); ++l) {
     const Layer& layer = layers_[l];
     char* k_pages = static_cast<char*>(pools.k) + l * pools.k_layer_bytes;
     char* v_pages = static_cast<char*>(pools.v) + l * pools.v_layer_bytes;
-    Norm(x, layer.input_norm, rows, normed);
-    Project(normed, layer.qkv, layer.qkv_bias, rows, qkv_dim, h, false, qkv, DType::kFloat32, false);
-
-    RopeAppendParams rope{};
-    rope.q_in = qkv, rope.k_in = qkv + q, rope.v_in = qkv + q + kv, rope.q_out = rotated;
-    rope.k_pages = k_pages, rope.v_pages = v_pages, rope.packed = true, rope.page_size = 16;
-    rope.slots = PlanSection(plan, kFieldRowSlot), rope.cos_sin = cos_sin, rope.eps = s.rms_eps;
-    rope.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
-    rope.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
-    rope.rows = rows, rope.q_heads = s.q_heads, rope.kv_heads = s.kv_heads;
-    rope.head_dim = rope.v_dim = s.head_dim, rope.pairs = pairs;
-    rope.q_in_stride = rope.k_in_stride = rope.v_in_stride = qkv_dim, rope.q_out_stride = q;
-    rope.in_dtype = DType::kFloat32, rope.dtype = rope.norm_dtype = s.dtype;
-    TTSK_SELECT(RopeAppend)(rope);
+    const auto project = [&](int64_t first, int64_t n) {  // columns of q, k, v
+      LinearParams p{};
+      p.x = normed, p.packed = layer.qkv.data() + LinearPackedBytes(first, h, s.dtype), p.y = qkv + first;
+      p.bias = layer.qkv_bias.empty() ? nullptr : layer.qkv_bias.data() + first;
+      p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(live, h));
+      p.rows = live, p.n = n, p.k = h, p.x_stride = h, p.y_stride = qkv_dim;
+      p.x_dtype = p.weight_dtype = s.dtype, p.y_dtype = DType::kFloat32, p.epilogue = LinearEpilogue::kStore;
+      TTSK_SELECT(Linear)(p);
+    };
+    const auto rope = [&](int64_t q_heads, int64_t kv_heads) {
+      RopeAppendParams p{};
+      p.q_in = qkv, p.k_in = qkv + wide_q, p.v_in = qkv + wide_q + kv, p.q_out = rotated;
+      p.k_pages = k_pages, p.v_pages = v_pages, p.packed = true, p.page_size = 16;
+      p.slots = PlanSection(plan, kFieldRowSlot), p.cos_sin = cos_sin, p.eps = s.rms_eps;
+      p.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
+      p.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
+      p.rows = live, p.q_heads = q_heads, p.kv_heads = kv_heads;
+      p.head_dim = p.v_dim = s.head_dim, p.pairs = pairs;
+      p.q_in_stride = p.k_in_stride = p.v_in_stride = qkv_dim, p.q_out_stride = q;
+      p.in_dtype = DType::kFloat32, p.dtype = p.norm_dtype = s.dtype;
+      TTSK_SELECT(RopeAppend)(p);
+    };
+    Norm(x, layer.input_norm, live, normed);
+    if (l + 1 < layers_.size() || out_plan == nullptr) {
+      project(0, qkv_dim);
+      rope(s.q_heads, s.kv_heads);
+    } else {  // nothing reads the other rows any more
+      project(wide_q, 2 * kv);
+      rope(0, s.kv_heads);
+      float* out_x = Scratch<float>(kOutX, num_out * h);
+      for (int64_t i = 0; i < num_out; ++i) std::memcpy(out_x + i * h, x + out_rows[i] * h, h * 4);
+      x = out_x, live = num_out, plan = out_plan;
+      RopeTable(PlanSection(plan, kFieldRowPos), live, inv_freq_.data(), pairs, s.rope_scale, cos_sin);
+      Norm(x, layer.input_norm, live, normed);
+      project(0, wide_q);
+      rope(s.q_heads, 0);
+    }
 
     TreeAttentionParams attention{};
     attention.q = rotated, attention.out = attended, attention.k = k_pages, attention.v = v_pages;
-    attention.plan = plan, attention.rows = rows, attention.q_heads = s.q_heads, attention.kv_heads = s.kv_heads;
+    attention.plan = plan, attention.rows = live, attention.q_heads = s.q_heads, attention.kv_heads = s.kv_heads;
     attention.head_dim = attention.v_dim = s.head_dim, attention.q_stride = attention.out_stride = q;
     attention.dtype = s.dtype, attention.packed = true, attention.scale = s.scale, attention.softcap = s.softcap;
     attention.window = static_cast<int32_t>(s.window);
     attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
     TTSK_SELECT(TreeAttention)(attention);
 
-    if (l + 1 == layers_.size() && !identity) {  // nothing reads the other rows any more
-      float* out_x = Scratch<float>(kOutX, num_out * h);
-      char* out_attended = Scratch<char>(kOutAttended, num_out * q * size);
-      for (int64_t i = 0; i < num_out; ++i) {
-        std::memcpy(out_x + i * h, x + out_rows[i] * h, h * 4);
-        std::memcpy(out_attended + i * q * size, attended + out_rows[i] * q * size, q * size);
-      }
-      x = out_x, attended = out_attended, live = num_out;
-    }
     Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false);
     Norm(x, layer.post_norm, live, normed);
     Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true);
@@ -198,11 +233,10 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {
   *iterations = 0;
-  for (int64_t r = static_cast<int64_t>(all_rows_.size()); r < p.rows; ++r) all_rows_.push_back(static_cast<int32_t>(r));
   float* logits = Scratch<float>(kLogits, p.rows * shape_.vocab);
   while (*iterations < p.max_iterations) {
     if (*iterations > 0 && PlanAdvance(p.plan) != 0) return DecodeStop::kOutOfSlots;
-    Forward(pools, p.plan, p.ids, p.rows, all_rows_.data(), p.rows, DecoderOutput::kLogits, logits);
+    Forward(pools, p.plan, p.ids, p.rows, nullptr, nullptr, p.rows, DecoderOutput::kLogits, logits);
     int32_t* tokens = p.tokens + *iterations * p.rows;
     SampleParams sample{};
     sample.logits = logits, sample.keys = p.keys, sample.positions = PlanSection(p.plan, kFieldRowPos);

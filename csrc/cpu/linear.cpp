@@ -2,23 +2,26 @@
 #include "ttskernels/linear.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "ttskernels/threads.h"
 
 namespace ttsk {
 namespace {
 
-// Element (column c, reduced index i) of a packed matrix is at PanelBase + (i / f * 64 + c % 64) * f + i % f.
-template <typename T>
-void PackRows(const T* weight, int64_t n, int64_t k, int64_t row_stride, int64_t f, const PackColumns& columns,
-              T* packed) {
-  const int64_t padded = (k + f - 1) / f * f;
+// Element (column c, reduced index i) of a packed matrix is at PanelBase + (i / f * 64 + c % 64) * f + i % f: a row goes
+// out as `Group`s of f elements, 64 groups apart.
+template <typename Element, typename Group>
+void PackRows(const void* weight, int64_t n, int64_t k, int64_t row_stride, const PackColumns& columns, void* packed) {
+  constexpr int64_t kF = sizeof(Group) / sizeof(Element);
+  const int64_t steps = (k + kF - 1) / kF, whole = k / kF;
 #pragma omp parallel for num_threads(NumThreads()) schedule(static, 64) if (n * k > 65536)
   for (int64_t i = 0; i < n; ++i) {
     const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
-    T* out = packed + column / kPanelColumns * padded * kPanelColumns + column % kPanelColumns * f;
-    const T* in = weight + i * row_stride;
-    for (int64_t j = 0; j < k; ++j) out[j / f * kPanelColumns * f + j % f] = in[j];
+    const Element* in = static_cast<const Element*>(weight) + i * row_stride;
+    Group* out = static_cast<Group*>(packed) + column / kPanelColumns * steps * kPanelColumns + column % kPanelColumns;
+    for (int64_t j = 0; j < whole; ++j) std::memcpy(out + j * kPanelColumns, in + j * kF, sizeof(Group));
+    if (whole < steps) std::memcpy(out + whole * kPanelColumns, in + whole * kF, (k - whole * kF) * sizeof(Element));
   }
 }
 
@@ -31,12 +34,9 @@ int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype) {
 
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                 void* packed) {
-  const int64_t f = PackFactor(dtype);
-  if (SizeOf(dtype) == 4) {
-    PackRows(static_cast<const float*>(weight), n, k, row_stride, f, columns, static_cast<float*>(packed));
-  } else {
-    PackRows(static_cast<const uint16_t*>(weight), n, k, row_stride, f, columns, static_cast<uint16_t*>(packed));
-  }
+  if (dtype == DType::kFloat32) return PackRows<float, float>(weight, n, k, row_stride, columns, packed);
+  if (dtype == DType::kFloat16) return PackRows<uint16_t, uint16_t>(weight, n, k, row_stride, columns, packed);
+  PackRows<uint16_t, uint32_t>(weight, n, k, row_stride, columns, packed);
 }
 
 // The x rows of one chunk as float32 (or bf16 pairs), k rounded up to a whole pair.

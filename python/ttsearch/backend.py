@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .protocols import Backend
+from .protocols import Backend, Verifier
 
 
 def load_backend(
@@ -23,7 +23,8 @@ def load_backend(
         policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
         verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
             "likelihood": steps score their own mean token likelihood, no second model.
-        prm_family: which text the verifier reads (`ttsearch.verifiers.FAMILIES`). None: seen in its config.
+        prm_family: which text the verifier reads: one of `ttsearch.verifiers.FAMILIES`, or a .json or .py file that
+            describes another. None: seen in the checkpoint.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
         options: handed to the engine (`dtype`, `impl`, `device`).
@@ -47,3 +48,10 @@ def load_backend(
         policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
         kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
     )  # fmt: skip
+
+
+def load_verifier(source: str | Path, family: Any = None, **options: Any) -> Verifier:
+    """Load a process reward model by itself; see `ttsearch.verifiers.session.load_verifier` for the options."""
+    from .verifiers.session import load_verifier as load
+
+    return load(source, family, **options)

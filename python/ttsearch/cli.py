@@ -36,7 +36,8 @@ Verifier = Annotated[
     str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
 ]
 PrmFamily = Annotated[
-    str | None, typer.Option(help="What text the verifier reads [default: seen in its config].")
+    str | None,
+    typer.Option(help="What text the verifier reads: a family's name, or a file that describes one [default: seen in it]."),
 ]
 PromptStyle = Annotated[
     str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
@@ -277,6 +278,53 @@ def evaluate(
         out.print(table)
     if any(summary.problems < len(problems) for summary in summaries) or not summaries:
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def score(
+    solutions_file: Annotated[str, typer.Argument(help="JSONL file: a problem and its solutions a line.")],
+    verifier: Annotated[str, typer.Option(help="Process reward model: checkpoint folder or hub id.")],
+    results: Annotated[Path, typer.Option(help="Results file; run again to continue.")],
+    prm_family: PrmFamily = None,
+    separator: Annotated[str, typer.Option(help="Cuts a solution's text into steps; \\n is a newline.")] = r"\n\n",
+    limit: Limit = None,
+    dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
+    kv_gib: KvGib = None,
+    concurrency: Concurrency = 4,
+    as_json: AsJson = False,
+) -> None:
+    """Score the steps of solutions that come from elsewhere; common prefixes are computed once."""
+    from .backend import load_verifier
+    from .scoring import score_steps, summarise
+    from .show import progress_bar
+    from .solutions import load_solutions
+
+    with friendly_errors():
+        problems, solutions = load_solutions(solutions_file, limit)
+        kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
+        loaded = load_verifier(verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes)
+        try:
+            with progress_bar("solutions", err) as progress:
+                scored = score_steps(
+                    problems, solutions, loaded, separator=separator.replace("\\n", "\n"), results=results,
+                    concurrency=concurrency, progress=progress,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            err.print(f"stopped; run again to continue {results}", highlight=False, markup=False)
+            raise typer.Exit(INTERRUPTED) from None
+        finally:
+            loaded.close()
+    summary = summarise(scored)
+    if as_json:
+        _print_json(summary | {"results": str(results)})
+        return
+    table = Table(show_header=False)
+    for name, value in summary.items():
+        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:.4f}")
+    out.print(table)
+    spoiled = next((each for group in scored for each in group if each.refused or each.error), None)
+    if spoiled is not None:
+        out.print(f"the first one without all its scores: {spoiled.refused or spoiled.error}", highlight=False, markup=False)
 
 
 @app.command()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from .grade import gold_answer
+from .jsonl import read_records
 from .types import Problem
 
 PROMPT_FIELDS = ("problem", "question", "prompt")
@@ -44,7 +44,7 @@ def load_problems(source: str | Path, limit: int | None = None, split: str = "te
         problems.append(parse_record(record, where))
     if not problems:
         raise ValueError(f"{source} holds no problem")
-    return _with_unique_ids(problems)
+    return with_unique_ids(problems)
 
 
 def parse_record(record: dict[str, Any], where: str = "record") -> Problem:
@@ -62,7 +62,7 @@ def parse_record(record: dict[str, Any], where: str = "record") -> Problem:
     )
 
 
-def _with_unique_ids(problems: list[Problem]) -> list[Problem]:
+def with_unique_ids(problems: list[Problem]) -> list[Problem]:
     """Ids seed the sampling and name results, so they may not repeat; a repeated one gets a suffix."""
     seen: set[str] = set()
     unique = []
@@ -80,20 +80,8 @@ def _with_unique_ids(problems: list[Problem]) -> list[Problem]:
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[dict, str]]:
-    with path.open() as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path.name} line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: not JSON ({error}); the file must hold one JSON object a line"
-                ) from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{where}: must be a JSON object, got {type(record).__name__}")
-            yield record, where
+    for number, record in read_records(path):
+        yield record, f"{path.name} line {number}"
 
 
 def _read_hub(name: str, split: str) -> Iterable[tuple[dict, str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from .budget import Budget, Limits
-from .types import Cost, Problem, SearchNode
+from .types import Cost, ModelCost, Problem, Scored, SearchNode
 
 
 @runtime_checkable
@@ -79,6 +79,60 @@ class Backend(Protocol):
 
         Raises:
             ValueError: the problem cannot fit (prompt plus one path), with the numbers.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class VerifierSession(Protocol):
+    """One problem of a verifier: chains of steps that grow by `score`, each behind a handle.
+
+    `root` is the problem without a step; it belongs to the session and goes with `close`. `seconds` is the time spent.
+    """
+
+    root: Any
+    seconds: float
+
+    async def score(self, parent: Any, steps: Sequence[str]) -> Scored:
+        """Score `steps`, one behind the other, behind the chain of `parent` (`root`, or a handle got from `score`).
+
+        Only what the chain does not hold yet is computed. A chain may be scored on several times: it forks. A path that
+        the verifier cannot take is refused, not cut. The handle that comes back must be released once, by whoever asked.
+
+        Raises:
+            ValueError: no step, or a score that is not finite; the session goes on.
+        """
+        ...
+
+    def release(self, handles: Iterable[Any]) -> None:
+        """Say that these chains will not be scored on. Never blocks."""
+        ...
+
+    def cost(self) -> ModelCost:
+        """Work done for this session so far."""
+        ...
+
+    def close(self) -> None:
+        """End the session and give back what is left. May be called twice."""
+        ...
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """A verifier loaded once; sessions are opened per problem, and several may run at the same time."""
+
+    name: str  # what results say their scores come from
+
+    def open(self, problem: str, *, max_new_tokens: int = 0, beside: Any = None) -> VerifierSession:
+        """Start a problem.
+
+        Args:
+            max_new_tokens: of the longest path to come, as far as the caller knows.
+            beside: the policy's session of the same problem, where both share an engine.
+        Raises:
+            ValueError: the problem alone is too long, with the numbers.
         """
         ...
 

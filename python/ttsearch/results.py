@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .budget import Budget
+from .jsonl import append_record, cut_partial_line
 
 
 class ResultsFile:
@@ -18,7 +19,7 @@ class ResultsFile:
         if self.path is None:
             return
         if self.path.exists():
-            _cut_partial_line(self.path)
+            cut_partial_line(self.path)
             self.records = {record["id"]: record for record in read_results(self.path)}
         for record in self.records.values():
             if (record["strategy"], record["budget"]) != (strategy, budget.to_dict()):
@@ -32,8 +33,7 @@ class ResultsFile:
     def append(self, record: dict[str, Any]) -> None:
         self.records[record["id"]] = record
         if self.path is not None:
-            with self.path.open("a") as file:
-                file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
+            append_record(self.path, record)
 
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
@@ -50,13 +50,6 @@ def read_results(path: str | Path) -> list[dict[str, Any]]:
             raise ValueError(f"{path} line {number}: no result record; it must have id, strategy and budget")
         records.append(record)
     return records
-
-
-def _cut_partial_line(path: Path) -> None:
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
-        with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
 
 
 def _difference(found: dict[str, Any], budget: Budget) -> str:

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from rich.console import Group
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, Group
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
 from rich.text import Text
 from rich.tree import Tree
 
@@ -12,6 +18,7 @@ from .tree import walk
 from .types import Cost, SearchNode, SearchResult
 
 MAX_NODES = 60  # a larger tree is shown along its best path, the rest summed up
+PROGRESS_SECONDS = 5.0  # between lines where there is no terminal
 _TEXT_CHARS = 64
 
 
@@ -21,6 +28,26 @@ def progress_line(progress: Progress) -> Text:
         f"step {progress.step}  {progress.alive} growing  {progress.finished} finished  "
         f"{progress.tokens_decoded:,} tokens  {rate:,.0f} tokens/s  {progress.seconds:.1f} s"
     )
+
+
+@contextmanager
+def progress_bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
+    """Something to call with (done, total): a bar on a terminal, a line every few seconds elsewhere."""
+    if console.is_terminal:
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with Bar(*columns, console=console) as bar:
+            task = bar.add_task(what, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+        return
+    last = -PROGRESS_SECONDS
+
+    def line(done: int, total: int) -> None:
+        nonlocal last
+        if done == total or time.monotonic() - last >= PROGRESS_SECONDS:
+            last = time.monotonic()
+            console.print(f"{done} of {total} {what}", highlight=False)
+
+    yield line
 
 
 def cost_line(cost: Cost, seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .gguf_tokenizer import TOKENIZER_FILES, save_gguf_tokenizer
@@ -9,6 +10,8 @@ from .gguf_tokenizer import TOKENIZER_FILES, save_gguf_tokenizer
 
 def load_tokenizer(source: str | Path):
     """Tokenizer of `source`; one inside a GGUF file is converted once and kept beside the converted weights.
+
+    An adapter without tokenizer files has its base model's.
 
     Raises:
         ValueError: the folder has no tokenizer files and no .gguf to read one from.
@@ -27,6 +30,9 @@ def load_tokenizer(source: str | Path):
         if not any((folder / name).is_file() for name in TOKENIZER_FILES):
             save_gguf_tokenizer(gguf, folder)
         return AutoTokenizer.from_pretrained(folder)
+    adapter = path / "adapter_config.json"
+    if adapter.is_file() and not has_files and (base := json.loads(adapter.read_text())["base_model_name_or_path"]):
+        return load_tokenizer(base)
     if path.is_dir() and not has_files:
         raise ValueError(f"{path} has no tokenizer files (tokenizer.json, ...); copy them from the original checkpoint")
     try:

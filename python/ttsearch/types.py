@@ -28,6 +28,31 @@ class Problem:
             object.__setattr__(self, "id", hashlib.sha256(self.prompt.encode()).hexdigest()[:16])
 
 
+@dataclass(frozen=True)
+class PathScores:
+    """What a path scores by each rule, over its steps so far; NaN without a scored step."""
+
+    count: int
+    min: float
+    last: float
+    mean: float
+    product: float  # NaN if a score is negative
+    log_product: float
+    bounded: bool  # every score is in [0, 1], as products need
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a verifier says of new steps behind a chain."""
+
+    handle: Any  # of the chain with the new steps, to be released once; None if it was refused
+    scores: list[float | None]  # one a step; None: it has no visible text, or was refused
+    refused: str | None = None  # why the verifier cannot take this path, for example its length
+    running: PathScores | None = None  # of the whole path; None: not kept
+    computed: int = 0  # tokens read for these steps
+    kept: int = 0  # tokens of the chain that stayed in front of them
+
+
 @dataclass(eq=False)
 class SearchNode:
     """One reasoning step in the tree of partial solutions; the root holds the prompt and no step.
@@ -47,6 +72,7 @@ class SearchNode:
     children: list[SearchNode] = field(default_factory=list, repr=False)
     released: bool = False
     pruned: bool = False  # dropped by the strategy, as opposed to released at the end
+    running: PathScores | None = field(default=None, repr=False)  # of the path down to here, if the verifier keeps them
 
     def path(self) -> list[SearchNode]:
         """The steps from the first one to this one; the root is not a step."""

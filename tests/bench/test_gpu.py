@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run `make gpu` itself")
 @pytest.mark.parametrize("part", ["tests", "attention", "decode", "prm"])
 def test_dry_run(part, tmp_path):
     command = [sys.executable, str(SCRIPT), part, "--tiny", "--out", str(tmp_path)]

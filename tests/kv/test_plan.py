@@ -92,6 +92,30 @@ def test_advance_stops_at_the_end_of_the_slots(impl):
     assert not plan.advance() and plan.buffer.equal(before)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_of_rows(seed, impl):
+    """Any rows of a plan, in any order, some twice: each reads what it read; the plan itself stays."""
+    forest, rows, heads, machine = random_case(seed)
+    plan = build_plan(forest, rows, heads, machine=machine, impl=impl)
+    views, before = expected_of_rows(forest, rows), plan.buffer.clone()
+    for count in (0, 1, plan.num_rows // 3, plan.num_rows + 5):
+        chosen = random.Random(seed + count).choices(range(plan.num_rows), k=count)
+        part = plan.of_rows(chosen)
+        assert part.num_rows == count and np.array_equal(part.row_pos, plan.row_pos[chosen])
+        check_coverage(part, [views[i] for i in chosen])
+    assert plan.buffer.equal(before)
+
+
+def test_of_rows_after_advance(impl):
+    forest, leaves = random_forest(random.Random(5), lengths=(3, 17, 509, 530))
+    plan = build_plan(forest, decode_rows(leaves), HEADS[0], impl=impl)
+    assert plan.advance() and plan.advance()
+    for leaf in leaves:
+        forest.append(leaf, [1, 2])
+    chosen = list(range(0, len(leaves), 2))
+    check_coverage(plan.of_rows(chosen), expected_of_rows(forest, decode_rows([leaves[i] for i in chosen])))
+
+
 def test_inner_and_several_rows_do_not_advance(impl):
     forest, leaves = random_forest(random.Random(3))
     inner = next(n for n in forest.path(leaves[0]) if n.sealed and n.ids)

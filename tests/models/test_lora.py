@@ -91,6 +91,9 @@ def test_base_of_the_caller(folder, tmp_path_factory):
     change_config(folder, base_model_name_or_path=None)
     with pytest.raises(ValueError, match="base must be the model that the adapter in .* belongs to, got None"):
         load_checkpoint(folder)
+    change_config(folder, base_model_name_or_path="owner/name", revision="v2")
+    with pytest.raises(ValueError, match="base must be owner/name at revision v2, which the adapter in .* got None"):
+        load_checkpoint(folder)
     (elsewhere / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="the base model .* of the adapter in .* holds no config.json"):
         load_checkpoint(folder, base=elsewhere)

@@ -14,6 +14,7 @@ from trees import Tree
 
 from ttskernels import _dispatch
 from ttskernels.models import load_checkpoint, load_model
+from ttskernels.models.decoder import PythonDecoder
 from ttskernels.models.native import NativeDecoder
 from ttskernels.ops.sample import sample
 
@@ -77,12 +78,37 @@ def test_evicted_and_recomputed_is_the_same_bits(native):
         assert torch.equal(tree.run([step]), before), f"after evicting {victims}"
 
 
-def test_out_rows_pick_rows_of_the_full_result(native):
-    model = native("llama")
-    whole = prefill(model, IDS)[2]
-    tree = Tree(model)
-    picked = tree.run([tree.forest.add(None, IDS)], out=[44, 3, 3, 17])
-    assert torch.equal(picked, whole[[44, 3, 3, 17]])
+LAST_LAYER = {  # columns of q are no multiple of 64, with biases; sliding window; norms of q and k
+    "qwen2": {"num_attention_heads": 3, "num_key_value_heads": 1, "hidden_size": 240},
+    "mistral_window": {},
+    "qwen3": {},
+}
+
+
+@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("variant", LAST_LAYER)
+def test_out_rows_are_rows_of_the_full_result(isa, tmp_path, variant, python):
+    """The last layer runs for the read rows alone: the bits of each, and the K, V of all rows, stay the same."""
+    write_tiny(tmp_path, variant, **LAST_LAYER[variant])
+    model = load_model(tmp_path, torch.bfloat16, "cpu")
+    if python:
+        model._decoder = PythonDecoder(model.config, load_checkpoint(tmp_path, torch.bfloat16).weights, "cpu")
+
+    def run(out):
+        tree = Tree(model)
+        root = tree.forest.add(None, IDS)
+        tree.run([root], out=None if out is None else [])
+        leaves = tree.forest.fork(root, 2)
+        for leaf, n in zip(leaves, (20, 3), strict=True):
+            tree.grow(leaf, IDS[:n])
+        steps = tree.run(leaves, out=out)
+        tree.grow(leaves[0], IDS[30:33])
+        return steps, tree.run(leaves[:1])
+
+    (every, below), reads = run(None), [22, 3, 3, 19]
+    some, below_some = run(reads)
+    assert torch.equal(some, every[reads]) and torch.equal(below_some, below)
+    assert torch.equal(run([22] * 30)[0], every[[22] * 30])  # more reads than rows
 
 
 def test_thread_count_does_not_matter(native):
@@ -208,6 +234,10 @@ def test_broken_calls_raise(native):
             forward(*args(loop)[:4], torch.full((2,), bad, dtype=torch.int32), rows, 0, hidden)
     with pytest.raises(RuntimeError, match=r"out_rows\[0\] must lie in 0 .. 1"):
         forward(*args(loop), rows + 2, 0, hidden)
+    with pytest.raises(RuntimeError, match="out_rows must be all rows in order without an out_plan"):
+        forward(*args(loop), rows, 0, hidden)
+    with pytest.raises(RuntimeError, match="plan has 2 rows, the call has 1"):
+        forward(*args(loop), rows, 0, hidden, loop.plan.buffer)
     with pytest.raises(RuntimeError, match="plan has magic"):
         forward(*args(loop)[:3], torch.zeros_like(loop.plan.buffer), loop.ids, rows, 0, hidden)
     with pytest.raises(RuntimeError, match="pools must"):
@@ -229,8 +259,9 @@ def test_opcheck(native):
     model = native("llama")
     loop = Loop(model)
     first = [model._decoder._handle, loop.tree.pool.k, loop.tree.pool.v, loop.plan.buffer, loop.ids]
-    rows = torch.tensor([1, 0], dtype=torch.int32)
-    torch.library.opcheck(torch.ops.ttskernels.decoder_forward.default, (*first, rows, 1, VOCAB))
+    for rows, plan in (([0, 1], None), ([1], loop.plan.of_rows([1]).buffer)):
+        rows = torch.tensor(rows, dtype=torch.int32)
+        torch.library.opcheck(torch.ops.ttskernels.decoder_forward.default, (*first, rows, 1, VOCAB, plan))
     rest = [loop.keys, loop.params, loop.next_state, loop.states, loop.tokens, loop.logprobs]
     torch.library.opcheck(torch.ops.ttskernels.decoder_decode.default, (*first, *rest))
 

@@ -91,6 +91,24 @@ def test_rows_of_one_projection(cpu_extension):
         torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.parametrize("rows, heads", [([], 2), ([], 0), ([1, 3], 0), ([0, 2], 1)])
+def test_no_rows_no_heads_one_head(impl, rows, heads):
+    """Strides of empty tensors and of a single head mean nothing; without q heads k and v are written all the same."""
+    args = list(make(5, 2, 1, 64, torch.bfloat16))
+    args[0] = torch.randn(5, 4, 64).bfloat16()[:, ::2][:, :heads][rows]
+    args[1:3], args[5:7] = (t[rows] for t in args[1:3]), (t[rows] for t in args[5:7])
+    names = ("q_norm", "k_norm", "eps")
+    options = dict(zip(names, args[7:10], strict=True)) | {"rope_scale": args[4]}
+
+    def op(which):
+        k_pages, v_pages = args[10].clone(), args[11].clone()
+        q = rope_append(*args[:4], *args[5:7], k_pages, v_pages, impl=which, **options)
+        return q, *layout.to_nhd(k_pages, v_pages)
+
+    for ours, expected in zip(op(impl), op("reference"), strict=True):
+        torch.testing.assert_close(ours, expected, equal_nan=True)
+
+
 def test_reference_against_transformers():
     from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 

@@ -195,9 +195,9 @@ def test_step_score_opcheck(cpu_extension, inner):
         (lambda a: {"squash": "tanh"}, "squash must be one of"),
         (lambda a: {"squash": "difference"}, "squash must be one of"),
         (lambda a: {"mix": None}, r"mix must be \[2\] for a weight of 2 labels, got None; pass how much"),
-        (lambda a: {"mix": a["mix"][:1]}, r"mix must be finite float32 \[2\], got torch.float32 \(1,\)"),
-        (lambda a: {"mix": a["mix"].double()}, r"mix must be finite float32 \[2\], got torch.float64"),
-        (lambda a: {"mix": a["mix"] / 0}, r"mix must be finite float32 \[2\], got torch.float32 \(2,\): \["),
+        (lambda a: {"mix": a["mix"][:1]}, r"mix must be float32 \[2\], got torch.float32 \(1,\)"),
+        (lambda a: {"mix": a["mix"].double()}, r"mix must be float32 \[2\], got torch.float64"),
+        (lambda a: {"mix": a["mix"] / 0}, r"mix must be finite, got \[.*inf"),
         (lambda a: {"impl": "fast"}, "impl must be one of"),
     ],
 )

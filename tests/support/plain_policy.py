@@ -10,7 +10,7 @@ import torch
 from ttsearch.budget import Budget
 from ttsearch.prompts import TextPolicy
 from ttsearch.types import Cost, Problem, SearchNode
-from ttsearch.verifiers import TextVerifier
+from ttsearch.verifiers import PrmPath, TextVerifier
 
 from ttskernels.engine.keys import as_int64, child_key, root_key
 
@@ -36,7 +36,7 @@ class PlainBackend:
 @dataclass
 class _Ids:
     policy: list[int]
-    verifier: list[int]
+    verifier: PrmPath | None
 
 
 @dataclass
@@ -50,7 +50,7 @@ class PlainPolicy:
 
     def __post_init__(self):
         ids = self.backend.text.prompt_ids(self.problem.prompt)
-        read = self.backend.prm_text.prompt_ids(self.problem.prompt) if self.backend.prm_text else []
+        read = self.backend.prm_text.start(self.problem.prompt) if self.backend.prm_text else None
         self.root = SearchNode(num_tokens=len(ids), handle=_Ids(ids, read))
 
     async def expand(self, nodes, n, until="step", score=True, limits=None):
@@ -101,15 +101,14 @@ class PlainPolicy:
     @torch.inference_mode()
     def _score(self, node: SearchNode) -> None:
         text = self.backend.prm_text
-        new, reads = text.step_ids(node.text)
-        read = node.handle.verifier + new
-        if not text.fits(len(read)):
+        new = text.extend(node.handle.verifier, [node.text])
+        if not text.fits(new.length):
             node.finished, node.finish_reason = True, "refused"
             return
-        if reads:
-            good = self.backend.prm(torch.tensor([read])).logits[0].float().softmax(-1)[:, text.family.label]
-            node.step_score = min(float(good[len(node.handle.verifier) + r]) for r in reads)
-        node.handle.verifier = read
+        if new.reads:
+            good = self.backend.prm(torch.tensor([new.path.ids])).logits[0].float().softmax(-1)[:, 1]
+            node.step_score = min(float(good[new.keep + r]) for r in new.reads)
+        node.handle.verifier = new.path
 
     def release(self, nodes) -> None:
         for node in nodes:

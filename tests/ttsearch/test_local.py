@@ -4,11 +4,14 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from prm_models import write_prm
 from ttsearch.backend import load_backend
 from ttsearch.budget import Budget
 from ttsearch.demo import policy_path, verifier_path
 from ttsearch.policies.local import LocalBackend
+from ttsearch.protocols import Verifier
 from ttsearch.run import search
+from ttsearch.scoring import score_steps
 from ttsearch.solve import solve, solve_many
 from ttsearch.tree import walk
 from ttsearch.types import Problem
@@ -106,12 +109,44 @@ def test_bad_input_is_an_error_that_says_what_to_do(backend):
         solve(PROBLEMS[0], backend=backend, strategy="majority", n=0, **RULES)
     with pytest.raises(ValueError, match="the policy allows"):
         solve("1;a+1" + ";b+1" * 200 + "?", backend=backend, strategy="majority", n=4, **RULES)
-    with pytest.raises(ValueError, match="no score head"):
+    with pytest.raises(ValueError, match="cannot tell the PRM family"):
         load_backend(policy_path(), policy_path())
     with pytest.raises(ValueError, match="dtype must be one of bf16, fp16, fp32"):
         load_backend(policy_path(), dtype="int3")
     with pytest.raises(ValueError, match="tokenizer"):
         load_backend(policy_path(), verifier_path(), prm_family="skywork")
+
+
+@pytest.mark.parametrize("family", ["math-shepherd", "rlhflow-mistral", "skywork"])
+def test_any_family_scores_a_search_as_it_scores_each_path_alone(family, tmp_path):
+    """Policy and verifier share an engine; whole-text families roll back below live branches."""
+    folder = write_prm(tmp_path, family, seed=3)
+    options = dict(dtype="fp32", kv_bytes=1 << 25)
+    with LocalBackend.load(policy_path(), folder, prm_family=family, **options) as backend:
+        assert isinstance(backend.verifier, Verifier)
+        result = solve(PROBLEMS[0], backend=backend, strategy="beam_search", n=8, **RULES)
+        assert result.cost.verifier.tokens_prefilled > 0 and result.cost.seconds_score > 0
+        assert_clean(backend)
+    steps = [[step.text for step in node.path()] for node in result.candidates]
+    (alone,) = score_steps([PROBLEMS[0].prompt], [steps], folder, family=family, **options)
+    for node, scored in zip(result.candidates, alone, strict=True):
+        assert node.step_scores() == pytest.approx(scored.scores, abs=1e-5)
+        assert node.running.mean == pytest.approx(scored.mean, abs=1e-5)
+
+
+def test_a_node_that_was_not_scored_cannot_have_scored_children(backend):
+    async def run():
+        policy = backend.open(PROBLEMS[0], Budget(2, **RULES))
+        try:
+            (child,) = await policy.expand([policy.root], 1, score=False)
+            assert child.step_score is None
+            await policy.expand([child], 1)
+        finally:
+            policy.close()
+
+    with pytest.raises(ValueError, match="was expanded with score=False"):
+        asyncio.run(run())
+    assert_clean(backend)
 
 
 @pytest.mark.slow

@@ -64,13 +64,10 @@ def test_incremental_layout_equals_the_whole_text(backend):
     result = solve("1+1?", backend=backend, strategy="best_of_n", **SMALL)
     verifier = backend.prm_text
     for candidate in result.candidates:
-        ids, positions = verifier.prompt_ids("1+1?"), []
-        for step in candidate.path():
-            new, reads = verifier.step_ids(step.text)
-            positions += [len(ids) + r for r in reads]
-            ids += new
+        new = verifier.extend(verifier.start("1+1?"), [step.text for step in candidate.path()])
         with torch.inference_mode():
-            good = backend.prm(torch.tensor([ids])).logits[0].float().softmax(-1)[positions, 1]
+            probabilities = backend.prm(torch.tensor([new.path.ids])).logits[0].float().softmax(-1)
+        good = probabilities[[new.keep + r for r in new.reads], 1]
         torch.testing.assert_close(torch.tensor(candidate.step_scores()), good, atol=1e-5, rtol=0)
 
 

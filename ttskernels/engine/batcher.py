@@ -27,28 +27,38 @@ SCORE_PATIENCE = 8  # engine turns that score jobs wait for company at most
 
 
 class Engine:
-    """Runs a policy and, optionally, a verifier on one device within one KV byte budget.
+    """Runs a policy, a verifier or both on one device within one KV byte budget.
 
     Args:
-        policy: a `Model`; `verifier`: a `Model` with a score head, or None.
+        policy: a `Model`, or None to score alone; `verifier`: a `Model` with a score head, or None. One model may be both
+            (`load_model(..., head=HeadSpec(...), keep_lm_head=True)`): then it has one forest, and what a branch decoded
+            may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
+    Raises:
+        ValueError: no model at all, a policy without its automaton, a verifier without a score head.
     """
 
-    def __init__(self, policy, verifier=None, *, next_state: torch.Tensor, kv_bytes: int = 4 << 30):
+    def __init__(self, policy=None, verifier=None, *, next_state: torch.Tensor | None = None, kv_bytes: int = 4 << 30):
+        if policy is None and verifier is None:
+            raise ValueError("Engine needs a policy, a verifier or both, got neither")
         self.policy_model, self.verifier_model = policy, verifier
         self.budget = ByteBudget(kv_bytes)
-        self._sessions: dict[int, Session] = {}
+        self._sessions: list[Session] = []
         self._orders = itertools.count()
         residency = Residency(self._sessions)
-        self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
-        residency.forests.append(self.policy_forest)
-        self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
-        residency.busy_before = self._policy.busy_before
-        self.verifier_forest = self._scorer = None
-        if verifier is not None:
+        self.policy_forest = self._policy = self.verifier_forest = self._scorer = None
+        if policy is not None:
+            self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
+            residency.forests.append((self.policy_forest, lambda session: session.policy_nodes))
+            self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
+            residency.busy_before = self._policy.busy_before
+        if verifier is not None and verifier is policy:
+            self.verifier_forest = self.policy_forest
+        elif verifier is not None:
             self.verifier_forest = Forest(verifier.new_pool(self._pages(verifier), self.budget))
-            residency.forests.append(self.verifier_forest)
+        if verifier is not None:
+            residency.forests.append((self.verifier_forest, lambda session: session.verifier_nodes))
             self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._patience = SCORE_PATIENCE
@@ -58,34 +68,28 @@ class Engine:
 
     # -- calls from any thread ---------------------------------------------------------------------------------------
 
-    def open(self, prompt: list[int], verifier_prompt: list[int] | None = None, *, max_new_tokens: int) -> Session:
+    def open(
+        self,
+        prompt: list[int] | None,
+        verifier_prompt: list[int] | None = None,
+        *,
+        max_new_tokens: int = 0,
+        beside: Session | None = None,
+    ) -> Session:
         """Start a problem. Refused if one path of `max_new_tokens` alone would not fit into the models or the budget.
 
+        Args:
+            prompt: the policy's ids, `verifier_prompt`: the verifier's; None where that side has nothing to do.
+            beside: an open session of the same problem, whose age (and so whose turn) this one shares.
         Raises:
             ValueError: empty prompt, ids outside the vocabulary, a prompt longer than the model allows, budget too small.
         """
-        self._check_ids("prompt", prompt, self.policy_model)
-        length = len(prompt) + max_new_tokens
-        limit = self.policy_model.config.max_positions
-        if len(prompt) >= limit:
-            raise ValueError(f"prompt has {len(prompt)} tokens, the policy allows {limit}; shorten it")
-        need = self._path_bytes(self.policy_model, min(length, limit))
-        if self.verifier_model is not None and verifier_prompt is not None:
-            self._check_ids("verifier_prompt", verifier_prompt, self.verifier_model)
-            # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
-            verifier_limit = self.verifier_model.config.max_positions
-            if len(verifier_prompt) >= verifier_limit:
-                raise ValueError(
-                    f"verifier_prompt has {len(verifier_prompt)} tokens, the verifier allows {verifier_limit}"
-                )
-            tokens = min(2 * (len(verifier_prompt) + max_new_tokens), verifier_limit)
-            need = max(need, self._path_bytes(self.verifier_model, tokens))
-        if need > self.budget.total_bytes:
-            raise ValueError(
-                f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
-                f"{self.budget.total_bytes:,}; raise kv_bytes or lower max_new_tokens"
-            )
-        return self._call(lambda: self._open(prompt, verifier_prompt)).result()
+        if prompt is None and verifier_prompt is None:
+            raise ValueError("prompt and verifier_prompt are both None; a session needs one of them")
+        # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
+        self._check_prompt("prompt", prompt, self.policy_model, 1, max_new_tokens)
+        self._check_prompt("verifier_prompt", verifier_prompt, self.verifier_model, 2, max_new_tokens)
+        return self._call(lambda: self._open(prompt, verifier_prompt, beside)).result()
 
     def branch(
         self,
@@ -131,8 +135,20 @@ class Engine:
 
         self._call(start)
 
-    def score(self, session: Session, parent: Node, ids: list[int], reads: list[int]) -> Future:
-        """Append `ids` below `parent` in the verifier's forest; the future gives (node, score of each id in `reads`)."""
+    def score(
+        self, session: Session, parent: Node, ids: list[int], reads: list[int], keep: int | None = None
+    ) -> Future:
+        """Append `ids` behind the chain of `parent` in the verifier's forest and score those at `reads`.
+
+        Args:
+            reads: indices into `ids`.
+            keep: tokens of the chain, from its beginning, that stay in front of `ids`; None: all of it. A smaller one
+                hangs `ids` below the ancestor that holds token `keep - 1`, which is cut in two if it goes on behind it.
+        Returns:
+            A future of (the new node, one score for each of `reads`). The node holds a handle for the caller.
+            It raises ValueError for a path too long for the model, and for hidden states or scores that are not finite.
+        """
+        self._check_model("ids", self.verifier_model)
         self._check_ids("ids", ids, self.verifier_model)
         if any(not 0 <= r < len(ids) for r in reads) or not reads:
             raise ValueError(f"reads must be indices into ids (0 .. {len(ids) - 1}), got {reads}")
@@ -140,17 +156,45 @@ class Engine:
         job = ScoreJob(session, parent, list(ids), list(reads), result)
 
         def submit() -> None:
-            length = parent.pos0 + len(parent.ids) + len(ids)
             if session.closed or parent.released:
                 result.cancel()
-            elif length > self.verifier_model.config.max_positions:
-                limit = self.verifier_model.config.max_positions
-                result.set_exception(ValueError(f"path has {length} verifier tokens, the verifier allows {limit}"))
-            else:
-                self._scorer.jobs.append(job)
+                return
+            try:
+                self._scorer.submit(job, keep)
+            except Exception as error:
+                result.set_exception(error)
 
         self._call(submit)
         return result
+
+    def extend(self, session: Session, parent: Node | None, ids: list[int], keep: int | None = None) -> Future:
+        """Put `ids` behind the chain of `parent` in the policy's forest, to branch from; nothing is computed yet.
+
+        Args:
+            parent: None begins a chain. keep: as in `score`, for an engine whose verifier is its policy; `ids` may then be
+                empty.
+        Returns:
+            A future of the node that ends the chain. It holds a handle for the caller.
+        """
+        if ids or keep is None:
+            self._check_ids("ids", ids, self.policy_model)
+
+        def run() -> Node:
+            forest, above = self.policy_forest, parent
+            if keep is not None:
+                above = self._scorer.rolled_back(parent, keep, session)
+            if above is not None:
+                forest.retain(above)
+            if not ids:
+                return above
+            node = forest.add(above, ids)
+            node.owner = session
+            session.policy_nodes.add(node)
+            if above is not None:
+                forest.release(above)
+            return node
+
+        return self._call(run)
 
     def cancel(self, group: object) -> None:
         """Drop the branches of a group; steps already reported stay with the caller."""
@@ -199,7 +243,7 @@ class Engine:
             while True:
                 for command in self._drain(block=not busy):
                     if command is None:
-                        for session in list(self._sessions.values()):
+                        for session in list(self._sessions):
                             self._close(session)
                         return
                     function, result = command
@@ -224,18 +268,19 @@ class Engine:
     def _turn(self) -> bool:
         """One batch of work. Scores first when they are worth a forward; else decode; else whatever scores wait."""
         scorer, policy = self._scorer, self._policy
+        decoding = policy is not None and bool(policy.branches)
         if scorer is not None and scorer.jobs:
             self._patience -= 1
-            if not policy.branches or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
+            if not decoding or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
                 self._patience = SCORE_PATIENCE
                 if scorer.step():
                     self._note_peak()
                     return True
-                if scorer.jobs and not policy.branches:
+                if scorer.jobs and not decoding:
                     scorer.fail_first()
                     return True
         try:
-            worked = policy.step()
+            worked = policy.step() if decoding else False
         except (ValueError, RuntimeError) as error:  # for example non-finite logits: the running problems hear of it
             policy.abort(error)
             worked = True
@@ -244,30 +289,34 @@ class Engine:
 
     def _note_peak(self) -> None:
         used = self.budget.used_bytes
-        for session in self._sessions.values():
+        for session in self._sessions:
             session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
 
-    def _open(self, prompt: list[int], verifier_prompt: list[int] | None) -> Session:
-        root = self.policy_forest.add(None, prompt)
-        session = Session(next(self._orders), root, None, policy_nodes={root})
-        root.owner = session
-        if verifier_prompt is not None and self.verifier_forest is not None:
+    def _open(self, prompt: list[int] | None, verifier_prompt: list[int] | None, beside: Session | None) -> Session:
+        session = Session(next(self._orders) if beside is None else beside.order, None, None)
+        if prompt is not None:
+            session.root = self.policy_forest.add(None, prompt)
+            session.root.owner = session
+            session.policy_nodes.add(session.root)
+        if verifier_prompt is not None:
             session.verifier_root = self.verifier_forest.add(None, verifier_prompt)
             session.verifier_root.owner = session
             session.verifier_nodes.add(session.verifier_root)
-        self._sessions[session.order] = session
+        self._sessions.append(session)
         return session
 
     def _close(self, session: Session) -> None:
         if session.closed:
             return
-        self._policy.drop(lambda branch: branch.session is session)
+        if self._policy is not None:
+            self._policy.drop(lambda branch: branch.session is session)
         if self._scorer is not None:
             self._scorer.drop(session)
             self._sweep(self.verifier_forest, session.verifier_nodes)
-        self._sweep(self.policy_forest, session.policy_nodes)
+        if self._policy is not None:
+            self._sweep(self.policy_forest, session.policy_nodes)
         session.closed = True
-        del self._sessions[session.order]
+        self._sessions.remove(session)
 
     @staticmethod
     def _sweep(forest: Forest, nodes: set[Node]) -> None:
@@ -277,7 +326,8 @@ class Engine:
         nodes.clear()
 
     def _abort(self, error: BaseException) -> None:
-        self._policy.abort(error)
+        if self._policy is not None:
+            self._policy.abort(error)
         if self._scorer is not None:
             for job in self._scorer.jobs:
                 if job.result.set_running_or_notify_cancel():
@@ -294,6 +344,28 @@ class Engine:
     def _path_bytes(self, model, tokens: int) -> int:
         """Pages of a path of `tokens` cut into steps: at worst one page a step is partly used."""
         return (-(-tokens // PAGE_SIZE) + 1) * PAGE_SIZE * model.kv_bytes_per_token
+
+    def _check_prompt(self, name: str, ids: list[int] | None, model, times: int, max_new_tokens: int) -> None:
+        """One path of `times * (prompt + max_new_tokens)` tokens must fit into the model and, alone, into the budget."""
+        if ids is None:
+            return
+        self._check_model(name, model)
+        self._check_ids(name, ids, model)
+        length, limit = len(ids) + max_new_tokens, model.config.max_positions
+        if len(ids) >= limit:
+            side = "policy" if model is self.policy_model else "verifier"
+            raise ValueError(f"{name} has {len(ids)} tokens, the {side} allows {limit}; shorten it")
+        need = self._path_bytes(model, min(times * length, limit))
+        if need > self.budget.total_bytes:
+            raise ValueError(
+                f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
+                f"{self.budget.total_bytes:,}; raise kv_bytes or lower max_new_tokens"
+            )
+
+    @staticmethod
+    def _check_model(name: str, model) -> None:
+        if model is None:
+            raise ValueError(f"{name}: the engine was made without the model that reads them; pass it to Engine(...)")
 
     @staticmethod
     def _check_ids(name: str, ids: list[int], model) -> None:

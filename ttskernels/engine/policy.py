@@ -23,7 +23,9 @@ PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in seve
 class PolicyRunner:
     """Holds the policy, its forest and pool, and the branches that are under way."""
 
-    def __init__(self, model, forest: Forest, residency: Residency, next_state: torch.Tensor):
+    def __init__(self, model, forest: Forest, residency: Residency, next_state: torch.Tensor | None):
+        if next_state is None:
+            raise ValueError("next_state is None; a policy needs the stop automaton of its tokenizer")
         if next_state.dtype != torch.int32 or next_state.ndim != 2 or next_state.shape[1] != model.config.vocab:
             raise ValueError(
                 f"next_state must be int32 [states, vocab {model.config.vocab}], got {next_state.dtype} "
@@ -59,7 +61,7 @@ class PolicyRunner:
         """Run the waiting branches for one mixed iteration, or, if none waits, all for several. False: nothing to do."""
         if not self.branches:
             return False
-        if self._plan is not None and self._plan_has_room():
+        if self._plan is not None and self._plan_has_room() and self._plan.advance():
             return self._decode()
         admitted = self._admit()
         if not admitted:

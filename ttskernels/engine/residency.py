@@ -14,10 +14,10 @@ from ttskernels.kv.forest import Forest, Node
 
 
 class Residency:
-    def __init__(self, sessions: dict[int, Session]):
-        self.sessions = sessions  # by age
+    def __init__(self, sessions: list[Session]):
+        self.sessions = sessions
         self.epoch = 0  # evictions so far: a path that was whole at this epoch is still whole
-        self.forests: list[Forest] = []  # policy's, verifier's
+        self.forests: list[tuple[Forest, Callable[[Session], set[Node]]]] = []  # and a session's nodes in each
         self.busy_before: Callable[[int], set[Node]] = lambda order: set()  # nodes of decoding problems older than one
 
     def reserve(self, forest: Forest, needs: dict[Node, int], pinned: set[Node], session: Session) -> bool:
@@ -35,9 +35,9 @@ class Residency:
                     return False
 
     def _evict_one(self, pinned: set[Node]) -> bool:
-        for order in sorted(self.sessions, reverse=True):
-            session = self.sessions[order]
-            for forest, nodes in zip(self.forests, (session.policy_nodes, session.verifier_nodes), strict=False):
+        for session in sorted(self.sessions, key=lambda s: s.order, reverse=True):
+            for forest, nodes_of in self.forests:
+                nodes = nodes_of(session)
                 nodes.difference_update([n for n in nodes if n.released])
                 held = [n for n in nodes if n.pages and n not in pinned]
                 if held:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -14,6 +15,10 @@ from ttskernels.kv.plan import build_plan
 from ttskernels.ops.step_score import step_score
 
 BATCH_ROWS = 2048  # query rows of one forward
+NOT_FINITE = (
+    "the verifier's hidden state or score is not finite at a step's end, so the step has no score; "
+    'its weights overflow or are damaged: try dtype="fp32", or download the checkpoint again'
+)
 
 
 class ScoreRunner:
@@ -25,6 +30,9 @@ class ScoreRunner:
                 "verifier has no score head (a plain language model?); load a process reward model, or pass load_model a "
                 "HeadSpec that names rows of the language-model head"
             )
+        parts = (model.head.weight, model.head.bias, model.head.inner_weight, model.head.inner_bias)
+        if not all(bool(part.isfinite().all()) for part in parts if part is not None):
+            raise ValueError("verifier has a score head with weights that are not finite; the checkpoint is damaged")
         self.model, self.forest, self.residency = model, forest, residency
         self.heads = model.config.heads
         self.jobs: list[ScoreJob] = []
@@ -33,15 +41,29 @@ class ScoreRunner:
     def waiting_rows(self) -> int:
         return sum(len(job.ids) for job in self.jobs)
 
+    def submit(self, job: ScoreJob, keep: int | None) -> None:
+        """Queue a job behind the first `keep` tokens of its parent's chain (None: all of them)."""
+        chain, limit = self.forest.length(job.parent), self.model.config.max_positions
+        keep = chain if keep is None else keep
+        if not 0 <= keep <= chain:
+            raise ValueError(f"keep must be in 0 .. {chain}, the tokens of parent's chain, got {keep}")
+        if keep + len(job.ids) > limit:
+            raise ValueError(f"path has {keep + len(job.ids)} verifier tokens, the verifier allows {limit}")
+        job.parent = self.rolled_back(job.parent, keep, job.session) if keep else None
+        if job.parent is not None:
+            self.forest.retain(job.parent)  # the caller may release its own handle while the job waits
+        self.jobs.append(job)
+
     def drop(self, session: Session) -> None:
         """Cancel a session's waiting jobs."""
         for job in [j for j in self.jobs if j.session is session]:
             job.result.cancel()
-            self.jobs.remove(job)
+            self._forget(job)
 
     def step(self) -> bool:
         """Score one batch of jobs, oldest problem first. False: nothing waits, or nothing fits now."""
-        self.jobs = [job for job in self.jobs if not job.result.cancelled()]
+        for job in [job for job in self.jobs if job.result.cancelled()]:
+            self._forget(job)
         jobs, pinned, rows = [], set(), 0
         for job in sorted(self.jobs, key=lambda j: j.session.order):
             if rows and rows + len(job.ids) > BATCH_ROWS:
@@ -53,7 +75,7 @@ class ScoreRunner:
         if not jobs:
             return False
         for job in jobs:
-            self.jobs.remove(job)
+            self._forget(job)  # its node holds the parent now
             if not job.result.set_running_or_notify_cancel():  # from here on a caller can no longer cancel it
                 self._give_up(job)
         jobs = [job for job in jobs if job.node is not None]
@@ -67,21 +89,53 @@ class ScoreRunner:
                 job.result.set_exception(error)
             return True
         for job, score in zip(jobs, scores, strict=True):
-            job.result.set_result((job.node, score))
+            if score is None:
+                self._give_up(job)
+                job.result.set_exception(ValueError(NOT_FINITE))
+            else:
+                job.result.set_result((job.node, score))
         return True
 
     def fail_first(self) -> None:
         """Nothing else is running and the oldest job does not fit: tell its caller."""
         job = min(self.jobs, key=lambda j: j.session.order)
-        self.jobs.remove(job)
+        self._forget(job)
         if job.result.set_running_or_notify_cancel():
             job.result.set_exception(
                 OutOfPagesError("one score job alone does not fit into the KV budget; raise kv_bytes")
             )
 
+    def _forget(self, job: ScoreJob) -> None:
+        """Take a job out of the queue and give back its handle on the parent."""
+        self.jobs.remove(job)
+        if job.parent is not None:
+            self.forest.release(job.parent)
+
+    def rolled_back(self, node: Node, keep: int, session: Session) -> Node:
+        """The node that ends behind token `keep` of the chain of `node`; an ancestor is cut in two if none does.
+
+        What was computed behind the cut is dropped and computed again if somebody still needs it: its attention ran
+        over a longer node, and scores are a function of the chain of nodes alone, to the last bit.
+        """
+        while node.pos0 >= keep:
+            node = node.parent
+        if node.pos0 + len(node.ids) == keep:
+            return node
+        self.forest.retain(node)  # an ancestor may live through its children alone
+        upper = self.forest.split(node, keep - node.pos0)
+        session.verifier_nodes.add(upper)
+        below = [n for n in session.verifier_nodes if not n.released and n.pos0 > node.pos0] if node.children else []
+        for stale in [node, *(n for n in below if node in self.forest.path(n))]:
+            self.forest.evict(stale)
+        self.residency.epoch += 1  # branches may decode below, if the policy's forest is the same
+        self.forest.release(node)
+        self.forest.release(upper)  # the lower half keeps it, and the caller's handle to come
+        return upper
+
     def _admit(self, job: ScoreJob, pinned: set[Node]) -> bool:
         if job.node is None:
             job.node = self.forest.add(job.parent, job.ids)
+            job.node.owner = job.session
         path = self.forest.path(job.node)
         if not self.residency.reserve(self.forest, missing(path), pinned.union(path), job.session):
             self._give_up(job)
@@ -94,28 +148,41 @@ class ScoreRunner:
         self.forest.release(job.node)
         job.node = None
 
-    def _run(self, jobs: list[ScoreJob]) -> list[list[float]]:
+    def _run(self, jobs: list[ScoreJob]) -> list[list[float] | None]:
+        """The scores of each job; None where they are not finite."""
         started = time.perf_counter()
         sources = [job.node for job in jobs]
-        reused = {job.node: sum(n.cached for n in self.forest.path(job.node)) for job in jobs}
+        reused, seen = {}, set()
+        for job in jobs:  # what the batch computes is the first job's that needs it
+            path = [n for n in self.forest.path(job.node) if n not in seen]
+            reused[job.node] = self.forest.length(job.node) - sum(len(n.ids) - n.cached for n in path)
+            seen.update(path)
         hidden: dict[Node, torch.Tensor] = {}
         while len(hidden) < len(jobs):  # a prefix longer than a batch takes several forwards
             self._forward(jobs, [s for s in sources if s not in hidden], hidden)
-        head = self.model.head
-        scores = step_score(
-            torch.cat([hidden[job.node] for job in jobs]),
-            torch.arange(sum(len(job.reads) for job in jobs), dtype=torch.int32),
-            head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-            norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, mix=head.mix,
-        ).tolist()  # fmt: skip
+        scores = self._scores(torch.cat([hidden[job.node] for job in jobs])).tolist()
         seconds = (time.perf_counter() - started) / len(jobs)
         result, at = [], 0
         for job in jobs:
             job.session.counters.score_seconds += seconds
             job.session.counters.verifier_reused += reused[job.node]
-            result.append(scores[at : at + len(job.reads)])
+            mine = scores[at : at + len(job.reads)]
+            result.append(mine if all(map(math.isfinite, mine)) else None)
             at += len(job.reads)
         return result
+
+    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`[n]` scores of hidden states `[n, dim]` in one fused pass; NaN for a state that is not finite."""
+        head = self.model.head
+        scores = torch.full((len(hidden),), float("nan"))
+        rows = hidden.isfinite().all(1).nonzero()[:, 0].int()
+        if len(rows):
+            scores[rows] = step_score(
+                hidden, rows,
+                head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
+                norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, mix=head.mix,
+            )  # fmt: skip
+        return scores
 
     def _forward(self, jobs: list[ScoreJob], sources: list[Node], hidden: dict[Node, torch.Tensor]) -> None:
         rows, last_row = uncached_rows(self.forest, sources, BATCH_ROWS, whole=True)

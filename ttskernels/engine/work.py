@@ -50,10 +50,10 @@ class Counters:
 
 @dataclass(eq=False)
 class Session:
-    """One problem: its prompt in the policy's forest and, with a verifier, in the verifier's forest."""
+    """One problem: its prompt in the policy's forest, in the verifier's forest, or in both."""
 
-    order: int  # age: a smaller one is older and goes first
-    root: Node
+    order: int  # age: a smaller one is older and goes first; equal for sessions of one problem
+    root: Node | None
     verifier_root: Node | None
     counters: Counters = field(default_factory=Counters)
     policy_nodes: set[Node] = field(default_factory=set)  # created for this problem; released ones are swept later
@@ -109,10 +109,12 @@ class Branch:
 
 @dataclass(eq=False)
 class ScoreJob:
-    """New verifier tokens below `parent`; `reads` are indices into `ids` of the tokens whose hidden state is scored."""
+    """New verifier tokens below `parent`; `reads` are indices into `ids` of the tokens whose hidden state is scored.
+
+    The job holds a handle on `parent` (None: a chain of its own) until it is done, and on `node` while it runs."""
 
     session: Session
-    parent: Node
+    parent: Node | None
     ids: list[int]
     reads: list[int]
     result: Future  # of (Node, list[float])

@@ -31,7 +31,7 @@ class Node:
         self.refs = 1
         self.released = False
         self.children = 0
-        self.owner: object | None = None  # for the user's notes, inherited by forks; the forest does not read them
+        self.owner: object | None = None  # for the user's notes, inherited; the forest does not read them
         self.seen = 0  # most ids that ever had their KV computed: what is computed again below this is a recompute
         self._lender: Node | None = None  # owns pages[0] together with me: my upper half after a split
         self._borrower: Node | None = None  # reads pages[-1] from its own offset on: my lower half
@@ -172,9 +172,11 @@ class Forest:
         upper = Node(node.parent, node.ids[:at], node.pos0)
         upper.sealed = True
         upper.children = 1
-        upper.cached = min(node.cached, at)
+        upper.owner = node.owner
+        upper.cached, upper.seen = min(node.cached, at), min(node.seen, at)
         node.ids = node.ids[at:]
         node.cached -= upper.cached
+        node.seen -= upper.seen
         node.parent, node.pos0 = upper, node.pos0 + at
         self._live.add(upper)
         if node.pages:

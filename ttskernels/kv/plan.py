@@ -35,7 +35,7 @@ CPU = Machine()
 class Plan:
     """A packed plan. `buffer` is the int32 tensor that `tree_attention` and the decoder take."""
 
-    __slots__ = ("buffer", "_array", "_address", "_stats", "_impl")
+    __slots__ = ("buffer", "_array", "_address", "_stats", "_impl", "_source")
 
     def __init__(self, cap: Sizes, queues: int, impl: str):
         offsets, total = section_offsets(cap, queues)
@@ -95,6 +95,23 @@ class Plan:
         if self._impl == "cpu":
             return _library().ttsk_plan_advance(self._address) == 0
         return advance_reference(self._array)
+
+    def of_rows(self, rows: Sequence[int]) -> Plan:
+        """A plan of some of these rows (numbers of this plan's rows, any order, repeats allowed) over the same tree.
+
+        Each reads the same tokens, cut into the same partials, so its attention has the same bits.
+        """
+        packed, heads, machine = self._source
+        spec = at.unpack_spec(packed.copy())
+        if len(spec.row_pos):
+            moved = self.row_pos[0] - spec.row_pos[0]  # by advance: each row the only one of a leaf, at its last id
+            spec.row_pos[:] += moved
+            spec.length[spec.row_node] += moved
+        chosen = np.asarray(rows, np.int64)
+        tree = spec.packed[: len(packed) - 2 * len(spec.row_pos)]
+        tree[1] = len(chosen)
+        picked = np.concatenate([tree, spec.row_node[chosen], spec.row_pos[chosen]])
+        return _build(picked, heads, machine, None, self._impl)
 
     def stats(self) -> PlanStats:
         return self._stats
@@ -283,14 +300,17 @@ def _check_tree(a: dict[str, np.ndarray], page_size: int) -> None:
 
 
 def _build(packed: np.ndarray, heads: HeadShape, machine: Machine, reuse: Plan | None, impl: str) -> Plan:
-    costs = cost_constants(heads, machine)
-    impl = _resolve(impl)
-    if impl == "cpu":
-        return _build_cpu(packed, costs, reuse)
+    build = _build_cpu if _resolve(impl) == "cpu" else _build_reference
+    plan = build(packed, cost_constants(heads, machine), reuse)
+    plan._source = (packed, heads, machine)
+    return plan
+
+
+def _build_reference(packed: np.ndarray, costs: at.Costs, reuse: Plan | None) -> Plan:
     spec = at.unpack_spec(packed)
     built = plan_reference.build(spec, costs)
     need = Sizes(len(built.row_perm), len(built.items), len(built.segs) // 4, len(built.merge_slots))
-    plan = _room(need, costs.queues, reuse, impl)
+    plan = _room(need, costs.queues, reuse, "reference")
     a = plan._array
     a[at.PAGE_SIZE_AT : at.NUM_MERGES + 1] = (spec.page_size, *need[:3], built.num_slots, need.merges)
     for field, values in (

@@ -23,7 +23,11 @@ LM_HEAD = "lm_head.weight"
 class Decoder(Protocol):
     """What `Model` runs; it has checked every argument. See `Model.forward` and `Model.decode`."""
 
-    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor: ...
+    def forward(
+        self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
+    ) -> Tensor:
+        """`out_plan`: a plan of `out_rows` alone, for the last layer; None: `out_rows` are all rows, in order."""
+        ...
 
     def decode(
         self,
@@ -51,16 +55,23 @@ class PythonDecoder:
         self.packed = {name: linear_pack(tensor, impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
-    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
-        out_rows = out_rows.long()
-        x = self.embed[ids.long()]
+    def forward(
+        self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
+    ) -> Tensor:
+        x, last = self.embed[ids.long()], self.config.layers - 1
         for layer in range(self.config.layers):
-            attended = self._attention(layer, x, plan, pool)
-            if (
-                layer == self.config.layers - 1
-            ):  # nothing reads the other rows any more: their K, V are written
-                x, attended = x[out_rows], attended[out_rows]
-            x = x + self._linear(layer, "self_attn.o_proj", attended)
+            normed = rms_norm(x, self._vector(layer, "input_layernorm.weight"), self.config.rms_eps, impl=self.impl)
+            k, v = self._heads(layer, "k_proj", normed), self._heads(layer, "v_proj", normed)
+            slots = plan.slots
+            if layer == last and out_plan is not None:  # nothing reads the other rows any more
+                self._rope(layer, k.new_empty(len(k), 0, k.shape[2]), k, v, plan, slots, pool)
+                x, normed, k, v = (t[out_rows.long()] for t in (x, normed, k, v))
+                plan, slots = out_plan, torch.full_like(out_rows, -1)
+            q = self._rope(layer, self._heads(layer, "q_proj", normed), k, v, plan, slots, pool)
+            attended = tree_attention(
+                q, pool.k[layer], pool.v[layer], plan, scale=self.config.scale, window=self.config.window, impl=self.impl
+            )
+            x = x + self._linear(layer, "self_attn.o_proj", attended.flatten(1))
             x = x + self._mlp(layer, x)
         if output == "hidden":
             return x.float()
@@ -72,10 +83,8 @@ class PythonDecoder:
         for iteration in range(tokens.shape[0]):
             if iteration and not plan.advance():
                 return iteration
-            logits = self.forward(ids, plan, pool, rows, "logits")
-            token, logprob = sample(
-                logits, rows, keys, torch.from_numpy(plan.row_pos) + 1, params, impl=self.impl
-            )
+            logits = self.forward(ids, plan, pool, None, rows, "logits")
+            token, logprob = sample(logits, rows, keys, plan.positions + 1, params, impl=self.impl)
             tokens[iteration], logprobs[iteration] = token, logprob
             ids.copy_(token)
             states.copy_(next_state[states.long(), token.long()])
@@ -83,24 +92,19 @@ class PythonDecoder:
                 return iteration + 1
         return tokens.shape[0]
 
-    def _attention(self, layer: int, x: Tensor, plan: Plan, pool: PagePool) -> Tensor:
-        """Heads of every row `[rows, q_heads * head_dim]`, after writing the layer's K, V of new rows."""
-        c, impl = self.config, self.impl
-        x = rms_norm(x, self._vector(layer, "input_layernorm.weight"), c.rms_eps, impl=impl)
-        q = self._linear(layer, "self_attn.q_proj", x).view(-1, c.q_heads, c.head_dim)
-        k = self._linear(layer, "self_attn.k_proj", x).view(-1, c.kv_heads, c.head_dim)
-        v = self._linear(layer, "self_attn.v_proj", x).view(-1, c.kv_heads, c.head_dim)
-        positions, slots = plan.positions, plan.slots
-        q = rope_append(
-            q, k, v, c.inv_freq, positions, slots, pool.k[layer], pool.v[layer],
-            rope_scale=c.rope_scale,
+    def _heads(self, layer: int, name: str, x: Tensor) -> Tensor:
+        return self._linear(layer, f"self_attn.{name}", x).unflatten(1, (-1, self.config.head_dim))
+
+    def _rope(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Plan, slots: Tensor, pool: PagePool) -> Tensor:
+        """Turned q, after writing k and v of the rows that have a slot."""
+        return rope_append(
+            q, k, v, self.config.inv_freq, plan.positions, slots, pool.k[layer], pool.v[layer],
+            rope_scale=self.config.rope_scale,
             q_norm=self._vector(layer, "self_attn.q_norm.weight"),
             k_norm=self._vector(layer, "self_attn.k_norm.weight"),
-            eps=c.rms_eps,
-            impl=impl,
+            eps=self.config.rms_eps,
+            impl=self.impl,
         )  # fmt: skip
-        out = tree_attention(q, pool.k[layer], pool.v[layer], plan, scale=c.scale, window=c.window, impl=impl)
-        return out.flatten(1)
 
     def _mlp(self, layer: int, x: Tensor) -> Tensor:
         x = rms_norm(

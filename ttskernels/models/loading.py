@@ -84,6 +84,11 @@ def _base_model(adapter: Adapter, base: str | os.PathLike | None, dtype: torch.d
         raise ValueError(f"{folder} holds an adapter and {main.name}; keep the adapter, or the whole model, elsewhere")
     if base is None and adapter.base is None:
         raise ValueError(f"base must be the model that the adapter in {folder} belongs to, got None; its config names none")
+    if base is None and adapter.revision is not None:
+        raise ValueError(
+            f"base must be {adapter.base} at revision {adapter.revision}, which the adapter in {folder} belongs to, "
+            "got None; download that revision and pass its folder"
+        )
     try:
         found = resolve(base or adapter.base, dtype)
     except (FileNotFoundError, ConnectionError) as error:

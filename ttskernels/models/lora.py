@@ -46,6 +46,7 @@ class Adapter:
     scaling: float
     targets: str | tuple[str, ...]  # the ends of module names, or one pattern of whole names
     layers: tuple[int, ...] | None  # None: all
+    revision: str | None = None  # of the base model on the hub, if it is not the main one
 
     def merge(self, weights: dict[str, Tensor]) -> None:
         """Add the adapter to its base model's `weights`, in float32; the sums stay float32 for the caller to round.
@@ -113,6 +114,7 @@ def read_adapter(folder: Path) -> Adapter | None:
         alpha / (rank**0.5 if raw.get("use_rslora") else rank),
         targets if isinstance(targets, str) else tuple(targets),
         tuple(_as_list(layers)) if layers is not None else None,
+        raw.get("revision") if raw.get("revision") != "main" else None,
     )
 
 

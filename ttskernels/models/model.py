@@ -83,7 +83,9 @@ class Model:
             )
         self._check_rows(ids, plan, pool)
         _check_index("out_rows", out_rows, plan.num_rows)
-        return self._decoder.forward(ids, plan, pool, out_rows, output)
+        every = len(out_rows) == plan.num_rows and bool((out_rows.diff() == 1).all())
+        out_plan = None if every else plan.of_rows(out_rows.numpy())
+        return self._decoder.forward(ids, plan, pool, out_plan, out_rows, output)
 
     def decode(
         self,

@@ -54,10 +54,18 @@ class NativeDecoder:
         free.argtypes = [ctypes.c_int64]
         weakref.finalize(self, free, self._handle)
 
-    def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str) -> Tensor:
-        kind = int(output == "logits")
+    def memory_bytes(self) -> tuple[int, int]:
+        """(weights, scratch) it holds now, next to what torch's allocator knows of. Scratch grows to the largest call."""
+        total = (ctypes.c_int64 * 2)()
+        _dispatch.library().ttsk_decoder_memory(ctypes.c_int64(self._handle), total)
+        return total[0], total[1]
+
+    def forward(
+        self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
+    ) -> Tensor:
+        kind, last = int(output == "logits"), None if out_plan is None else out_plan.buffer
         return torch.ops.ttskernels.decoder_forward(
-            self._handle, pool.k, pool.v, plan.buffer, ids, out_rows, kind, self._widths[kind]
+            self._handle, pool.k, pool.v, plan.buffer, ids, out_rows, kind, self._widths[kind], last
         )
 
     def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:

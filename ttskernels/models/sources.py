@@ -10,6 +10,7 @@ import torch
 
 CONFIGS = ["config.json", "generation_config.json", "adapter_config.json"]
 HUB_FILES = [*CONFIGS, "model.safetensors.index.json", "model*.safetensors", "adapter_model*", "reward_head.pt"]
+HUB_FILES += ["ttsk_prm.json"]  # which text a verifier reads, for ttsearch
 BIN_FILES = ["pytorch_model.bin.index.json", "pytorch_model*.bin"]  # asked for only where there is no safetensors
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import linear as reference
 
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def linear_pack(weight: Tensor, *, impl: Impl = "auto") -> PackedLinear:
     if weight.ndim != 2 or 0 in weight.shape:
         raise ValueError(f"weight must be [out_features, in_features], both at least 1, got {tuple(weight.shape)}")
     chosen = resolve(impl, weight)
-    if chosen != "reference" and weight.dtype not in _DTYPES:
+    if chosen != "reference" and weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}; pass impl='reference'")
     data = torch.ops.ttskernels.linear_pack(weight.contiguous()) if chosen == "cpu" else weight
     return PackedLinear(data, weight.shape[0], weight.shape[1], weight.dtype, chosen)

@@ -73,6 +73,8 @@ def step_score(
         return scores
     finite = scores.isfinite()
     if not finite.all():
+        if mix is not None and not mix.isfinite().all():
+            raise ValueError(f"mix must be finite, got {mix.tolist()}")
         i = int(finite.logical_not().nonzero()[0])
         raise ValueError(
             f"hidden row {int(rows[i])} (rows[{i}]) has no finite score: "
@@ -127,5 +129,5 @@ def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, sq
                 f"mix must be [{labels}] for a weight of {labels} labels, got None; pass how much each label counts, "
                 "for example torch.tensor([0.0, 1.0]) for the probability of label 1"
             )
-    elif mix.shape != (labels,) or mix.dtype != torch.float32 or not mix.isfinite().all():
-        raise ValueError(f"mix must be finite float32 [{labels}], got {mix.dtype} {tuple(mix.shape)}: {mix.tolist()}")
+    elif mix.shape != (labels,) or mix.dtype != torch.float32:
+        raise ValueError(f"mix must be float32 [{labels}], got {mix.dtype} {tuple(mix.shape)}")

@@ -2,189 +2,14 @@
 
 #include <atomic>
 
+#include "linear_micro.h"
 #include "ttskernels/threads.h"
-#include "vec.h"
 
 namespace ttsk::TTSK_ISA {
 namespace {
 
-// A task is one panel times a block of rows. Few rows: the panel streams by once per group of up to kGroupRows rows,
-// expanded to float32 on the fly. Many rows: kBlockK rows of the panel are expanded once into L1 and serve all groups
-// of the block, the accumulators waiting in memory between K blocks (exact, so the chain is the same).
-constexpr int kGroupRows = 6;
-constexpr int kBlockRows = 96;
+// A task is one panel times a block of rows; x is converted a chunk of rows at a time.
 constexpr int kChunkRows = 384;
-constexpr int kBlockK = 128;  // float32 panel block: 32 KiB
-constexpr int kDirectGroups = 4;  // measured: at 16 rows expanding first is 15 % slower, at 48 rows 5 % faster
-constexpr int kPrefetchSteps = 8;  // k-steps ahead: 2 KiB, within reach of the memory latency
-#if defined(__AVX512F__)
-constexpr int kStripVecs = 4;  // 6 x 4 accumulators of 32 registers
-#else
-constexpr int kStripVecs = 1;  // 6 x 2 accumulators of 16 registers (AVX2)
-#endif
-constexpr int kPanel = static_cast<int>(kPanelColumns);
-
-// Weight loads: a k-step holds kStep reduced elements.
-struct Float32Panel {
-  static constexpr int kStep = 1, kStepBytes = kPanel * 4;
-  static Vec Load(const uint8_t* p, int) { return LoadAs(reinterpret_cast<const float*>(p)); }
-  static constexpr int kVecBytes = 64;
-};
-struct ExpandedPanel : Float32Panel {};  // a block in L1: nothing to prefetch
-struct Fp16Panel {
-  static constexpr int kStep = 1, kStepBytes = kPanel * 2;
-  static Vec Load(const uint8_t* p, int) { return LoadAs(reinterpret_cast<const Fp16*>(p)); }
-  static constexpr int kVecBytes = 32;
-};
-struct Bf16Panel {
-  static constexpr int kStep = 2, kStepBytes = kPanel * 4;
-  static Vec Load(const uint8_t* p, int j) { return j == 0 ? Even(LoadPairs(p)) : Odd(LoadPairs(p)); }
-  static constexpr int kVecBytes = 64;
-};
-
-template <typename Panel>
-constexpr bool IsExpanded(Panel) { return false; }
-constexpr bool IsExpanded(ExpandedPanel) { return true; }
-
-// acc [kRows][64] (+)= x rows * kStripVecs columns of the panel, over `steps` k-steps.
-template <typename Panel, int kRows, bool kFromZero>
-void Strip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
-  Vec sum[kRows][kStripVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kStripVecs; ++c) sum[r][c] = kFromZero ? Zero() : Load(acc + r * kPanel + c * kLanes);
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    if constexpr (!IsExpanded(Panel{})) {
-      for (int line = 0; line < Panel::kStepBytes; line += 64) {
-        __builtin_prefetch(panel + kPrefetchSteps * Panel::kStepBytes + line);
-      }
-    }
-#pragma GCC unroll 2
-    for (int j = 0; j < Panel::kStep; ++j) {
-      Vec w[kStripVecs];
-#pragma GCC unroll 4
-      for (int c = 0; c < kStripVecs; ++c) w[c] = Panel::Load(panel + c * Panel::kVecBytes, j);
-#pragma GCC unroll 6
-      for (int r = 0; r < kRows; ++r) {
-        const Vec a = Broadcast(x[r * x_stride + j]);
-#pragma GCC unroll 4
-        for (int c = 0; c < kStripVecs; ++c) sum[r][c] = Fma(a, w[c], sum[r][c]);
-      }
-    }
-    x += Panel::kStep;
-    panel += Panel::kStepBytes;
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kStripVecs; ++c) Store(acc + r * kPanel + c * kLanes, sum[r][c]);
-  }
-}
-
-#if defined(__AVX512BF16__)
-struct Bf16Dot {
-  static constexpr int kStep = 2, kStepBytes = kPanel * 4, kVecBytes = 64;
-};
-// The same with x as bf16 pairs (stored in the float workspace, one pair per 4 bytes).
-template <int kRows, bool kFromZero>
-void DotStrip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
-  Vec sum[kRows][kStripVecs];
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kStripVecs; ++c) sum[r][c] = kFromZero ? Zero() : Load(acc + r * kPanel + c * kLanes);
-  }
-  for (int64_t s = 0; s < steps; ++s) {
-    Pairs w[kStripVecs];
-#pragma GCC unroll 4
-    for (int c = 0; c < kStripVecs; ++c) {
-      __builtin_prefetch(panel + kPrefetchSteps * kPanel * 4 + c * 64);
-      w[c] = LoadPairs(panel + c * 64);
-    }
-#pragma GCC unroll 6
-    for (int r = 0; r < kRows; ++r) {
-      const Pairs a = BroadcastPair(FloatToBits(x[r * x_stride + s]));
-#pragma GCC unroll 4
-      for (int c = 0; c < kStripVecs; ++c) sum[r][c] = DotPairs(sum[r][c], w[c], a);
-    }
-    panel += kPanel * 4;
-  }
-  for (int r = 0; r < kRows; ++r) {
-    for (int c = 0; c < kStripVecs; ++c) Store(acc + r * kPanel + c * kLanes, sum[r][c]);
-  }
-}
-template <int kRows, bool kFromZero>
-void RunStrip(Bf16Dot, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
-  DotStrip<kRows, kFromZero>(x, x_stride, panel, steps, acc);
-}
-#endif
-template <int kRows, bool kFromZero, typename Panel>
-void RunStrip(Panel, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
-  Strip<Panel, kRows, kFromZero>(x, x_stride, panel, steps, acc);
-}
-
-// One group of 1..6 rows, all 64 columns.
-template <typename Panel, bool kFromZero>
-void Group(int rows, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, float* acc) {
-  for (int c = 0; c < kPanel / kLanes; c += kStripVecs) {
-    const uint8_t* w = panel + c * Panel::kVecBytes;
-    float* out = acc + c * kLanes;
-    switch (rows) {
-      case 1: RunStrip<1, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-      case 2: RunStrip<2, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-      case 3: RunStrip<3, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-      case 4: RunStrip<4, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-      case 5: RunStrip<5, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-      default: RunStrip<6, kFromZero>(Panel{}, x, x_stride, w, steps, out); break;
-    }
-  }
-}
-
-// Groups of nearly equal size: 16 rows are 6 + 5 + 5.
-template <typename F>
-inline void ForGroups(int rows, F f) {
-  const int groups = (rows + kGroupRows - 1) / kGroupRows, small = rows / groups, large = rows % groups;
-  for (int g = 0, first = 0; g < groups; ++g) {
-    const int size = small + (g < large ? 1 : 0);
-    f(first, size);
-    first += size;
-  }
-}
-
-template <typename Panel>
-void Multiply(const float* x, int64_t x_stride, const uint8_t* panel, int rows, int64_t steps, float* acc) {
-  ForGroups(rows, [&](int first, int size) {
-    Group<Panel, true>(size, x + first * x_stride, x_stride, panel, steps, acc + first * kPanel);
-  });
-}
-
-template <typename Panel>
-void MultiplyExpanded(const float* x, int64_t x_stride, const uint8_t* panel, int rows, int64_t steps, float* acc) {
-  alignas(64) float wide[kBlockK * kPanel];
-  const int64_t block_steps = kBlockK / Panel::kStep;
-  for (int64_t s0 = 0; s0 < steps; s0 += block_steps) {
-    const int64_t count = steps - s0 < block_steps ? steps - s0 : block_steps;
-    for (int64_t s = 0; s < count; ++s) {
-      const uint8_t* from = panel + (s0 + s) * Panel::kStepBytes;
-      for (int line = 0; line < Panel::kStepBytes; line += 64) {
-        __builtin_prefetch(from + block_steps * Panel::kStepBytes + line);  // the next block arrives during this one
-      }
-      for (int c = 0; c < kPanel / kLanes; ++c) {
-        for (int j = 0; j < Panel::kStep; ++j) {
-          Store(wide + (s * Panel::kStep + j) * kPanel + c * kLanes, Panel::Load(from + c * Panel::kVecBytes, j));
-        }
-      }
-    }
-    const float* x0 = x + s0 * Panel::kStep;
-    const uint8_t* w = reinterpret_cast<const uint8_t*>(wide);
-    const int64_t k = count * Panel::kStep;
-    ForGroups(rows, [&](int first, int size) {
-      const float* xg = x0 + first * x_stride;
-      float* out = acc + first * kPanel;
-      if (s0 == 0) {
-        Group<ExpandedPanel, true>(size, xg, x_stride, w, k, out);
-      } else {
-        Group<ExpandedPanel, false>(size, xg, x_stride, w, k, out);
-      }
-    });
-  }
-}
 
 template <typename T, typename F>
 inline void WriteRow(T* y, int columns, F value) {
@@ -262,18 +87,7 @@ void RunTask(const Job& job, const float* x, int64_t row, int rows, int64_t pane
   alignas(64) float acc[kBlockRows * kPanel];
   const LinearParams& p = *job.p;
   const uint8_t* w = static_cast<const uint8_t*>(p.packed) + panel * job.panel_bytes;
-  const bool direct = rows <= kDirectGroups * kGroupRows;
-  if (p.weight_dtype == DType::kFloat32) {
-    Multiply<Float32Panel>(x, job.x_stride, w, rows, job.step_count, acc);
-#if defined(__AVX512BF16__)
-  } else if (job.dot) {
-    Multiply<Bf16Dot>(x, job.x_stride, w, rows, job.step_count, acc);
-#endif
-  } else if (p.weight_dtype == DType::kFloat16) {
-    (direct ? Multiply<Fp16Panel> : MultiplyExpanded<Fp16Panel>)(x, job.x_stride, w, rows, job.step_count, acc);
-  } else {
-    (direct ? Multiply<Bf16Panel> : MultiplyExpanded<Bf16Panel>)(x, job.x_stride, w, rows, job.step_count, acc);
-  }
+  MultiplyPanel(p.weight_dtype, job.dot, x, job.x_stride, w, rows, job.step_count, acc);
   if (p.y_dtype == DType::kFloat32) return Epilogue<float>(p, acc, row, rows, panel);
   if (p.y_dtype == DType::kFloat16) return Epilogue<Fp16>(p, acc, row, rows, panel);
   Epilogue<Bf16>(p, acc, row, rows, panel);

@@ -55,12 +55,15 @@ class Decoder {
 
   const DecoderShape& shape() const { return shape_; }
   bool has_lm_head() const { return !lm_head_.empty(); }
+  int64_t weight_bytes() const;
+  int64_t scratch_bytes() const;  // grows with the rows of a call, with the vocabulary in Decode only
 
   // Runs the plan's rows; row r's token is ids[r] (checked by the caller to lie in the vocabulary). Writes K, V of rows
   // with a slot, all of a layer before its attention, and out[i] = hidden state before the final norm [hidden] or
-  // logits [vocab] of row out_rows[i]. The last layer's output and MLP run for out_rows only. Not reentrant.
-  void Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows, const int32_t* out_rows,
-               int64_t num_out, DecoderOutput output, float* out);
+  // logits [vocab] of row out_rows[i]. out_plan: a plan of rows out_rows alone, which are all that the last layer's
+  // queries, attention and MLP run for; or null: out_rows are all rows, in order. Not reentrant.
+  void Forward(const KvPools& pools, const int32_t* plan, const int32_t* ids, int64_t rows, const int32_t* out_plan,
+               const int32_t* out_rows, int64_t num_out, DecoderOutput output, float* out);
 
   // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop; with
   // kBadLogits, bad_row is the first row whose logits are not finite. next_state holds states that exist or negatives.
@@ -82,7 +85,6 @@ class Decoder {
   Bytes embed_, final_norm_, lm_head_;
   std::vector<Layer> layers_;
   std::vector<Bytes> scratch_;
-  std::vector<int32_t> all_rows_;
 };
 
 }  // namespace ttsk

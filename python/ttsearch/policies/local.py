@@ -17,16 +17,15 @@ from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
 from ttskernels.models.model import load_model
-from ttskernels.models.sources import resolve
 
 from ..budget import Budget, Limits
+from ..dtypes import torch_dtype
 from ..prompts import TextPolicy, detect_style
+from ..protocols import Verifier, VerifierSession
 from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
-from ..verifiers import TextVerifier, detect_family
+from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, read_verifier
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_KV_BYTES = 2 << 30
 LIKELIHOOD = (
     "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
 )
@@ -37,20 +36,19 @@ class _Handle:
     """What a search node holds in the engine."""
 
     policy: Any  # forest node, None once given back
-    verifier: Any
+    verifier: Any  # handle of the verifier's session, None where the path was not scored
     key: int
     children: int = 0  # ordinals handed out
 
 
 class LocalBackend:
-    """A policy and, optionally, a verifier in this process. One engine serves every problem at once."""
+    """A policy on an engine and, optionally, any verifier, often on the same engine. Serves every problem at once."""
 
     def __init__(
-        self, engine: Engine, text_policy: TextPolicy, text_verifier: TextVerifier | None, likelihood: bool = False
+        self, engine: Engine, text_policy: TextPolicy, verifier: Verifier | None = None, likelihood: bool = False
     ):
-        self.engine, self.text_policy, self.text_verifier = engine, text_policy, text_verifier
-        self.likelihood = likelihood
-        self.has_verifier = likelihood or text_verifier is not None
+        self.engine, self.text_policy, self.verifier, self.likelihood = engine, text_policy, verifier, likelihood
+        self.has_verifier = likelihood or verifier is not None
 
     @classmethod
     def load(
@@ -73,28 +71,25 @@ class LocalBackend:
             kv_bytes: KV budget of both models together; None: 2 GiB.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-        model = load_model(policy, DTYPES[dtype], impl)
+        model = load_model(policy, torch_dtype(dtype), impl)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
-        scorer = text_verifier = None
         likelihood = verifier == LIKELIHOOD
+        scorer = text_verifier = None
         if verifier is not None and not likelihood:
-            scorer = load_model(verifier, DTYPES[dtype], impl)
-            if scorer.head is None:
-                raise ValueError(f"verifier {verifier} has no score head; pass a process reward model")
-            family = detect_family(resolve(verifier, DTYPES[dtype]), prm_family)
-            text_verifier = TextVerifier(load_tokenizer(verifier), family, scorer.config.max_positions)
+            scorer, text_verifier = read_verifier(verifier, prm_family, dtype, impl)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
-        return cls(engine, text_policy, text_verifier, likelihood)
+        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else None
+        return cls(engine, text_policy, prm, likelihood)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
 
     def close(self) -> None:
+        if self.verifier is not None:
+            self.verifier.close()
         self.engine.shutdown()
 
     def __enter__(self) -> LocalBackend:
@@ -112,12 +107,21 @@ class LocalPolicy:
         self._opened = time.perf_counter()
         self._sampling = Sampling(budget.temperature, budget.top_k, budget.top_p, budget.min_p)
         prompt = backend.text_policy.prompt_ids(problem.prompt)
-        verifier_prompt = backend.text_verifier.prompt_ids(problem.prompt) if backend.text_verifier else None
         self._prompt_tokens = len(prompt)
         room = self._engine.policy_model.config.max_positions - len(prompt)
         self._max_tokens = min(budget.max_tokens, max(room, 1))  # the model's own limit ends a path like the budget's
-        self._session: Session = self._engine.open(prompt, verifier_prompt, max_new_tokens=self._max_tokens)
-        handle = _Handle(self._session.root, self._session.verifier_root, root_key(budget.seed, problem.id))
+        self._session: Session = self._engine.open(prompt, max_new_tokens=self._max_tokens)
+        self._verifier: VerifierSession | None = None
+        if backend.verifier is not None:
+            try:
+                self._verifier = backend.verifier.open(
+                    problem.prompt, max_new_tokens=self._max_tokens, beside=self._session
+                )
+            except BaseException:
+                self._engine.close(self._session)
+                raise
+        verifier_root = self._verifier.root if self._verifier else None
+        handle = _Handle(self._session.root, verifier_root, root_key(budget.seed, problem.id))
         self.root = SearchNode(num_tokens=len(prompt), handle=handle)
 
     async def expand(
@@ -187,8 +191,9 @@ class LocalPolicy:
         for node in nodes:
             node.released, node.handle = True, None
         policy = [h.policy for h in handles if h.policy is not None]
-        verifier = [h.verifier for h in handles if h.verifier is not None]
-        self._engine.release(self._session, policy=policy, verifier=verifier)
+        self._engine.release(self._session, policy=policy)
+        if self._verifier is not None:
+            self._verifier.release([h.verifier for h in handles if h.verifier is not None])
 
     def cost(self) -> Cost:
         c = self._session.counters
@@ -196,15 +201,15 @@ class LocalPolicy:
             tokens_prefilled=c.policy_prefilled, tokens_decoded=c.policy_decoded, tokens_reused=c.policy_reused,
             tokens_recomputed=c.policy_recomputed, flops=c.policy_flops,
         )  # fmt: skip
-        verifier = ModelCost(
-            tokens_prefilled=c.verifier_prefilled, tokens_reused=c.verifier_reused,
-            tokens_recomputed=c.verifier_recomputed, flops=c.verifier_flops,
-        )  # fmt: skip
-        known = c.prefill_seconds + c.decode_seconds + c.score_seconds
+        verifier = self._verifier.cost() if self._verifier else ModelCost()
+        score_seconds = self._verifier.seconds if self._verifier else 0.0
+        known = c.prefill_seconds + c.decode_seconds + score_seconds
         other = max(0.0, time.perf_counter() - self._opened - known)
-        return Cost(policy, verifier, c.prefill_seconds, c.decode_seconds, c.score_seconds, other, c.peak_kv_bytes)
+        return Cost(policy, verifier, c.prefill_seconds, c.decode_seconds, score_seconds, other, c.peak_kv_bytes)
 
     def close(self) -> None:
+        if self._verifier is not None:
+            self._verifier.close()
         self._engine.close(self._session)
 
 
@@ -247,27 +252,14 @@ class _Chain:
         )  # fmt: skip
 
     async def _score(self, steps: list[SearchNode]) -> None:
-        """One job for all steps of the chain: their ids in a row, read at each step's end."""
-        text_verifier = self.policy._backend.text_verifier
-        above = self.parent.handle.verifier
-        ids: list[int] = []
-        reads: list[int] = []
-        owners: list[SearchNode] = []
-        for step in steps:
-            step_ids, step_reads = text_verifier.step_ids(step.text)
-            reads += [len(ids) + read for read in step_reads]
-            owners += [step] * len(step_reads)
-            ids += step_ids
-        last = steps[-1]
-        if not ids:  # no visible text: nothing to read; children continue below the same prefix
-            self.policy._engine.retain(above)
-            last.handle.verifier = above
-            return
-        if not text_verifier.fits(above.pos0 + len(above.ids) + len(ids)):
+        """One call for all steps of the chain."""
+        above, last = self.parent.handle.verifier, steps[-1]
+        if above is None:
+            raise ValueError(f"node {self.parent.path_key} was expanded with score=False; its children cannot be scored")
+        scored = await self.policy._verifier.score(above, [step.text for step in steps])
+        if scored.refused:
             last.finished, last.finish_reason = True, "refused"
             return
-        future = self.policy._engine.score(self.policy._session, above, ids, reads)
-        node, scores = await asyncio.wrap_future(future)
-        last.handle.verifier = node
-        for owner, score in zip(owners, scores, strict=True):
-            owner.step_score = score if owner.step_score is None else min(owner.step_score, score)
+        last.handle.verifier, last.running = scored.handle, scored.running
+        for step, score in zip(steps, scored.scores, strict=True):
+            step.step_score = score

@@ -1,0 +1,64 @@
+"""The registry of PRM families: one file of data each. docs/verifiers.md shows how to add one."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from ..family import PrmFamily
+from . import er_prm, llemma, math_psa, math_shepherd, pqm, qwen, reasoneval, rlhflow, skywork, trl, versaprm
+
+MODULES = (math_shepherd, rlhflow, skywork, qwen, math_psa, er_prm, versaprm, pqm, trl, llemma, reasoneval)
+FAMILIES: dict[str, PrmFamily] = {family.name: family for module in MODULES for family in module.FAMILIES}
+
+
+def get_family(name: str | Path | PrmFamily, **overrides: Any) -> PrmFamily:
+    """A family by name or from a file, with single fields replaced.
+
+    Args:
+        name: one of `FAMILIES`; or a .json file with the fields of a `PrmFamily` (or `{"family": name}` and the fields
+            that differ); or a .py file that sets FAMILY to a `PrmFamily`; or a family as it is.
+    Raises:
+        ValueError: unknown name, unknown field, a field that does not fit; the message says which.
+    """
+    if isinstance(name, PrmFamily):
+        return change(name, overrides)
+    if Path(name).suffix in (".json", ".py"):
+        return change(read_family(Path(name)), overrides)
+    if name not in FAMILIES:
+        raise ValueError(
+            f"PRM family must be one of {', '.join(FAMILIES)}, or a .json or .py file that describes one, got {str(name)!r}"
+        )
+    return change(FAMILIES[name], overrides)
+
+
+def change(family: PrmFamily | None, values: dict[str, Any], where: str = "") -> PrmFamily:
+    """`family` with other values, or a new one of them alone."""
+    known = [f.name for f in fields(PrmFamily)]
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise ValueError(f"{where}fields of a PRM family are {', '.join(known)}, got {unknown}")
+    return replace(family, **values) if family else PrmFamily(**values)
+
+
+def read_family(file: Path) -> PrmFamily:
+    """The family that a .json or .py file describes."""
+    if not file.is_file():
+        raise ValueError(f"PRM family file {file} does not exist")
+    if file.suffix == ".py":
+        family = runpy.run_path(str(file)).get("FAMILY")
+        if not isinstance(family, PrmFamily):
+            raise ValueError(f"{file.name} must set FAMILY to a PrmFamily, got {family!r}")
+        return family
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file.name} must be JSON with the fields of a PRM family: {error}") from error
+    if not isinstance(values, dict) or not {"family", "name"} & set(values):
+        raise ValueError(f'{file.name} must be an object with a "family" to start from or a "name" of its own, got {values}')
+    base = get_family(values.pop("family")) if "family" in values else None
+    return change(base, values, f"{file.name}: ")
+

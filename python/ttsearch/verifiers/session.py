@@ -1,0 +1,173 @@
+"""A process reward model behind the `Verifier` protocol: steps as text go in, scores come out, KV stays with handles."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
+from ttskernels.engine.batcher import Engine
+from ttskernels.engine.work import Session
+from ttskernels.kv.forest import Node
+from ttskernels.models.model import Model, load_model
+from ttskernels.models.sources import resolve
+
+from ..dtypes import torch_dtype
+from ..tokenizer import load_tokenizer
+from ..types import ModelCost, Scored
+from .detect import detect_family
+from .family import PrmFamily
+from .running import Running
+from .text import Extension, PrmPath, TextVerifier
+
+DEFAULT_KV_BYTES = 2 << 30
+
+
+@dataclass(eq=False)
+class EngineHandle:
+    """A chain of scored steps: what was read, where its KV is, and the path's score so far."""
+
+    path: PrmPath
+    node: Node
+    running: Running = field(default_factory=Running)
+
+
+class EngineVerifier:
+    """A discriminative verifier on an engine, which a policy may share. `owned`: the engine ends with `close`."""
+
+    def __init__(self, engine: Engine, text: TextVerifier, owned: bool = False, source: str | Path = ""):
+        self.engine, self.text, self._owned = engine, text, owned
+        name = Path(source).resolve().name if Path(source).exists() else str(source)
+        self.name = f"{name} ({text.family.name})"  # what results say they come from
+
+    def open(
+        self, problem: str, *, max_new_tokens: int = 0, beside: Session | None = None
+    ) -> EngineVerifierSession:
+        """See `ttsearch.protocols.Verifier`; `beside` is an engine session whose turn this one shares."""
+        return EngineVerifierSession(self, problem, max_new_tokens, beside)
+
+    def close(self) -> None:
+        if self._owned:
+            self.engine.shutdown()
+
+    def __enter__(self) -> EngineVerifier:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class EngineVerifierSession:
+    """One problem; see `ttsearch.protocols.VerifierSession`."""
+
+    def __init__(self, verifier: EngineVerifier, problem: str, max_new_tokens: int, beside: Session | None):
+        self._engine, self._text = verifier.engine, verifier.text
+        start = self._text.start(problem)
+        if not self._text.fits(len(start.ids)):
+            raise ValueError(
+                f"the problem has {len(start.ids)} verifier tokens, this verifier reads at most {self._text.max_length}"
+            )
+        self._session = self._engine.open(None, list(start.ids), max_new_tokens=max_new_tokens, beside=beside)
+        self.root = EngineHandle(start, self._session.verifier_root)
+
+    async def score(self, parent: EngineHandle, steps: Sequence[str]) -> Scored:
+        if isinstance(steps, str) or not steps:
+            raise ValueError(f"steps must be a sequence of at least one step, got {steps!r}")
+        if not self._text.stepwise:
+            return await self._score_at_once(parent, list(steps))
+        at, scores, computed, kept = parent, [], 0, None
+        for step in steps:  # such a verifier says one thing at a time
+            try:
+                scored = await self._score_at_once(at, [step])
+            finally:
+                if at is not parent:
+                    self.release([at])
+            if scored.refused:
+                return Scored(None, [None] * len(steps), scored.refused)
+            at, scores, computed = scored.handle, scores + scored.scores, computed + scored.computed
+            kept = scored.kept if kept is None else kept
+        return Scored(at, scores, None, at.running.scores(), computed, kept)
+
+    async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
+        extension = self._text.extend(parent.path, steps)
+        if not self._text.fits(extension.length):
+            refused = f"the path has {extension.length} verifier tokens, this verifier reads at most {self._text.max_length}"
+            return Scored(None, [None] * len(steps), refused)
+        node, scores = await self._run(parent.node, extension, len(steps))
+        handle = EngineHandle(extension.path, node, parent.running.fold(scores))
+        return Scored(handle, scores, None, handle.running.scores(), len(extension.ids), extension.keep)
+
+    async def _run(self, parent: Node, extension: Extension, count: int) -> tuple[Node, list[float | None]]:
+        scores: list[float | None] = [None] * count
+        if not extension.reads:  # no visible text: nothing to read; children continue below the same prefix
+            self._engine.retain(parent)
+            return parent, scores
+        future = self._engine.score(self._session, parent, extension.ids, extension.reads, extension.keep)
+        try:
+            node, values = await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._drop)  # it may be under way
+            raise
+        for owner, value in zip(extension.owner, values, strict=True):
+            scores[owner] = value if scores[owner] is None else min(scores[owner], value)
+        return node, scores
+
+    def _drop(self, future: Future) -> None:
+        if not future.cancelled() and future.exception() is None:
+            self._engine.release(self._session, verifier=[future.result()[0]])
+
+    def release(self, handles: Iterable[EngineHandle]) -> None:
+        self._engine.release(self._session, verifier=[handle.node for handle in handles])
+
+    def cost(self) -> ModelCost:
+        c = self._session.counters
+        return ModelCost(
+            tokens_prefilled=c.verifier_prefilled, tokens_reused=c.verifier_reused,
+            tokens_recomputed=c.verifier_recomputed, flops=c.verifier_flops,
+        )  # fmt: skip
+
+    @property
+    def seconds(self) -> float:
+        return self._session.counters.score_seconds
+
+    def close(self) -> None:
+        self._engine.close(self._session)
+
+
+def read_verifier(
+    source: str | Path, family: str | Path | PrmFamily | None = None, dtype: str = "bf16", impl: str = "auto"
+) -> tuple[Model, TextVerifier]:
+    """A verifier's model and its text side, for an engine to be made with.
+
+    Raises:
+        ValueError: a checkpoint without a score head, of no known family, or whose tokenizer is not of its family.
+    """
+    found = detect_family(resolve(source, torch_dtype(dtype)), family, source)
+    text = TextVerifier(load_tokenizer(source), found)
+    model = load_model(source, torch_dtype(dtype), impl, text.head)
+    text.limit(model.config.max_positions)
+    return model, text
+
+
+def load_verifier(
+    source: str | Path,
+    family: str | Path | PrmFamily | None = None,
+    *,
+    dtype: str = "bf16",
+    impl: str = "auto",
+    kv_bytes: int | None = None,
+) -> EngineVerifier:
+    """Load a process reward model on an engine of its own, to score steps that come from elsewhere.
+
+    Args:
+        source: checkpoint folder or hub id.
+        family: which text it reads: a name in `ttsearch.verifiers.FAMILIES`, a .json or .py file that describes one, or
+            a `PrmFamily`. None: seen in the checkpoint.
+        dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+        kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
+    """
+    model, text = read_verifier(source, family, dtype, impl)
+    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes or DEFAULT_KV_BYTES), text, True, source)
