@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning teams starve eac
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors; before their import
+
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from ttskernels import _dispatch  # noqa: E402
