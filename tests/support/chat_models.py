@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from tiny_models import randomize
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
 SPECIAL = ["<|user|>", "<|assistant|>", "<|system|>", "<|end|>"]
 WORDS = [" yes", " no", "Yes", "No", "Is the solution", " correct?", "</think>", "</analyze>\n", "</output>\n", "\\boxed{", "}x"]

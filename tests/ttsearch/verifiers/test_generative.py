@@ -70,7 +70,8 @@ def test_thinkprm_equals_plain_transformers(checkpoints, name):
         scores, _, running = score(verifier, PROBLEM, STEPS)
         again, _, _ = score(verifier, PROBLEM, STEPS, cuts=(1, 2))
     assert_equal(scores, expected)
-    assert again == scores and running.last == pytest.approx(scores[-1] or running.last) and running.count == 3 - expected.count(None)
+    assert again == scores and running.count == 3 - expected.count(None)
+    assert running.last == pytest.approx(scores[-1] or running.last)
 
 
 @pytest.mark.parametrize(("name", "verify"), [("a", True), ("a", False), ("b", False), ("c", True)])
@@ -124,7 +125,8 @@ def test_a_prompt_is_computed_once_for_its_samples_and_shared_by_prefixes(checkp
         cost = session.cost()
         asked = sum(t is not None for v in session.verdicts.values() for t in v.texts)
     assert asked + session.failures.total() == 12
-    shared = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in zip(prompts, prompts[1:], strict=False)]
+    pairs = zip(prompts, prompts[1:], strict=False)
+    shared = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in pairs]
     prompt_tokens = len(prompts[0]) + len(prompts[1]) - shared[0] + len(prompts[2]) - shared[1]
     question = len("\n") + 2  # "Is the solution", " correct?"; and the last token of a draft, which decoding leaves to it
     assert prompt_tokens + asked * question <= cost.tokens_prefilled <= prompt_tokens + asked * (question + 1) + 2 * 2
