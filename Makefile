@@ -1,14 +1,16 @@
-# make solve | test | bench: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
+# make solve | test | bench | gpu | gpu-compile: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_ARGS ?=
 PROBLEM ?=
+PART ?= tests
+TRITON ?=
 STRATEGY ?= beam_search
 N ?= 16
 ARGS ?=
 
-.PHONY: setup build solve test bench lint gpu clean
+.PHONY: setup build solve test bench lint gpu gpu-compile clean
 
 setup: $(VENV)/.installed
 
@@ -32,6 +34,13 @@ test: build
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+gpu: build  ## PART=tests|attention|decode|prm on a machine with a GPU
+	$(BIN)/python bench/gpu.py $(PART) $(ARGS)
+
+gpu-compile: setup  ## every kernel for every GPU architecture, without a GPU; TRITON=3.6.0 uses that version
+	$(if $(TRITON),test -d .cache/triton-$(TRITON) || $(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON))
+	PYTHONPATH=$(if $(TRITON),.cache/triton-$(TRITON)) $(BIN)/python tests/gpu_compile/compile_all.py $(ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

@@ -1,6 +1,7 @@
 """Shared fixtures: seeded runs, poisoned allocations, instruction-set levels."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -8,6 +9,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning teams starve eac
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton's kernels then run on CPU tensors; before their import
 
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
@@ -24,6 +28,14 @@ def seeded(request):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sigint():
+    """Ctrl-C as a terminal has it: a suite started in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.SIGINT
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

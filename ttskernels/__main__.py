@@ -1,4 +1,7 @@
-"""`python -m ttskernels`: which implementations can run here, and why the others cannot."""
+"""`python -m ttskernels`: which implementations can run here, and why the others cannot.
+
+`python -m ttskernels model ...`: what a decode iteration costs at least on a GPU (roofline.py).
+"""
 
 from __future__ import annotations
 
@@ -57,6 +60,10 @@ def _version(package: str) -> str:
 
 
 def main() -> int:
+    if sys.argv[1:2] == ["model"]:
+        from ttskernels.roofline import main as model
+
+        return model(sys.argv[2:])
     for name, state in report():
         print(f"{name:16} {state}")
     return 0

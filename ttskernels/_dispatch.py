@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib.util
 import os
 from pathlib import Path
 from typing import Literal
@@ -48,16 +49,27 @@ def isa_name() -> str:
     return library().ttsk_isa_name().decode()
 
 
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors: slow, for tests. Set before the first kernel."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def available(impl: str) -> str | None:
     """None if `impl` can run here, else the reason."""
     if impl == "reference":
         return None
     if impl == "cpu":
         return load_extension()
-    if impl in ("triton", "cuda"):
+    if impl == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if torch.cuda.is_available() or interpreted():
+            return None
+        return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if impl == "cuda":
         if not torch.cuda.is_available():
             return "no GPU is visible to torch"
-        return f"impl {impl!r} has no kernels in this version"
+        return "impl 'cuda' has no kernels in this version"
     raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
 
 
@@ -66,10 +78,13 @@ def resolve(impl: str, tensor: torch.Tensor) -> str:
     if impl not in IMPLS:
         raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
     if impl == "auto":
-        return "cpu" if tensor.device.type == "cpu" and load_extension() is None else "reference"
+        fast = "cpu" if tensor.device.type == "cpu" else "triton"
+        return fast if available(fast) is None else "reference"
     reason = available(impl)
     if reason is not None:
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
     if impl == "cpu" and tensor.device.type != "cpu":
         raise ValueError(f"impl 'cpu' needs CPU tensors, got {tensor.device}; move them or pass impl='auto'")
+    if impl == "triton" and tensor.device.type == "cpu" and not interpreted():
+        raise ValueError("impl 'triton' needs tensors on a GPU, got cpu; move them or pass impl='auto'")
     return impl

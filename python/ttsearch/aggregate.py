@@ -32,7 +32,8 @@ _RULES: dict[str, Callable[[Sequence[float]], float]] = {
 def path_score(node: SearchNode, aggregate: str | None) -> float:
     """Score of the path that ends in `node`; higher is better. "product" gives its logarithm.
 
-    A path the verifier refused (too long for it) scores -inf, and so does one without any text.
+    A path the verifier refused (too long for it) scores -inf, and so does one without any text, or of which no step has
+    a score because its verifications failed; a path with some scored steps is judged by those.
 
     Raises:
         ValueError: no rule given, a step has no score, or the rule cannot take these scores.
@@ -40,7 +41,9 @@ def path_score(node: SearchNode, aggregate: str | None) -> float:
     if aggregate not in _RULES:
         raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
     running = node.running
-    if running is not None and running.count and node.finish_reason != "refused":
+    if running is not None and node.finish_reason != "refused":
+        if not running.count:
+            return -math.inf
         if aggregate != "product":
             return getattr(running, aggregate)
         if running.bounded:

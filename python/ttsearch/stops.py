@@ -42,7 +42,7 @@ def _longest_prefix(text: bytes, patterns: Sequence[bytes]) -> bytes:
     return b""
 
 
-def _advance(state: _State, byte: int, delimiters: Sequence[bytes]) -> _State | None:
+def _advance(state: _State, byte: int, delimiters: Sequence[bytes], opening: bytes) -> _State | None:
     """The state after one more byte; None: the solution ended."""
     char = bytes([byte])
     visible, tail = state.visible or char not in _SPACE, state.tail + char
@@ -51,9 +51,9 @@ def _advance(state: _State, byte: int, delimiters: Sequence[bytes]) -> _State | 
     tail = b"" if state.ended else _longest_prefix(tail, delimiters)
     if not state.depth:
         box = state.box + char
-        if box == _BOX:
+        if box == opening:
             return _State(True, tail, depth=1, ended=state.ended)
-        return _State(visible, tail, _longest_prefix(box, [_BOX]), ended=state.ended)
+        return _State(visible, tail, _longest_prefix(box, [opening]), ended=state.ended)
     if state.escaped:
         return _State(True, tail, depth=state.depth, ended=state.ended)
     depth = state.depth + (char == b"{") - (char == b"}")
@@ -64,13 +64,14 @@ def _advance(state: _State, byte: int, delimiters: Sequence[bytes]) -> _State | 
     return _State(True, tail, depth=depth, escaped=char == b"\\", ended=state.ended)
 
 
-def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, int]:
+def _byte_automaton(delimiters: Sequence[bytes], opening: bytes) -> tuple[np.ndarray, np.ndarray, int]:
     """Transitions `[states + 1, classes]` (the last state: solution ended), class of each byte, states that
     start a token.
 
     States that have already seen a delimiter come after the others: they exist only inside a token.
     """
-    special = sorted(set(b"".join(delimiters) + _BOX + b"{}\\" + _SPACE))
+    braces = b"{}\\" if opening else b""
+    special = sorted(set(b"".join(delimiters) + opening + braces + _SPACE))
     class_of = np.zeros(256, np.uint8)
     class_of[special] = np.arange(1, len(special) + 1)
     samples = [next(b for b in range(256) if b not in special), *special]
@@ -79,7 +80,7 @@ def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray
     while todo:
         state = todo.pop()
         if state not in edges:
-            edges[state] = [_advance(state, byte, delimiters) for byte in samples]
+            edges[state] = [_advance(state, byte, delimiters, opening) for byte in samples]
             todo += [s for s in edges[state] if s is not None]
     live = sorted((s for s in edges if not s.ended), key=lambda s: (s != _State(), repr(s)))
     order = live + sorted((s for s in edges if s.ended), key=repr)
@@ -89,19 +90,23 @@ def _byte_automaton(delimiters: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray
 
 
 def build_table(
-    vocabulary: Sequence[bytes], eos_ids: Iterable[int], delimiters: Sequence[str] = ("\n\n",)
+    vocabulary: Sequence[bytes],
+    eos_ids: Iterable[int],
+    delimiters: Sequence[str] = ("\n\n",),
+    boxes: bool = True,
 ) -> np.ndarray:
     """`next_state [states, vocab]` int32 for tokens given as bytes; row 0 is the start.
 
     A token that completes a delimiter ends the step even if more text follows in it (-1); one that closes a
-    box, before or after such a delimiter, or is an end-of-text id, ends the solution (-2).
+    box, before or after such a delimiter, or is an end-of-text id, ends the solution (-2). With `boxes` False a
+    box is text like any other.
 
     Raises:
         ValueError: an empty delimiter, or an end-of-text id outside the vocabulary.
     """
     if not delimiters or not all(delimiters):
         raise ValueError(f"delimiters must be non-empty strings, got {delimiters!r}")
-    edges, class_of, num_live = _byte_automaton([d.encode() for d in delimiters])
+    edges, class_of, num_live = _byte_automaton([d.encode() for d in delimiters], _BOX if boxes else b"")
     translation = class_of.tobytes()
     spelled = [token.translate(translation) for token in vocabulary]
     distinct = sorted(set(spelled), key=len, reverse=True)  # most tokens look alike to the automaton
@@ -131,14 +136,18 @@ _CACHE: dict[str, np.ndarray] = {}
 
 
 def compile_stops(
-    tokenizer, eos_ids: Iterable[int], vocab_size: int | None = None, delimiters: Sequence[str] = ("\n\n",)
+    tokenizer,
+    eos_ids: Iterable[int],
+    vocab_size: int | None = None,
+    delimiters: Sequence[str] = ("\n\n",),
+    boxes: bool = True,
 ) -> np.ndarray:
     """`build_table` for a tokenizer; built once per vocabulary and process. Do not modify the result."""
     vocabulary, eos_ids = token_bytes(tokenizer, vocab_size), sorted(set(eos_ids))
-    digest = hashlib.blake2b(repr((eos_ids, tuple(delimiters))).encode())
+    digest = hashlib.blake2b(repr((eos_ids, tuple(delimiters), boxes)).encode())
     digest.update(b"".join(len(token).to_bytes(4, "little") + token for token in vocabulary))
     key = digest.hexdigest()
     if key not in _CACHE:
-        _CACHE[key] = build_table(vocabulary, eos_ids, delimiters)
+        _CACHE[key] = build_table(vocabulary, eos_ids, delimiters, boxes)
         _CACHE[key].setflags(write=False)
     return _CACHE[key]

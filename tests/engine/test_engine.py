@@ -1,5 +1,6 @@
 """The engine on tiny random models: the same trees whatever shares the batch and however little memory there is."""
 
+import queue
 import threading
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from engines import END, STEP, Search, make_engine, run_together
 from tiny_models import write_tiny
 
+from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling
+from ttskernels.models.model import load_model
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
 
@@ -150,3 +153,24 @@ def test_several_reads_of_one_job_equal_step_by_step(engine, cpu_extension):
     _, (b,) = engine.score(session, first, [12, 13, END], [2]).result(60)
     assert at_once == pytest.approx([a, b], abs=1e-5)
     engine.close(session)
+
+
+@pytest.mark.parametrize("tokens", [9, 12, 15])
+def test_a_long_step_is_what_single_forwards_give(tmp_path, tokens):
+    """A sibling that ends early leaves the other with more free slots than one call decodes: its plan serves a second."""
+    model = write_tiny(tmp_path, "llama", seed=4)
+    engine = Engine(load_model(tmp_path, torch.float32), next_state=torch.zeros(1, 131, dtype=torch.int32))
+    session = engine.open(PROMPT, max_new_tokens=100)
+    ends = queue.SimpleQueue()
+    for ordinal, length in enumerate((tokens, 90)):
+        engine.branch(
+            session, session.root, key=root_key(0, "x"), ordinals=[ordinal], path_key=(), sampling=Sampling(0.0),
+            max_step_tokens=length, max_length=10**6, on_step=lambda o, end: ends.put(end),
+        )  # fmt: skip
+    short, long = (ends.get(timeout=60) for _ in range(2))
+    engine.shutdown()
+    ids = list(PROMPT)
+    with torch.inference_mode():
+        while len(ids) < len(PROMPT) + 90:
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert list(long.ids) == ids[len(PROMPT) :] and short.ids == long.ids[:tokens]

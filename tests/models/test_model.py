@@ -178,7 +178,8 @@ def test_invalid_arguments(model):
         decode(model, tree, leaves, ids, params=torch.tensor([[-1.0, 0, 1, 0]]).repeat(2, 1))
 
 
-def test_impl_is_honoured(tmp_path):
+def test_impl_is_honoured(tmp_path, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     write_tiny(tmp_path, "llama")
     with pytest.raises(ValueError, match="impl must be one of"):
         load_model(tmp_path, impl="fast")

@@ -191,6 +191,8 @@ def pack(trees, order, items, segs, slots, merges) -> torch.Tensor:
     header = [0] * HEADER
     header[:14] = [0x4B535454, 1, 0, trees.page_size, n, len(items), len(segs), slots,
                    sum(map(len, merges)), 1, n, len(items), len(segs), sum(map(len, merges))]  # fmt: skip
+    covered = {r for row_lo, row_n, *_ in items for r in range(row_lo, row_lo + row_n)}
+    header[23] = n - len(covered)
     body: list[int] = []
     for key, values in sections.items():
         header[key] = HEADER + len(body)

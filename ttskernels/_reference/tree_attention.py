@@ -40,16 +40,24 @@ def visible_kv(
     p = plan.cpu().numpy()
     paths = row_paths(plan)
     used = np.unique(np.concatenate([page for page, _, _ in paths])) if paths else np.zeros(0, dtype=np.int64)
-    k, v = k_pages[torch.from_numpy(used)], v_pages[torch.from_numpy(used)]  # the pool may be huge
+    at = torch.from_numpy(used).to(k_pages.device)  # the pool may be huge
+    k, v = _pick(k_pages, at), _pick(v_pages, at)
     if k_pages.ndim == 5:
         k, v = layout.to_nhd(k, v)
     result = []
     for row, (page, slot, position) in enumerate(paths):
         last = p[p[ROW_POS] + row]
         seen = (position <= last) & (position > last - window if window > 0 else True)
-        at = torch.from_numpy(np.searchsorted(used, page[seen])), torch.from_numpy(slot[seen])
-        result.append((k[at], v[at]))
+        at = tuple(torch.from_numpy(i).to(k.device) for i in (np.searchsorted(used, page[seen]), slot[seen]))
+        result.append((_pick(k, at), _pick(v, at)))
     return result
+
+
+def _pick(pages: Tensor, at) -> Tensor:
+    """`pages[at]`, also of float8, which torch does not index."""
+    if pages.element_size() > 1:
+        return pages[at]
+    return pages.view(torch.uint8)[at].view(pages.dtype)
 
 
 def tree_attention(
@@ -61,6 +69,8 @@ def tree_attention(
     softcap: float,
     window: int,
     sinks: Tensor | None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     out = q.new_zeros(*q.shape[:2], v_pages.shape[3])
@@ -69,6 +79,10 @@ def tree_attention(
         if len(k) == 0:
             continue
         group = q.shape[1] // k.shape[1]
+        if k_scale is not None:
+            k = k.to(wide) * k_scale.to(wide)[:, None]
+        if v_scale is not None:
+            v = v.to(wide) * v_scale.to(wide)[:, None]
         k, v = (t.to(wide).repeat_interleave(group, dim=1) for t in (k, v))  # [tokens, q_heads, dim]
         scores = torch.einsum("hd,thd->ht", q[row].to(wide), k) * scale
         if softcap:

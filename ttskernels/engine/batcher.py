@@ -30,7 +30,9 @@ class Engine:
     """Runs a policy, a verifier or both on one device within one KV byte budget.
 
     Args:
-        policy: a `Model`, or None to score alone; `verifier`: a `Model` with a score head, or None.
+        policy: a `Model`, or None to score alone; `verifier`: a `Model` with a score head, or None. One model may be both
+            (`load_model(..., head=HeadSpec(...), keep_lm_head=True)`): then it has one forest, and what a branch decoded
+            may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
     Raises:
@@ -51,8 +53,11 @@ class Engine:
             residency.forests.append((self.policy_forest, lambda session: session.policy_nodes))
             self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
             residency.busy_before = self._policy.busy_before
-        if verifier is not None:
+        if verifier is not None and verifier is policy:
+            self.verifier_forest = self.policy_forest
+        elif verifier is not None:
             self.verifier_forest = Forest(verifier.new_pool(self._pages(verifier), self.budget))
+        if verifier is not None:
             residency.forests.append((self.verifier_forest, lambda session: session.verifier_nodes))
             self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
@@ -162,6 +167,35 @@ class Engine:
         self._call(submit)
         return result
 
+    def extend(self, session: Session, parent: Node | None, ids: list[int], keep: int | None = None) -> Future:
+        """Put `ids` behind the chain of `parent` in the policy's forest, to branch from; nothing is computed yet.
+
+        Args:
+            parent: None begins a chain. keep: as in `score`, for an engine whose verifier is its policy; `ids` may then be
+                empty.
+        Returns:
+            A future of the node that ends the chain. It holds a handle for the caller.
+        """
+        if ids or keep is None:
+            self._check_ids("ids", ids, self.policy_model)
+
+        def run() -> Node:
+            forest, above = self.policy_forest, parent
+            if keep is not None:
+                above = self._scorer.rolled_back(parent, keep, session)
+            if above is not None:
+                forest.retain(above)
+            if not ids:
+                return above
+            node = forest.add(above, ids)
+            node.owner = session
+            session.policy_nodes.add(node)
+            if above is not None:
+                forest.release(above)
+            return node
+
+        return self._call(run)
+
     def cancel(self, group: object) -> None:
         """Drop the branches of a group; steps already reported stay with the caller."""
         self._call(lambda: self._policy.drop(lambda branch: branch.group is group))
@@ -213,6 +247,8 @@ class Engine:
                             self._close(session)
                         return
                     function, result = command
+                    if not result.set_running_or_notify_cancel():  # whoever asked has given up
+                        continue
                     try:
                         result.set_result(function())
                     except BaseException as error:
@@ -276,10 +312,11 @@ class Engine:
             return
         if self._policy is not None:
             self._policy.drop(lambda branch: branch.session is session)
-            self._sweep(self.policy_forest, session.policy_nodes)
         if self._scorer is not None:
             self._scorer.drop(session)
             self._sweep(self.verifier_forest, session.verifier_nodes)
+        if self._policy is not None:
+            self._sweep(self.policy_forest, session.policy_nodes)
         session.closed = True
         self._sessions.remove(session)
 
@@ -298,7 +335,7 @@ class Engine:
                 if job.result.set_running_or_notify_cancel():
                     job.result.set_exception(error)
         for command in self._drain(block=False):
-            if command is not None:
+            if command is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(error)
 
     # -- checks ------------------------------------------------------------------------------------------------------

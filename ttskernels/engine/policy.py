@@ -61,7 +61,7 @@ class PolicyRunner:
         """Run the waiting branches for one mixed iteration, or, if none waits, all for several. False: nothing to do."""
         if not self.branches:
             return False
-        if self._plan is not None and self._plan_has_room():
+        if self._plan is not None and self._plan_has_room() and self._plan.advance():
             return self._decode()
         admitted = self._admit()
         if not admitted:

@@ -49,7 +49,7 @@ class ScoreRunner:
             raise ValueError(f"keep must be in 0 .. {chain}, the tokens of parent's chain, got {keep}")
         if keep + len(job.ids) > limit:
             raise ValueError(f"path has {keep + len(job.ids)} verifier tokens, the verifier allows {limit}")
-        job.parent = self._rolled_back(job.parent, keep, job.session) if keep else None
+        job.parent = self.rolled_back(job.parent, keep, job.session) if keep else None
         if job.parent is not None:
             self.forest.retain(job.parent)  # the caller may release its own handle while the job waits
         self.jobs.append(job)
@@ -111,7 +111,7 @@ class ScoreRunner:
         if job.parent is not None:
             self.forest.release(job.parent)
 
-    def _rolled_back(self, node: Node, keep: int, session: Session) -> Node:
+    def rolled_back(self, node: Node, keep: int, session: Session) -> Node:
         """The node that ends behind token `keep` of the chain of `node`; an ancestor is cut in two if none does.
 
         What was computed behind the cut is dropped and computed again if somebody still needs it: its attention ran
@@ -127,6 +127,7 @@ class ScoreRunner:
         below = [n for n in session.verifier_nodes if not n.released and n.pos0 > node.pos0] if node.children else []
         for stale in [node, *(n for n in below if node in self.forest.path(n))]:
             self.forest.evict(stale)
+        self.residency.epoch += 1  # branches may decode below, if the policy's forest is the same
         self.forest.release(node)
         self.forest.release(upper)  # the lower half keeps it, and the caller's handle to come
         return upper

@@ -57,6 +57,9 @@ def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
         assert part["count"].min() > 0 and part["count"].sum() == item["tokens"], f"segments of {item}"
         assert item["row_n"] > 0 and part["begin"][0] == 1, f"item without rows or partial start: {item}"
         assert (part["offset"] + part["count"] <= page_size).all(), f"a segment leaves its page: {item}"
+        inner = part["begin"][1:] == 0  # a piece that continues a partial
+        assert (part["offset"][1:][inner] == 0).all(), f"a segment does not continue at its page's start: {item}"
+        assert (part["offset"] + part["count"] == page_size)[:-1][inner].all(), f"a segment stops short: {item}"
         fold = bool(item["flags"] & at.FOLD)
         assert fold == (item["pos0"] == 0) and (fold or item["slot"] >= 0), f"fold only from the root: {item}"
         start = item["pos0"] + np.concatenate([[0], np.cumsum(part["count"])[:-1]])

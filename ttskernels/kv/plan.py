@@ -52,6 +52,11 @@ class Plan:
         return int(self._array[at.NUM_ROWS])
 
     @property
+    def header(self) -> list[int]:
+        """The header's integers, on the host."""
+        return self._array[: at.HEADER_INTS].tolist()
+
+    @property
     def row_pos(self) -> np.ndarray:
         """`[rows]` int32 view: absolute position of each row's token, caller's order."""
         return at.section(self._array, at.ROW_POS)
@@ -60,6 +65,22 @@ class Plan:
     def row_slot(self) -> np.ndarray:
         """`[rows]` int32 view: page * page_size + slot where the row's K, V go; -1: they are there."""
         return at.section(self._array, at.ROW_SLOT)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """`row_pos` as a tensor."""
+        return torch.from_numpy(self.row_pos)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """`row_slot` as a tensor."""
+        return torch.from_numpy(self.row_slot)
+
+    def to(self, device: torch.device | str):
+        """A `DevicePlan`: this plan on a GPU."""
+        from ttskernels.kv.device_plan import DevicePlan
+
+        return DevicePlan(self, device)
 
     def section(self, field: int) -> np.ndarray:
         """View of the used part of a section (fields of plan_layout)."""

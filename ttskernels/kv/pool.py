@@ -41,8 +41,9 @@ class PagePool:
         dtype: fp32, fp16 or bf16. bf16 keeps pairs side by side (`head_dim` must be even).
         budget: shared with other pools; a page is free only if its bytes are free there too.
         v_dim: value dimension, `head_dim` if not given.
+        strided: token-major pages, `[layers, pages, 16, kv_heads, dim]`, as GPU kernels read them.
 
-    `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
+    Otherwise `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
     f]` with f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
     """
 
@@ -59,6 +60,7 @@ class PagePool:
         *,
         v_dim: int | None = None,
         device: str | torch.device = "cpu",
+        strided: bool = False,
     ):
         pack = 2 if dtype == torch.bfloat16 else 1
         v_dim = head_dim if v_dim is None else v_dim
@@ -69,7 +71,7 @@ class PagePool:
             )
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        if head_dim % pack:
+        if head_dim % pack and not strided:
             raise ValueError(
                 f"head_dim must be even for bfloat16 pages, got {head_dim}; pad the heads or use float32"
             )
@@ -77,6 +79,8 @@ class PagePool:
         self.num_pages, self.dtype, self.budget = num_pages, dtype, budget
         k_shape = (layers, num_pages, kv_heads, head_dim // pack, PAGE_SIZE, pack)
         v_shape = (layers, num_pages, kv_heads, PAGE_SIZE // pack, v_dim, pack)
+        if strided:
+            k_shape, v_shape = ((layers, num_pages, PAGE_SIZE, kv_heads, d) for d in (head_dim, v_dim))
         self.k = torch.empty(k_shape, dtype=dtype, device=device)
         self.v = torch.empty(v_shape, dtype=dtype, device=device)
         self.page_bytes = layers * kv_heads * (head_dim + v_dim) * PAGE_SIZE * self.k.element_size()

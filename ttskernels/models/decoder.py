@@ -14,6 +14,7 @@ from ttskernels.ops.linear import linear, linear_pack
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
+from ttskernels.ops.silu_mul import silu_mul
 from ttskernels.ops.tree_attention import tree_attention
 
 LM_HEAD = "lm_head.weight"
@@ -61,7 +62,7 @@ class PythonDecoder:
         for layer in range(self.config.layers):
             normed = rms_norm(x, self._vector(layer, "input_layernorm.weight"), self.config.rms_eps, impl=self.impl)
             k, v = self._heads(layer, "k_proj", normed), self._heads(layer, "v_proj", normed)
-            slots = torch.from_numpy(plan.row_slot)
+            slots = plan.slots
             if layer == last and out_plan is not None:  # nothing reads the other rows any more
                 self._rope(layer, k.new_empty(len(k), 0, k.shape[2]), k, v, plan, slots, pool)
                 x, normed, k, v = (t[out_rows.long()] for t in (x, normed, k, v))
@@ -83,9 +84,7 @@ class PythonDecoder:
             if iteration and not plan.advance():
                 return iteration
             logits = self.forward(ids, plan, pool, None, rows, "logits")
-            token, logprob = sample(
-                logits, rows, keys, torch.from_numpy(plan.row_pos) + 1, params, impl=self.impl
-            )
+            token, logprob = sample(logits, rows, keys, plan.positions + 1, params, impl=self.impl)
             tokens[iteration], logprobs[iteration] = token, logprob
             ids.copy_(token)
             states.copy_(next_state[states.long(), token.long()])
@@ -99,7 +98,7 @@ class PythonDecoder:
     def _rope(self, layer: int, q: Tensor, k: Tensor, v: Tensor, plan: Plan, slots: Tensor, pool: PagePool) -> Tensor:
         """Turned q, after writing k and v of the rows that have a slot."""
         return rope_append(
-            q, k, v, self.config.inv_freq, torch.from_numpy(plan.row_pos), slots, pool.k[layer], pool.v[layer],
+            q, k, v, self.config.inv_freq, plan.positions, slots, pool.k[layer], pool.v[layer],
             rope_scale=self.config.rope_scale,
             q_norm=self._vector(layer, "self_attn.q_norm.weight"),
             k_norm=self._vector(layer, "self_attn.k_norm.weight"),
@@ -112,7 +111,7 @@ class PythonDecoder:
             x, self._vector(layer, "post_attention_layernorm.weight"), self.config.rms_eps, impl=self.impl
         )
         gate, up = self._linear(layer, "mlp.gate_proj", x), self._linear(layer, "mlp.up_proj", x)
-        return self._linear(layer, "mlp.down_proj", torch.nn.functional.silu(gate) * up)
+        return self._linear(layer, "mlp.down_proj", silu_mul(gate, up, impl=self.impl))
 
     def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
         bias = self._vector(layer, f"{name}.bias")

@@ -57,7 +57,8 @@ class Model:
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         """A KV page pool of this model's shape and dtype; `budget` may be shared with another model's pool."""
         c = self.config
-        return PagePool(c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget)
+        strided = self.impl == "triton"
+        return PagePool(c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget, strided=strided)
 
     def forward(
         self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits"

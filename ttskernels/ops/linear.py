@@ -23,10 +23,12 @@ class PackedLinear:
 
 
 def linear_pack(weight: Tensor, *, impl: Impl = "auto") -> PackedLinear:
-    """Lay out a weight for `linear`: panels of 64 outputs, bf16 in pairs along the inputs.
+    """Lay out a weight for `linear`: panels of 64 outputs, bf16 in pairs along the inputs. On a GPU ("triton") the
+    weight stays as it is and the vendor's GEMM runs.
 
     Args:
-        weight: `[out_features, in_features]`, fp32 / fp16 / bf16; copied, not kept (impl "reference" keeps it).
+        weight: `[out_features, in_features]`, fp32 / fp16 / bf16; copied, not kept (kept by "reference" and
+            "triton").
     Raises:
         ValueError: shape or dtype mismatch.
     """
@@ -59,6 +61,8 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
         raise ValueError(f"x must be on the packed weight's device {packed.data.device}, got {x.device}")
     if bias is not None and bias.shape != (packed.out_features,):
         raise ValueError(f"bias must be [{packed.out_features}] for this packed weight, got {tuple(bias.shape)}")
+    if packed.impl == "triton":
+        return torch.nn.functional.linear(x, packed.data, None if bias is None else bias.to(x.dtype))
     if packed.impl == "reference":
         return reference.linear(x, packed.data, bias)
     wide = None if bias is None else bias.to(x.device, torch.float32).contiguous()

@@ -29,7 +29,8 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
     Returns:
         The new state; the same bits however the scores are cut into calls.
     Raises:
-        ValueError: shape or dtype mismatch, or indptr that does not rise from 0 to n.
+        ValueError: shape or dtype mismatch, or indptr that does not rise from 0 to n (unchecked on a GPU: that would
+            synchronise).
 
     Scores may be unbounded. A zero makes the log-product -inf (product 0); a negative one makes it NaN, which
     only `aggregate(state, "product")` shows: products are for scores in [0, 1].
@@ -44,14 +45,20 @@ def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor, *, impl: Impl 
         )
     if indptr.shape != (len(state) + 1,) or indptr.dtype != torch.int32:
         raise ValueError(f"indptr must be int32 [{len(state) + 1}], got {indptr.dtype} {tuple(indptr.shape)}")
-    bounds = indptr.tolist()
-    if (
-        bounds[0] != 0
-        or bounds[-1] != len(scores)
-        or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
-    ):
-        raise ValueError(f"indptr must rise from 0 to {len(scores)}, the number of scores")
-    if resolve(impl, state) == "cpu":
+    if indptr.device.type == "cpu":
+        bounds = indptr.tolist()
+        if (
+            bounds[0] != 0
+            or bounds[-1] != len(scores)
+            or any(a > b for a, b in zip(bounds, bounds[1:], strict=False))
+        ):
+            raise ValueError(f"indptr must rise from 0 to {len(scores)}, the number of scores")
+    chosen = resolve(impl, state)
+    if chosen == "triton":
+        from ttskernels._triton.path_aggregate import path_aggregate as launch
+
+        return launch(state, scores, indptr.contiguous())
+    if chosen == "cpu":
         return torch.ops.ttskernels.path_aggregate(
             state.contiguous(), scores.contiguous(), indptr.contiguous()
         )

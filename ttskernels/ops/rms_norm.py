@@ -21,6 +21,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float = 1e-6, *, impl: Impl = "auto
         raise ValueError(f"weight must be [dim] of x [rows, dim], got weight {tuple(weight.shape)}, x {tuple(x.shape)}")
     if weight.dtype != x.dtype:
         raise ValueError(f"weight must have x's dtype {x.dtype}, got {weight.dtype}; pass weight.to(x.dtype)")
-    if resolve(impl, x) == "cpu":
+    chosen = resolve(impl, x)
+    if chosen == "triton":
+        from ttskernels._triton.rms_norm import rms_norm as launch
+
+        return launch(x if x.stride(1) == 1 else x.contiguous(), weight.contiguous(), eps)
+    if chosen == "cpu":
         return torch.ops.ttskernels.rms_norm(x.contiguous(), weight.contiguous(), eps)
     return reference.rms_norm(x, weight, eps)

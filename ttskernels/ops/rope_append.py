@@ -6,6 +6,7 @@ from torch import Tensor
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import rope_append as reference
 from ttskernels.layout import PAGE_SIZE, pack_factor
+from ttskernels.ops.tree_attention import FLOAT8
 
 
 def rope_append(
@@ -22,6 +23,8 @@ def rope_append(
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
     eps: float = 1e-6,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Return q rotated by position; write k (rotated) and v into their slots.
@@ -38,8 +41,9 @@ def rope_append(
         k_pages, v_pages: one layer's pool, packed or strided as in `tree_attention`; modified.
         rope_scale: multiplies cos and sin (transformers' attention_scaling).
         q_norm, k_norm: `[head_dim]` weights of an RMS norm of each head before the rotation (Qwen3).
+        k_scale, v_scale: `[kv_heads]` float32 factors of float8 pages: what is written is divided by them.
     Returns:
-        `[rows, q_heads, head_dim]` in the pages' dtype.
+        `[rows, q_heads, head_dim]` in the pages' dtype (`q`'s, if that is float8).
     Raises:
         ValueError: shape or dtype mismatch.
         RuntimeError: a slot is outside of the pool (impl "cpu"); nothing is written then.
@@ -47,7 +51,17 @@ def rope_append(
     """
     check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
     args = (inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages)
-    if resolve(impl, q) == "cpu":
+    chosen = resolve(impl, q)
+    if chosen == "triton":
+        from ttskernels._triton.rope_append import rope_append as launch
+
+        if k_pages.ndim == 5:
+            raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
+        q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
+        return launch(q, k, v, *args, k_scale, v_scale, q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype)
+    if k_pages.dtype in FLOAT8:
+        raise ValueError(f"impl {chosen!r} writes no {k_pages.dtype} pages; they need impl='triton'")
+    if chosen == "cpu":
         q, k, v = (t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous() for t in (q, k, v))
         return torch.ops.ttskernels.rope_append(q, k, v, *args)
     return reference.rope_append(q, k, v, *args)
@@ -66,7 +80,8 @@ def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
             f"q, k and v must be [rows, heads, dim] with equal rows, kv heads and head_dim, got {shapes}"
         )
     dtype, rows, head_dim, v_dim = k_pages.dtype, *q.shape[::2], v.shape[2]
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in (dtype, torch.float32) or v_pages.dtype != dtype:
+    fits = q.dtype in (dtype, torch.float32) or dtype in FLOAT8
+    if not q.dtype == k.dtype == v.dtype or not fits or v_pages.dtype != dtype:
         raise ValueError(
             f"q, k and v must be float32 or the pages' dtype {dtype}, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
@@ -92,5 +107,5 @@ def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
                 f"{name} must be int32 [{rows}], got {t.dtype} {tuple(t.shape)}; pass {name}.int()"
             )
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != dtype):
+        if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != dtype and dtype not in FLOAT8):
             raise ValueError(f"{name} must be {dtype} [{head_dim}], got {t.dtype} {tuple(t.shape)}")

@@ -21,7 +21,7 @@ def _check(logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params
             raise ValueError(f"{name} must be {dtype} {shape}, got {t.dtype} {tuple(t.shape)}; pass {name}.to({dtype})")
         if t.device != logits.device:
             raise ValueError(f"{name} must be on the device of logits, {logits.device}, got {t.device}")
-    if count and not (0 <= int(rows.min()) and int(rows.max()) < logits.shape[0]):
+    if logits.device.type == "cpu" and count and not (0 <= int(rows.min()) and int(rows.max()) < logits.shape[0]):
         raise ValueError(
             f"rows must be in [0, {logits.shape[0]}) of logits, got {int(rows.min())} .. {int(rows.max())}"
         )
@@ -56,17 +56,24 @@ def sample(
         tokens `[S]` int32 and logprobs `[S]` float32 under the tempered, unfiltered distribution (temperature 0: of
         temperature 1).
     Raises:
-        ValueError: shape, dtype or device mismatch, an index or parameter out of range, a non-finite logit.
+        ValueError: shape, dtype or device mismatch, an index or parameter out of range, a non-finite logit. On a GPU
+            values are unchecked, as that would synchronise: a row that is not finite gives token -1 and NaN.
     Source: Salmon et al. 2011 (Philox).
     """
     _check(logits, rows, keys, positions, params)
-    check_params(params)
-    if resolve(impl, logits) == "cpu":
+    if logits.device.type == "cpu":
+        check_params(params)
+    chosen = resolve(impl, logits)
+    if chosen == "triton":
+        from ttskernels._triton.sample import sample as launch
+
+        tokens, logprobs = launch(logits, rows, keys, positions, params)
+    elif chosen == "cpu":
         args = (rows, keys, positions, params)
         tokens, logprobs = torch.ops.ttskernels.sample(logits.contiguous(), *(a.contiguous() for a in args))
     else:
         tokens, logprobs = reference.sample(logits, rows, keys, positions, params)
-    if bool((tokens < 0).any()):
+    if logits.device.type == "cpu" and bool((tokens < 0).any()):
         bad = int((tokens < 0).nonzero()[0])
         raise ValueError(f"logits must be finite, row {int(rows[bad])} has a NaN or an infinite value")
     return tokens, logprobs

@@ -42,10 +42,18 @@ def step_score(
         `[n]` float32; a row's score has the same bits in any batch. Empty `rows` gives an empty tensor.
     Raises:
         ValueError: shape or dtype mismatch, a row outside `hidden`, or hidden states or logits that are not finite.
+            On a GPU values are unchecked, as that would synchronise: a score that is not finite comes back as NaN.
     Source: Lightman et al. 2023, arXiv:2305.20050.
     """
     _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, squash, mix)
-    if resolve(impl, hidden) == "cpu":
+    chosen = resolve(impl, hidden)
+    if chosen == "triton":
+        from ttskernels._triton.step_score import step_score as launch
+
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        args = (rows.contiguous(), norm_weight, eps, inner_weight, inner_bias, weight.contiguous(), bias, squash, mix)
+        scores = launch(hidden, *args)
+    elif chosen == "cpu":
         scores = torch.ops.ttskernels.step_score(
             hidden if hidden.stride(1) == 1 else hidden.contiguous(),
             rows.contiguous(),
@@ -61,6 +69,8 @@ def step_score(
     else:
         args = (hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, mix)
         scores = reference.step_score(*args)
+    if hidden.device.type != "cpu":
+        return scores
     finite = scores.isfinite()
     if not finite.all():
         if mix is not None and not mix.isfinite().all():
@@ -87,7 +97,7 @@ def _check(hidden, rows, weight, bias, norm_weight, inner_weight, inner_bias, sq
             f"rows must be int32 [n], got {rows.dtype} {tuple(rows.shape)}; pass rows.to(torch.int32)"
         )
     tokens, dim = hidden.shape
-    if rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
+    if rows.device.type == "cpu" and rows.numel() and not (0 <= int(rows.min()) and int(rows.max()) < tokens):
         raise ValueError(f"rows must be in 0..{tokens - 1}, got {int(rows.min())}..{int(rows.max())}")
     width = dim
     if inner_weight is not None:

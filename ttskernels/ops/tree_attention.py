@@ -7,6 +7,8 @@ from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import tree_attention as reference
 from ttskernels.layout import PAGE_SIZE, pack_factor
 
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
 
 def tree_attention(
     q: Tensor,
@@ -18,6 +20,8 @@ def tree_attention(
     softcap: float = 0.0,
     window: int = 0,
     sinks: Tensor | None = None,
+    k_scale: Tensor | None = None,
+    v_scale: Tensor | None = None,
     return_lse: bool = False,
     out: Tensor | None = None,
     impl: Impl = "auto",
@@ -27,12 +31,15 @@ def tree_attention(
     Args:
         q: `[rows, q_heads, head_dim]`, fp32 / fp16 / bf16, caller's row order.
         k_pages, v_pages: one layer's pool in `q`'s dtype: packed (`ttskernels.layout`, 5-D) or an engine's
-            `[pages, page_size, kv_heads, head_dim]` (4-D, any strides with the last 1; v_dim may differ).
-        plan: a `Plan` or its int32 buffer, of as many rows.
+            `[pages, page_size, kv_heads, head_dim]` (4-D, any strides with the last 1; v_dim may differ). The latter
+            also in float8_e4m3fn / float8_e5m2 (impl "triton", "reference"). impl "triton" takes no packed pools.
+        plan: a `Plan`, a `DevicePlan` or its int32 buffer, of as many rows. A bare buffer on a GPU costs a
+            synchronisation.
         scale: of the scores, `head_dim ** -0.5` by default.
         softcap: if not 0, `softcap * tanh(score / softcap)`.
         window: if not 0, a row at position p sees positions `p - window + 1 .. p`.
         sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (and lse) of rows that see a token.
+        k_scale, v_scale: `[kv_heads]` float32, factors of float8 K and V.
         return_lse: also return the natural log of the denominator, `[rows, q_heads]` float32.
         out: `[rows, q_heads, v_dim]` in `q`'s dtype, rows contiguous, not overlapping `q`; written and returned.
     Returns:
@@ -41,29 +48,43 @@ def tree_attention(
     Raises:
         ValueError: shape, dtype or head size mismatch, or a plan of other rows or another page size.
     """
+    header = check(q, k_pages, v_pages, plan, softcap, window, sinks, k_scale, v_scale)
     plan = getattr(plan, "buffer", plan)
-    check(q, k_pages, v_pages, plan, softcap, window, sinks)
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
     check_out(out, q, v_pages.shape[3])
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    if resolve(impl, q) == "cpu":
+    chosen = resolve(impl, q)
+    if k_pages.dtype in FLOAT8 and chosen == "cpu":
+        if impl == "cpu":
+            raise ValueError(f"impl 'cpu' has no {k_pages.dtype} pools; pass impl='reference' or q's dtype {q.dtype}")
+        chosen = "reference"
+    if chosen == "triton":
+        from ttskernels._triton.tree_attention import tree_attention as launch
+
+        if k_pages.ndim == 5:
+            raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
+        q = q if q.stride(2) == 1 else q.contiguous()
+        lse = launch(q, k_pages, v_pages, plan, header, scale, softcap, window, sinks, k_scale, v_scale, out)
+    elif chosen == "cpu":
         q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
         lse = torch.ops.ttskernels.tree_attention(
             q, k_pages, v_pages, plan, scale, softcap, window, sinks, out
         )
     else:
-        result, lse = reference.tree_attention(q, k_pages, v_pages, plan, scale, softcap, window, sinks)
+        args = (plan, scale, softcap, window, sinks, k_scale, v_scale)
+        result, lse = reference.tree_attention(q, k_pages, v_pages, *args)
         out.copy_(result)
     return (out, lse) if return_lse else out
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, plan: Tensor, softcap: float, window: int, sinks: Tensor | None
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, plan, softcap: float, window: int, sinks: Tensor | None, k_scale=None, v_scale=None
+) -> list[int]:
+    """Raise what `tree_attention` promises to; returns the plan's header."""
     if q.ndim != 3:
         raise ValueError(f"q must be [rows, q_heads, head_dim], got shape {tuple(q.shape)}")
-    if k.dtype != q.dtype or v.dtype != q.dtype:
+    if k.dtype != v.dtype or k.dtype not in (q.dtype, *FLOAT8):
         raise ValueError(f"k_pages and v_pages must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
     if k.ndim not in (4, 5) or v.ndim != k.ndim:
         raise ValueError(
@@ -96,11 +117,15 @@ def check(
         )
     if k.ndim == 5 and not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
-    if not isinstance(plan, Tensor) or plan.dtype != torch.int32 or plan.ndim != 1 or plan.numel() < 32:
+    buffer = getattr(plan, "buffer", plan)
+    if not isinstance(buffer, Tensor) or buffer.dtype != torch.int32 or buffer.ndim != 1 or buffer.numel() < 32:
         raise ValueError(
             f"plan must be a Plan or its int32 buffer, got {describe(plan)}; make one with build_plan"
         )
-    plan_page, rows = plan[3:5].tolist()
+    if buffer.device != q.device:
+        raise ValueError(f"plan must be on q's device {q.device}, got {buffer.device}; pass plan.to(q.device)")
+    header = getattr(plan, "header", None) or buffer[:32].tolist()
+    plan_page, rows = header[3:5]
     if rows != q.shape[0]:
         raise ValueError(
             f"plan has {rows} rows, q has {q.shape[0]}; build the plan for the rows of this call"
@@ -111,6 +136,10 @@ def check(
         raise ValueError(f"softcap and window must be 0 (off) or positive, got {softcap} and {window}")
     if sinks is not None and (tuple(sinks.shape) != (q.shape[1],) or sinks.dtype != torch.float32):
         raise ValueError(f"sinks must be float32 [{q.shape[1]}], got {sinks.dtype} {tuple(sinks.shape)}")
+    for name, t in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if t is not None and (tuple(t.shape) != (kv_heads,) or t.dtype != torch.float32 or k.dtype not in FLOAT8):
+            raise ValueError(f"{name} must be float32 [{kv_heads}], for float8 pools, got {describe(t)} and {k.dtype}")
+    return header
 
 
 def check_out(out: Tensor, q: Tensor, v_dim: int) -> None:

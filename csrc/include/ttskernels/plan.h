@@ -11,7 +11,8 @@
 //
 // Numerics: a "partial" begins at every segment with begin = 1 (a node's first token and every 512th token of a node),
 // starts from a fresh accumulator, runs in KV tiles of 64 tokens counted from its first token, and partials are merged
-// left to right, root to leaf. An item with kFold covers its rows' paths from the root on and folds its partials as it
+// left to right, root to leaf. Within a partial every segment but the first starts at slot 0 of its page, and every one
+// but the last ends at the end of its page: the GPU finds a token's segment by division. An item with kFold covers its rows' paths from the root on and folds its partials as it
 // goes; any other item writes each partial to its own slot. Which items exist therefore never changes a result's bits.
 #pragma once
 
@@ -49,6 +50,7 @@ enum PlanField : int {
   kFieldMergeIndptr = 20, // [rows + 1] plan-row order; empty: the row has one direct item
   kFieldMergeSlots = 21,  // [merges] slots, root to leaf
   kFieldWorkerIndptr = 22,// [workers + 1] items of each persistent worker (GPU); the CPU pulls items from a counter
+  kFieldUncoveredRows = 23,  // rows that no item covers, whose result is 0 and -inf; the planner makes none
   kPlanHeaderInts = 32,
 };
 

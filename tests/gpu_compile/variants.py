@@ -1,0 +1,127 @@
+"""Every kernel in the forms that a GPU would run, and what each may cost. Import without TRITON_INTERPRET."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ttskernels._triton import page_copy, path_aggregate, rms_norm, rope_append, sample, silu_mul, step_score
+from ttskernels._triton import tree_attention as attention
+from ttskernels._triton.tiles import Tiles, lookup
+
+ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+# Bytes of local memory of a thread that are accepted, by how a variant's name begins; none otherwise.
+ACCEPTED_LOCAL = {
+    "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
+    "tree_attention-fp32": 1024,  # for checks, not for speed
+    "tree_attention-bf16-128-g4-128x64w8s3": 8,  # with Triton 3.6; not a default tile
+    "tree_attention-fp8-128": 8,  # with Triton 3.6 on sm_90; 3.9 spills nothing
+    "tree_attention-fp8-96": 8,
+    "tree_attention-fp8-80": 8,
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    arch: str
+    kernel: object
+    types: dict[str, str]
+    constants: dict
+    warps: int
+    matrix_ops: tuple[str, ...] = ()  # opcodes that must appear
+    in_ci: bool = False
+    options: dict = field(default_factory=dict)
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}-{self.arch}"
+
+
+MATRIX_OPS = {"sm_80": ("HMMA",), "sm_89": ("HMMA",), "sm_90": ("HMMA",), "sm_100": ("HMMA",), "gfx942": ("v_mfma",)}
+
+
+def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, sinks=False, tiles=None, ci=False):
+    v_dim, scaled = v_dim or head_dim, kv.startswith("fp8")
+    pool = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp8": "*fp8e5" if arch == "sm_80" else "*fp8e4nv"}[kv]
+    tiles = tiles or lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "fp32": 4}.get(kv, 2))
+    dense = "*bf16" if scaled else pool
+    types = {"q": dense, "k_pages": pool, "v_pages": pool, "plan": "*i32", "out": dense, "lse": "*fp32"}
+    types |= dict.fromkeys(("partial_o", "partial_ml"), "*fp32")
+    types |= {"arrived": "*i32", "scale": "fp32", "window": "i32", "num_queues": "i32"}
+    strides = ("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row")
+    types |= dict.fromkeys(strides, "i32!")
+    constants = {
+        "Q_HEADS": heads[0], "KV_HEADS": heads[1], "HEAD_DIM": head_dim, "V_DIM": v_dim, "PAGE_SIZE": 16,
+        "SOFTCAP": softcap, "SMALL_M": 16, "LARGE_M": tiles.large_m, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages,
+    }  # fmt: skip
+    for name, wanted in (("sinks", sinks), ("k_scale", scaled), ("v_scale", scaled)):
+        (types if wanted else constants)[name] = "*fp32" if wanted else None
+    ops = () if kv == "fp32" else MATRIX_OPS[arch]
+    if arch == "sm_90" and tiles.large_m >= 64 and ops:
+        ops = ("HGMMA", *ops)  # leaves stay on mma.sync
+    extras = "".join(("-softcap" if softcap else "", "-sinks" if sinks else "", f"-v{v_dim}" if v_dim != head_dim else ""))
+    tile = f"{tiles.large_m}x{tiles.block_n}w{tiles.warps}s{tiles.stages}"
+    name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{tile}"
+    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tiles.warps, ops, ci)
+
+
+def small_ops(arch: str) -> list[Variant]:
+    ci = arch in ("sm_90", "gfx942")
+    i32 = dict.fromkeys
+    made = [
+        ("rms_norm", rms_norm.rms_norm_kernel,
+         {"x": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "x_row": "i32!"}, {"DIM": 1536}, 4, ()),
+        ("silu_mul", silu_mul.silu_mul_kernel,
+         {"gate": "*bf16", "up": "*bf16", "out": "*bf16", "gate_row": "i32!", "up_row": "i32!", "dim": "i32!"},
+         {"BLOCK": 1024}, 4, ()),
+        ("path_aggregate", path_aggregate.path_aggregate_kernel,
+         {"state": "*fp32", "scores": "*fp32", "indptr": "*i32", "out": "*fp32"}, {}, 1, ()),
+        ("sample", sample.sample_kernel,
+         {"logits": "*fp32", "rows": "*i32", "keys": "*i64", "positions": "*i32", "params": "*fp32", "tokens": "*i32",
+          "logprobs": "*fp32", "vocab": "i32", "logits_row": "i32"}, {"BLOCK": 1024}, 8, ()),
+        ("page_copy", page_copy.page_copy_kernel,
+         {"k_pool": "*bf16", "v_pool": "*bf16", "pairs": "*i32"}
+         | i32(("k_layer", "k_page", "k_slot", "k_head", "v_layer", "v_page", "v_slot", "v_head"), "i32!"),
+         {"K_DIM": 128, "V_DIM": 128, "KV_HEADS": 8, "BLOCK": 1024}, 4, ()),
+        ("step_score-head", step_score.head_kernel,
+         {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
+          "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
+         {"bias": None, "DIM": 3584, "LABELS": 2, "SQUASH": "softmax"}, 8, ()),
+        ("step_score-inner", step_score.inner_kernel,
+         {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*fp32",
+          "n": "i32", "inner": "i32!", "eps": "fp32", "hidden_row": "i32!"},
+         {"DIM": 3584, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, 4, MATRIX_OPS[arch]),
+    ]  # fmt: skip
+    for norm in (False, True):
+        strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
+        pages = ("k_page", "k_slot", "k_page_head", "v_page", "v_slot", "v_page_head")
+        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32",
+                 "out": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16", "rope_scale": "fp32", "eps": "fp32"}  # fmt: skip
+        types |= i32(strides + pages, "i32!")
+        constants = {"k_scale": None, "v_scale": None, "Q_HEADS": 32, "HEAD_DIM": 128, "V_DIM": 128, "PAIRS": 64,
+                     "PAGE_SIZE": 16, "BLOCK_PAIRS": 64}  # fmt: skip
+        for name in ("q_norm", "k_norm"):
+            (types if norm else constants)[name] = "*bf16" if norm else None
+        name = "rope_append-norm" if norm else "rope_append"
+        made.append((name, rope_append.rope_append_kernel, types, constants, 1, ()))
+    return [Variant(name, arch, kernel, t, c, warps, ops, ci) for name, kernel, t, c, warps, ops in made]
+
+
+def variants() -> list[Variant]:
+    made = []
+    for arch in ARCHS:
+        for head_dim in (64, 80, 96, 128, 192, 256):
+            for kv in ("bf16", "fp8"):
+                ci = head_dim == 128 and (kv == "bf16" or arch in ("sm_89", "sm_90"))
+                made.append(tree_attention(arch, kv, head_dim, ci=ci))
+        made += [
+            tree_attention(arch, "fp16", 64),
+            tree_attention(arch, "fp32", 64),
+            tree_attention(arch, "bf16", 128, heads=(28, 4)),
+            tree_attention(arch, "bf16", 64, heads=(16, 1), softcap=30.0, sinks=True, ci=arch == "sm_90"),
+            tree_attention(arch, "bf16", 192, v_dim=128),
+        ]
+        made += small_ops(arch)
+    for tiles in (Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3)):
+        made.append(tree_attention("sm_90", "bf16", 128, tiles=tiles, ci=tiles.large_m == 128 and tiles.block_n == 64))
+    return made

@@ -1,0 +1,75 @@
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from tiny_models import write_tiny
+from trees import Tree
+
+from ttskernels import roofline
+from ttskernels.models import decoder, load_model
+
+# us a layer on an H100 at 3.0 TB/s and 600 TFLOP/s, by hand: flat, shared, compute
+BY_HAND = {
+    ("qwen2.5-1.5b", 64, 2048, 128, 2): (47.5, 3.5, 1.4),
+    ("qwen2.5-7b", 256, 8192, 256, 2): (1476, 50.3, 51.7),
+    ("llama-3.1-8b", 64, 1024, 512, 2): (134, 46.1, 2.7),
+    ("llama-3.1-8b", 256, 8192, 256, 1): (1476, 50.3, 59),
+    ("llama-2-7b", 256, 8192, 256, 2): (11811, 403, 59),
+}
+
+
+@pytest.mark.parametrize("case", BY_HAND, ids=lambda c: "-".join(map(str, c)))
+def test_floors_against_hand_calculation(case):
+    name, n, prompt, suffix, kv = case
+    e = roofline.expect(roofline.SHAPES[name], [(1, prompt), (n, suffix)], kv)
+    flat, shared, compute = BY_HAND[case]
+    assert (e.flat_us, e.shared_us, e.compute_us) == pytest.approx((flat, shared, compute), rel=0.02)
+    assert e.floor_us == max(e.shared_us, e.compute_us) and e.gain == pytest.approx(e.flat_us / e.floor_us)
+    assert e.shared_us * 0.999 <= e.plan_read_us < e.flat_us
+    assert e.iteration_us < e.flat_iteration_us
+
+
+def test_levels_of_a_search_tree():
+    shape = roofline.SHAPES["llama-3.1-8b"]
+    deep = roofline.expect(shape, [(1, 256), (4, 80), (16, 80), (64, 40)])
+    two = roofline.expect(shape, [(1, 256), (64, 200)])
+    assert deep.flat_us == pytest.approx(two.flat_us) and deep.shared_us < two.shared_us / 2
+    with pytest.raises(ValueError, match="level 1 must have a positive multiple of the 4 nodes above it"):
+        roofline.expect(shape, [(4, 10), (6, 10)])
+
+
+def counting(name, run, called):
+    def counted(*args, **options):
+        called[name] += 1
+        return run(*args, **options)
+
+    return counted
+
+
+def test_launches_are_those_of_the_decoder(tmp_path, monkeypatch):
+    write_tiny(tmp_path, "llama")
+    tree, called = Tree(load_model(tmp_path, torch.float32, "reference")), Counter()
+    for name in ("rms_norm", "linear", "rope_append", "tree_attention", "silu_mul"):
+
+        monkeypatch.setattr(decoder, name, counting(name, getattr(decoder, name), called))
+    tree.run([tree.forest.add(None, [1])])
+    layers = tree.model.config.layers
+    assert called == {
+        name: layers * n + roofline.ITERATION_LAUNCHES.get(name, 0)
+        for name, n in roofline.LAYER_LAUNCHES.items()
+        if name != "add"
+    }
+
+
+def test_command_line():
+    def run(*args):
+        command = [sys.executable, "-m", "ttskernels", "model", *args]
+        return subprocess.run(command, capture_output=True, text=True)
+
+    done = run("--shape", "qwen2.5-1.5b", "--levels", "1x2048,64x128", "--layers", "3")
+    assert done.returncode == 0 and "floor                   3.5 us, 13.6 times below flat" in done.stdout, done.stdout
+    assert "46, 58 us inside a graph" in done.stdout
+    assert len(run("--table").stdout.splitlines()) == 1 + len(roofline.TABLE)
+    assert "--levels must look like 1x2048,64x128" in run("--levels", "64").stderr

@@ -1,0 +1,174 @@
+import pytest
+import torch
+from attention import DEEP, DEEP_ROWS, expected, make
+from budget import assert_within_budget, to_float64
+from plans import MODES, build_plan, make_trees, random_trees
+
+from ttskernels._reference import tree_attention as reference
+from ttskernels.kv import HeadShape, Machine, plan_from_parents
+from ttskernels.ops.tree_attention import tree_attention
+
+DTYPES = [torch.float32, torch.float16]
+
+
+def check(device, q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
+    """The kernel against float64. Three times PyTorch's own error: scores in base 2 are rounded once more."""
+    scale = q.shape[2] ** -0.5 if scale is None else scale
+    buffer = getattr(plan, "buffer", plan)
+    exact, exact_lse, low, low_lse = expected(q, k, v, buffer, scale, softcap, window, sinks, {})
+    args = (t.to(device) for t in (q, k, v, buffer))
+    sinks = None if sinks is None else sinks.to(device)
+    out, lse = tree_attention(
+        *args, scale=scale, softcap=softcap, window=window, sinks=sinks, return_lse=True, impl="triton"
+    )
+    assert_within_budget(out.cpu(), exact, low, factor=3.0)
+    assert_within_budget(lse.cpu(), exact_lse, low_lse, factor=3.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "q_heads, kv_heads, head_dim, v_dim",
+    [
+        (1, 1, 64, 64),
+        (6, 3, 80, 80),
+        (4, 1, 96, 96),
+        (5, 1, 128, 128),
+        (14, 2, 64, 64),
+        (8, 1, 256, 256),
+        (6, 2, 192, 128),
+        (37, 1, 64, 80),
+    ],
+)
+def test_heads(device, dtype, q_heads, kv_heads, head_dim, v_dim):
+    trees = random_trees(q_heads + head_dim)
+    mode = MODES[q_heads % len(MODES)]
+    check(device, *make(trees, q_heads, kv_heads, head_dim, dtype, v_dim, packed=False), build_plan(trees, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("seed", range(3))
+def test_random_forests_under_every_plan(device, mode, seed):
+    trees = random_trees(seed)
+    check(device, *make(trees, 6, 2, 64, DTYPES[seed % 2], packed=False), build_plan(trees, mode, seed))
+
+
+@pytest.mark.parametrize("dtype, mode", [(torch.float32, "chunks"), (torch.float16, "grouped"), (torch.float16, "prefix")])
+def test_nodes_of_several_partials(device, dtype, mode):
+    trees = make_trees(DEEP, DEEP_ROWS)
+    check(device, *make(trees, 3, 1, 64, dtype, packed=False), build_plan(trees, mode))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
+    ids=lambda o: f"{next(iter(o))}-{next(iter(o.values()))}",
+)
+@pytest.mark.parametrize("mode", ["pushed", "rows"])
+def test_options(device, options, mode):
+    nodes = [(-1, 150, 0), (0, 37, 0), (0, 64, 11), (2, 1, 0)]
+    trees = make_trees(nodes, [(3, 0), (1, 36), (0, 149), (2, 5), (0, 0)])
+    options = dict(options)
+    if "sinks" in options:
+        options["sinks"] = torch.tensor([0.0, -3.0, 8.0, 1.0, 20.0, -50.0])
+    check(device, *make(trees, 6, 2, 64, torch.float32, packed=False), build_plan(trees, mode), **options)
+
+
+@pytest.mark.parametrize("page_size", [1, 16, 100])
+@pytest.mark.parametrize("order", ["nhd", "hnd", "interleaved"])
+def test_strided_pools(device, page_size, order):
+    trees = random_trees(5, page_size)
+    q, k, v = make(trees, 4, 2, 64, torch.float16, packed=False)
+    if order == "hnd":
+        k, v = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in (k, v))
+    elif order == "interleaved":
+        k, v = torch.stack([k, v], dim=1).unbind(1)
+    check(device, q, k, v, build_plan(trees, "chunks"))
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_pools(device, kv_dtype):
+    trees = random_trees(4)
+    q, k, v = make(trees, 6, 2, 64, torch.float16, packed=False, kv_dtype=kv_dtype)
+    plan, scales = build_plan(trees), (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25]))
+    wide = to_float64(q, k.float(), v.float())
+    exact, exact_lse = reference.tree_attention(*wide, plan, 0.125, 0.0, 0, None, *scales)
+    low, low_lse = reference.tree_attention(q, k, v, plan, 0.125, 0.0, 0, None, *scales)
+    args = [t.to(device) for t in (q, k, v, plan)]
+    k_scale, v_scale = (t.to(device) for t in scales)
+    out, lse = tree_attention(*args, scale=0.125, k_scale=k_scale, v_scale=v_scale, return_lse=True, impl="triton")
+    assert_within_budget(out.cpu(), exact, low)
+    assert_within_budget(lse.cpu(), exact_lse, low_lse)
+
+
+@pytest.mark.parametrize("mode", ["separate", "grouped", "direct"])
+def test_empty_rows(device, mode):
+    trees = make_trees([(-1, 20, 0), (-1, 0, 0)], [(0, 19), (1, -1), (0, 3), (1, -1)])
+    q, k, v = (t.to(device) for t in make(trees, 6, 2, 64, torch.float32, packed=False))
+    plan, sinks = build_plan(trees, mode).to(device), torch.zeros(6, device=device)
+    out, lse = tree_attention(q, k, v, plan, sinks=sinks, return_lse=True, impl="triton")
+    assert (out[[1, 3]] == 0).all() and (lse[[1, 3]] == float("-inf")).all()
+    assert out[[0, 2]].isfinite().all()
+    none = build_plan(make_trees([(-1, 20, 0)], [])).to(device)
+    assert tree_attention(q[:0], k, v, none, impl="triton").shape == (0, 6, 64)
+
+
+@pytest.mark.parametrize("queues", [1, 3, 8])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_planners_own_plans(device, seed, queues):
+    """Many rows to a tile and more; every queue count; the counters are clear again after each launch."""
+    from ttskernels._triton.workspace import workspace
+
+    trees = random_trees(seed + 20)
+    trees.rows = [row for row in trees.rows for _ in range(9)]
+    indptr = [0]
+    for node in trees.nodes:
+        indptr.append(indptr[-1] + len(node.pages))
+    plan = plan_from_parents(
+        [n.parent for n in trees.nodes],
+        [n.length for n in trees.nodes],
+        indptr,
+        [p for n in trees.nodes for p in n.pages],
+        [node for node, _ in trees.rows],
+        [trees.position(r) for r in range(len(trees.rows))],
+        HeadShape(4, 2, 64, 64, 2),
+        first_offset=[n.offset for n in trees.nodes],
+        machine=Machine(workers=queues, queues=queues, tile_rows=16, block_rows=64, item_us=0.01, min_piece_us=0.01,
+                        partial_bytes_per_second=1e15),  # reads once whatever can be
+    )  # fmt: skip
+    for _ in range(2):
+        check(device, *make(trees, 4, 2, 64, torch.float16, packed=False), plan)
+        assert not workspace(device, 0, 0).arrived.any()
+
+
+def test_strided_q_and_given_out(device):
+    trees = random_trees(2)
+    q, k, v = (t.to(device) for t in make(trees, 4, 2, 64, torch.float32, packed=False))
+    plan = build_plan(trees).to(device)
+    expect = tree_attention(q, k, v, plan, impl="triton")
+    wide = torch.cat([q, torch.full_like(q, float("nan"))], dim=1)
+    room = torch.full((len(q), 5, 64), 7.0, device=device)
+    assert tree_attention(wide[:, :4], k, v, plan, out=room[:, :4], impl="triton").data_ptr() == room.data_ptr()
+    assert torch.equal(room[:, :4], expect) and (room[:, 4] == 7).all()
+
+
+def test_errors(device):
+    trees = random_trees(0)
+    q, k, v = (t.to(device) for t in make(trees, 4, 2, 64, torch.float16))
+    plan = build_plan(trees).to(device)
+    with pytest.raises(ValueError, match="impl 'triton' needs 4-D k_pages and v_pages, got packed ones"):
+        tree_attention(q, k, v, plan, impl="triton")
+    q, k, v = (t.to(device) for t in make(trees, 4, 2, 64, torch.float16, packed=False))
+    scale = torch.ones(2, device=device)
+    with pytest.raises(ValueError, match=r"k_scale must be float32 \[2\], for float8 pools, got .* and torch.float16"):
+        tree_attention(q, k, v, plan, k_scale=scale, impl="triton")
+    with pytest.raises(ValueError, match="k_pages and v_pages must have q's dtype"):
+        tree_attention(q, k.float(), v.float(), plan, impl="triton")
+
+
+def test_the_cpu_has_no_float8(monkeypatch, cpu_extension):
+    trees = random_trees(0)
+    q, k, v = make(trees, 4, 2, 64, torch.float16, packed=False, kv_dtype=torch.float8_e5m2)
+    with pytest.raises(ValueError, match="impl 'cpu' has no torch.float8_e5m2 pools"):
+        tree_attention(q, k, v, build_plan(trees), impl="cpu")
+    out = tree_attention(q, k, v, build_plan(trees))
+    assert torch.equal(out, tree_attention(q, k, v, build_plan(trees), impl="reference"))

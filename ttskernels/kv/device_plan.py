@@ -1,0 +1,49 @@
+"""A plan's copy on a GPU: one upload, one address, so that captured launches see later plans."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ttskernels.kv import plan_layout as at
+from ttskernels.kv.plan import Plan
+
+
+class DevicePlan:
+    """Made by `Plan.to(device)`. `upload` brings the host plan's present state over, without a synchronisation."""
+
+    def __init__(self, plan: Plan, device: torch.device | str):
+        self._plan = plan
+        self._host = plan.buffer.pin_memory() if torch.device(device).type == "cuda" else plan.buffer.clone()
+        self.buffer = torch.empty_like(plan.buffer, device=device)
+        self.upload(plan)
+
+    def upload(self, plan: Plan) -> None:
+        """Copy `plan`: the one this was made of, advanced, or another written into its buffer (`reuse`).
+
+        Raises:
+            ValueError: a plan of other capacities; make a new DevicePlan.
+        """
+        if plan.buffer.shape != self.buffer.shape or plan.header[at.CAP_ROWS :] != self._plan.header[at.CAP_ROWS :]:
+            raise ValueError("plan must have the capacities of the one that was uploaded first; call plan.to(device)")
+        self._plan = plan
+        self._host.copy_(plan.buffer)
+        self.buffer.copy_(self._host, non_blocking=True)
+
+    @property
+    def header(self) -> list[int]:
+        return self._plan.header
+
+    @property
+    def num_rows(self) -> int:
+        return self._plan.num_rows
+
+    @property
+    def positions(self) -> Tensor:
+        """`[rows]` int32 view on the device: absolute position of each row's token, caller's order."""
+        return self.buffer[self.header[at.ROW_POS] :][: self.num_rows]
+
+    @property
+    def slots(self) -> Tensor:
+        """`[rows]` int32 view on the device: where the row's K, V go; -1: they are there."""
+        return self.buffer[self.header[at.ROW_SLOT] :][: self.num_rows]

@@ -1,0 +1,200 @@
+"""What a decode iteration over a tree moves, computes and launches, and the least time that can take on a GPU.
+
+    python -m ttskernels model --shape qwen2.5-7b --branches 64 --prompt 2048 --suffix 128
+    python -m ttskernels model --shape llama-3.1-8b --levels 1x1024,4x80,16x80,64x40 --kv-bytes 1
+    python -m ttskernels model --table
+
+Counts come from the plan the kernels would run; times are floors (bytes / bandwidth, flops / rate), not measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, fields
+
+from ttskernels.kv.machines import DEVICES, H100, Device, gpu_machine
+from ttskernels.kv.plan import Plan, plan_from_parents
+from ttskernels.kv.plan_layout import ITEMS, HeadShape, section
+
+PAGE = 16
+# Launches of the readable decoder (models/decoder.py), per layer and once per iteration.
+LAYER_LAUNCHES = {"rms_norm": 2, "linear": 7, "rope_append": 1, "tree_attention": 1, "silu_mul": 1, "add": 2}
+ITERATION_LAUNCHES = {"embedding": 1, "rms_norm": 1, "linear": 1, "sample": 1}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Sizes of a decoder; weights in bf16."""
+
+    name: str
+    layers: int
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    hidden: int
+    intermediate: int
+    vocab: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Read by every iteration; of the embedding table only a tied head's reading counts."""
+        heads = self.hidden * self.head_dim * (2 * self.q_heads + 2 * self.kv_heads)
+        return 2 * (self.layers * (heads + 3 * self.hidden * self.intermediate) + self.hidden * self.vocab)
+
+
+SHAPES = {
+    s.name: s
+    for s in (
+        Shape("qwen2.5-0.5b", 24, 14, 2, 64, 896, 4864, 151936),
+        Shape("qwen2.5-1.5b", 28, 12, 2, 128, 1536, 8960, 151936),
+        Shape("qwen2.5-7b", 28, 28, 4, 128, 3584, 18944, 152064),
+        Shape("llama-3.2-1b", 16, 32, 8, 64, 2048, 8192, 128256),
+        Shape("llama-3.2-3b", 28, 24, 8, 128, 3072, 8192, 128256),
+        Shape("llama-3.1-8b", 32, 32, 8, 128, 4096, 14336, 128256),
+        Shape("llama-2-7b", 32, 32, 32, 128, 4096, 11008, 32000),
+    )
+}
+# (shape, branches, prompt, suffix, bytes of a KV element): the rows of `--table`.
+TABLE = [
+    ("qwen2.5-1.5b", 64, 2048, 128, 2),
+    ("qwen2.5-7b", 64, 2048, 128, 2),
+    ("qwen2.5-7b", 256, 8192, 256, 2),
+    ("llama-3.1-8b", 64, 1024, 512, 2),
+    ("llama-3.1-8b", 64, 2048, 128, 2),
+    ("llama-3.1-8b", 256, 8192, 256, 2),
+    ("llama-3.1-8b", 256, 8192, 256, 1),
+    ("llama-2-7b", 256, 8192, 256, 2),
+]
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """One iteration, one query a branch. The fields down to gain are of one layer's attention."""
+
+    flat_us: float  # every branch reads its whole path
+    shared_us: float  # every node is read once
+    compute_us: float
+    floor_us: float
+    gain: float  # flat_us / floor_us
+    plan_read_us: float  # what the plan's items read, a node of several blocks of rows more than once
+    plan_partial_us: float  # partial results, written and read
+    plan_items: int
+    launches: int  # of the whole iteration
+    launch_us: float
+    weights_us: float
+    iteration_us: float  # floor: weights, attention of every layer, launches
+    flat_iteration_us: float
+    kv_bytes: int  # of the whole tree, all layers
+
+
+def plan_of_levels(levels: list[tuple[int, int]], heads: HeadShape, device: Device) -> Plan:
+    """A plan over a tree with `(nodes, tokens of each)` on each level, the last level's ends being the queries."""
+    parent, length, first = [], [], [0]
+    for i, (count, tokens) in enumerate(levels):
+        above = 0 if i == 0 else levels[i - 1][0]
+        if count < 1 or tokens < 1 or (i and count % above):
+            raise ValueError(
+                f"level {i} must have a positive multiple of the {above or 1} nodes above it and at least one token, "
+                f"got {count} nodes of {tokens}"
+            )
+        parent += [-1 if i == 0 else first[i - 1] + j // (count // above) for j in range(count)]
+        length += [tokens] * count
+        first.append(first[-1] + count)
+    indptr, pages = [0], 0
+    for tokens in length:
+        pages += -(-tokens // PAGE)
+        indptr.append(pages)
+    leaves, depth = range(first[-2], first[-1]), sum(tokens for _, tokens in levels)
+    return plan_from_parents(
+        parent, length, indptr, range(pages), list(leaves), [depth - 1] * len(leaves), heads,
+        page_size=PAGE, machine=gpu_machine(heads, device),
+    )  # fmt: skip
+
+
+def expect(shape: Shape, levels: list[tuple[int, int]], kv_bytes: int = 2, device: Device = H100) -> Expectation:
+    """The model of one decode iteration.
+
+    Args:
+        levels: `(nodes, tokens of each)` from the roots down.
+        kv_bytes: of one stored K or V element: 2 for bf16, 1 for float8.
+    Raises:
+        ValueError: levels that make no tree.
+    """
+    heads = HeadShape(shape.q_heads, shape.kv_heads, shape.head_dim, shape.head_dim, kv_bytes)
+    plan = plan_of_levels(levels, heads, device)
+    stats, token_bytes = plan.stats(), 2 * shape.kv_heads * shape.head_dim * kv_bytes
+    second = 1e6 / device.bytes_per_second
+    flat, shared = stats.flat_tokens * token_bytes * second, stats.unique_tokens * token_bytes * second
+    compute = 4 * shape.q_heads * shape.head_dim * stats.flat_tokens / device.flops_per_second * 1e6
+    floor = max(shared, compute)
+    items = section(plan.buffer.numpy(), ITEMS)
+    read = int(items["tokens"].sum()) * token_bytes * second
+    partial = stats.partial_slots * shape.q_heads * (shape.head_dim + 2) * 8 * second
+    launches = shape.layers * sum(LAYER_LAUNCHES.values()) + sum(ITERATION_LAUNCHES.values())
+    weights = shape.weight_bytes * second
+    fixed = weights + launches * device.launch_us
+    return Expectation(
+        flat_us=flat, shared_us=shared, compute_us=compute, floor_us=floor, gain=flat / floor,
+        plan_read_us=read, plan_partial_us=partial, plan_items=len(items),
+        launches=launches, launch_us=launches * device.launch_us, weights_us=weights,
+        iteration_us=fixed + shape.layers * floor, flat_iteration_us=fixed + shape.layers * flat,
+        kv_bytes=stats.unique_tokens * token_bytes * shape.layers,
+    )  # fmt: skip
+
+
+def parse_levels(text: str) -> list[tuple[int, int]]:
+    """`1x2048,64x128` -> [(1, 2048), (64, 128)]."""
+    try:
+        return [(int(n), int(t)) for n, t in (part.split("x") for part in text.split(","))]
+    except ValueError:
+        raise ValueError(f"--levels must look like 1x2048,64x128 (nodes x tokens, from the root), got {text!r}") from None
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m ttskernels model", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--shape", choices=sorted(SHAPES), default="qwen2.5-7b")
+    for field in fields(Shape)[1:]:
+        parser.add_argument(f"--{field.name.replace('_', '-')}", type=int, help=f"instead of the shape's {field.name}")
+    parser.add_argument("--branches", type=int, default=64)
+    parser.add_argument("--prompt", type=int, default=2048)
+    parser.add_argument("--suffix", type=int, default=128)
+    parser.add_argument("--levels", help="nodes x tokens of each level, instead of the three above")
+    parser.add_argument("--kv-bytes", type=int, choices=(1, 2), default=2)
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
+    parser.add_argument("--table", action="store_true", help="a table of shapes and trees")
+    args = parser.parse_args(argv)
+    device = DEVICES[args.device]
+    if args.table:
+        print(f"{'shape':14}{'N,P,S':>15} {'KV':>3} {'flat':>9}{'shared':>9}{'compute':>9}{'floor':>9}{'gain':>7}"
+              f"{'iteration':>11}  us a layer on {device.name}, then us an iteration")  # fmt: skip
+        for name, n, p, s, kv in TABLE:
+            e = expect(SHAPES[name], [(1, p), (n, s)], kv, device)
+            print(f"{name:14}{f'{n},{p},{s}':>15} {kv:>3} {e.flat_us:9.1f}{e.shared_us:9.1f}{e.compute_us:9.1f}"
+                  f"{e.floor_us:9.1f}{e.gain:7.1f}{e.iteration_us:11.0f}")  # fmt: skip
+        return 0
+    given = {f.name: getattr(args, f.name) for f in fields(Shape)[1:] if getattr(args, f.name) is not None}
+    shape = Shape(**{**vars(SHAPES[args.shape]), **given})
+    try:
+        levels = parse_levels(args.levels) if args.levels else [(1, args.prompt), (args.branches, args.suffix)]
+        e = expect(shape, levels, args.kv_bytes, device)
+    except ValueError as error:
+        parser.error(str(error))
+    tree = " > ".join(f"{n} x {t}" for n, t in levels)
+    rows = [
+        ("attention, one layer", ""),
+        ("  flat (each path read)", f"{e.flat_us:.1f} us"),
+        ("  each node read once", f"{e.shared_us:.1f} us"),
+        ("  arithmetic", f"{e.compute_us:.1f} us"),
+        ("  floor", f"{e.floor_us:.1f} us, {e.gain:.1f} times below flat"),
+        ("  the plan reads", f"{e.plan_read_us:.1f} us in {e.plan_items} items, {e.plan_partial_us:.2f} us of partials"),
+        ("one decode iteration", ""),
+        ("  weights", f"{e.weights_us:.0f} us"),
+        ("  launches", f"{e.launches}, {e.launch_us:.0f} us inside a graph"),
+        ("  floor", f"{e.iteration_us:.0f} us ({e.flat_iteration_us:.0f} with flat attention)"),
+        ("KV of the tree", f"{e.kv_bytes / 2**30:.2f} GiB"),
+    ]
+    print(f"{shape.name} on {device.name}, {tree} tokens, {args.kv_bytes} bytes a KV element. Floors, not measurements.")
+    for name, value in rows:
+        print(f"{name:26}{value}")
+    return 0
