@@ -13,6 +13,7 @@ def load_backend(
     verifier: str | Path | None = None,
     *,
     prm_family: str | None = None,
+    prm_reference: str | Path | None = None,
     prompt_style: str | None = None,
     kv_gib: float | None = None,
     **options: Any,
@@ -23,8 +24,9 @@ def load_backend(
         policy: checkpoint folder or hub id. None: the demo policy that ships with the package.
         verifier: the same. None: the demo verifier if the policy is the demo's, else none. "none": no verifier.
             "likelihood": steps score their own mean token likelihood, no second model.
-        prm_family: which text the verifier reads: one of `ttsearch.verifiers.FAMILIES`, or a .json or .py file that
-            describes another. None: seen in the checkpoint.
+        prm_family: what the verifier reads, or writes: one of `ttsearch.verifiers.FAMILIES` or `GENERATIVE`, or a .json
+            or .py file that describes another. None: seen in the checkpoint.
+        prm_reference: of an implicit PRM, the model that it was trained from.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
         options: handed to the engine (`dtype`, `impl`, `device`).
@@ -45,7 +47,7 @@ def load_backend(
             f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels"
         ) from error
     return LocalBackend.load(
-        policy, verifier, prm_family=prm_family, prompt_style=prompt_style,
+        policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
         kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
     )  # fmt: skip
 

@@ -36,8 +36,10 @@ Verifier = Annotated[
     str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
 ]
 PrmFamily = Annotated[
-    str | None,
-    typer.Option(help="What text the verifier reads: a family's name, or a file that describes one [default: seen in it]."),
+    str | None, typer.Option(help="What the verifier reads or writes: a name, or a file that says [default: seen in its config].")
+]
+PrmReference = Annotated[
+    str | None, typer.Option(help="Of an implicit PRM, the model that it was trained from: checkpoint folder or hub id.")
 ]
 PromptStyle = Annotated[
     str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
@@ -89,6 +91,7 @@ def solve(
     policy: Policy = None,
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
+    prm_reference: PrmReference = None,
     prompt_style: PromptStyle = None,
     problem_file: Annotated[
         str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")
@@ -128,7 +131,7 @@ def solve(
         )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
         )
         records, interrupted = [], False
         try:
@@ -213,6 +216,7 @@ def evaluate(
     policy: Policy = None,
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
+    prm_reference: PrmReference = None,
     prompt_style: PromptStyle = None,
     limit: Limit = None,
     seed: Seed = 0,
@@ -255,7 +259,7 @@ def evaluate(
         )
         problems = load_problems(problem_file, limit)
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prompt_style=prompt_style, kv_gib=kv_gib
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
         )
 
         def progress(name: str, count: int, done: int, total: int) -> None:
@@ -286,6 +290,7 @@ def score(
     verifier: Annotated[str, typer.Option(help="Process reward model: checkpoint folder or hub id.")],
     results: Annotated[Path, typer.Option(help="Results file; run again to continue.")],
     prm_family: PrmFamily = None,
+    prm_reference: PrmReference = None,
     separator: Annotated[str, typer.Option(help="Cuts a solution's text into steps; \\n is a newline.")] = r"\n\n",
     limit: Limit = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
@@ -302,7 +307,7 @@ def score(
     with friendly_errors():
         problems, solutions = load_solutions(solutions_file, limit)
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
-        loaded = load_verifier(verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes)
+        loaded = load_verifier(verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference)
         try:
             with progress_bar("solutions", err) as progress:
                 scored = score_steps(

@@ -43,7 +43,7 @@ class SolutionScores:
 
     def finish(self, running: PathScores | None) -> None:
         """The path is complete: fill in what is over all steps."""
-        if running is not None and running.count:
+        if running is not None and running.count and None not in self.scores:
             self.min, self.last, self.mean = running.min, running.last, running.mean
             self.product = running.product if running.bounded else None
 
@@ -242,6 +242,7 @@ class _Scorer:
             return await self._score_some(parent, steps, run) if len(steps) > 1 else (parent, scored.refused, None)
         for i in run.members:
             self.solutions[i].scores += scored.scores
+            self.solutions[i].error = self.solutions[i].error or scored.failed
         run.computed += scored.computed
         run.kept = scored.kept if run.kept is None else run.kept
         return scored.handle, None, scored.running

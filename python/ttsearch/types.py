@@ -46,11 +46,12 @@ class Scored:
     """What a verifier says of new steps behind a chain."""
 
     handle: Any  # of the chain with the new steps, to be released once; None if it was refused
-    scores: list[float | None]  # one a step; None: it has no visible text, or was refused
+    scores: list[float | None]  # one a step; None: it has no visible text, was refused, or failed
     refused: str | None = None  # why the verifier cannot take this path, for example its length
     running: PathScores | None = None  # of the whole path; None: not kept
-    computed: int = 0  # tokens read for these steps
+    computed: int = 0  # tokens read, or written, for these steps
     kept: int = 0  # tokens of the chain that stayed in front of them
+    failed: str | None = None  # why a step with text has no score although the chain goes on
 
 
 @dataclass(eq=False)

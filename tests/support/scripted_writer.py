@@ -36,10 +36,10 @@ class ScriptedWriter:
         if len(text) >= self.limit:
             return None
         self.begun.append((text, len(above.ids) if above and text.startswith("".join(above.ids)) else 0))
-        return self._hold(Chain((), tuple(text[:stable]))), self._hold(Thread(None, tuple(text)))
+        return self._hold(Chain((), tuple(text[:stable]))), self._hold(Thread(None, tuple(text), added=len(text)))
 
     async def append(self, thread, text):
-        return self._hold(Thread(None, (*thread.ids, *thread.pending, *text)))
+        return self._hold(Thread(None, (*thread.ids, *thread.pending, *text), added=len(text)))
 
     async def write(self, thread, n, key, stops, max_tokens, include=False):
         async def draft(i):
@@ -53,7 +53,7 @@ class ScriptedWriter:
             if len(text) > max_tokens:
                 text, stop = text[:max_tokens], None
             self.written.append((key, i))
-            return Draft(self._hold(Thread(None, (*before, *text))), len(before), text, stop)
+            return Draft(self._hold(Thread(None, (*before, *text), added=len(text))), len(before), text, stop)
 
         return [asyncio.ensure_future(draft(i)) for i in range(n)]
 

@@ -111,6 +111,12 @@ def test_other_delimiters():
     assert run(table, [0, 2, 0, 3]) >= 0
 
 
+def test_a_box_may_be_text_like_any_other():
+    table = build_table([b"\\boxed{", b"x", b"}", b"</think>", b"."], [4], ["</think>", "Step 2:"], boxes=False)
+    assert run(table, [0, 1, 2, 0]) >= 0 and run(table, [0, 1, 2, 3]) == STEP_ENDED
+    assert run(table, [0, 4]) == SOLUTION_ENDED
+
+
 def test_invalid():
     with pytest.raises(ValueError, match="delimiters must be non-empty"):
         build_table([b"a"], [], [""])

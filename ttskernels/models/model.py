@@ -54,11 +54,14 @@ class Model:
         c = self.config
         return HeadShape(c.q_heads, c.kv_heads, c.head_dim, c.head_dim, c.dtype.itemsize)
 
-    def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
-        """A KV page pool of this model's shape and dtype; `budget` may be shared with another model's pool."""
+    def new_pool(self, num_pages: int, budget: ByteBudget | None = None, models: int = 1) -> PagePool:
+        """A KV page pool of this model's shape and dtype, with layers for so many `models` of it, one after the other.
+
+        `budget` may be shared with another model's pool.
+        """
         c = self.config
         strided = self.impl == "triton"
-        return PagePool(c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget, strided=strided)
+        return PagePool(models * c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget, strided=strided)
 
     def forward(
         self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits"

@@ -77,8 +77,7 @@ class PairModel:
         return sum(model.config.flops_per_token(context, output) for model in (self.first, self.second))
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
-        c = self.config
-        return PagePool(2 * c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget)
+        return self.first.new_pool(num_pages, budget, models=2)
 
     def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str = "hidden") -> Tensor:
         """`Model.forward` of both, each into its half of the pool: `[n, 2 * hidden]` float32, the first model's first."""

@@ -17,6 +17,7 @@ from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
 from ttskernels.models.model import load_model
+from ttskernels.models.sources import resolve
 
 from ..budget import Budget, Limits
 from ..dtypes import torch_dtype
@@ -24,7 +25,10 @@ from ..prompts import TextPolicy, detect_style
 from ..protocols import Verifier, VerifierSession
 from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
-from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, read_verifier
+from ..verifiers import detect_family
+from ..verifiers.families import Family
+from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, load_verifier, read_verifier
+from ..verifiers.written import GenerativeFamily
 
 LIKELIHOOD = (
     "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
@@ -56,7 +60,8 @@ class LocalBackend:
         policy: str | Path,
         verifier: str | Path | None = None,
         *,
-        prm_family: str | None = None,
+        prm_family: str | Path | Family | None = None,
+        prm_reference: str | Path | None = None,
         prompt_style: str | None = None,
         kv_bytes: int | None = None,
         dtype: str = "bf16",
@@ -68,7 +73,8 @@ class LocalBackend:
             policy, verifier: checkpoint folder, hub id or .gguf file. verifier="likelihood" needs no second model: a step
                 scores the geometric mean of its tokens' probabilities under the policy (a baseline, not a PRM).
             prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
-            kv_bytes: KV budget of both models together; None: 2 GiB.
+            prm_reference: of an implicit PRM, the model that it was trained from.
+            kv_bytes: KV budget of both models together; None: 2 GiB. A generative verifier has as much again, for itself.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         """
         model = load_model(policy, torch_dtype(dtype), impl)
@@ -76,12 +82,18 @@ class LocalBackend:
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
         likelihood = verifier == LIKELIHOOD
-        scorer = text_verifier = None
+        scorer = text_verifier = writer = None
         if verifier is not None and not likelihood:
-            scorer, text_verifier = read_verifier(verifier, prm_family, dtype, impl)
+            family = detect_family(resolve(verifier, torch_dtype(dtype)), prm_family, verifier)
+            if isinstance(family, GenerativeFamily):
+                writer = load_verifier(
+                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference
+                )
+            else:
+                scorer, text_verifier = read_verifier(verifier, family, dtype, impl, prm_reference)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
-        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else None
+        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else writer
         return cls(engine, text_policy, prm, likelihood)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:

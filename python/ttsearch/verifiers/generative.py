@@ -84,6 +84,7 @@ class GenerativeVerifier:
         head = HeadSpec(rows=rows, squash="none", mix=(1, -1))  # log-odds
         model = load_model(source, dtype, impl, head, keep_lm_head=True)
         stops = family.stops(MAX_STEPS)
+        check_overlap(stops)
         ids = draft_ends(tokenizer, model.config.eos_ids, stops)
         table = torch.from_numpy(compile_stops(tokenizer, ids, model.config.vocab, stops, boxes=False).copy())
         return cls(Engine(model, model, next_state=table, kv_bytes=kv_bytes), tokenizer, family, rows, source_name(source), seed)
@@ -147,7 +148,13 @@ class GenerativeSession:
                 self._verifier.failures.update(verdict.failures)
         scores = [verdict and verdict.score for verdict in verdicts]
         last = replace(grown[-1][0], running=parent.running.fold(scores))
-        return Scored(last, scores, None, last.running.scores())
+        judged = [verdict for verdict in verdicts if verdict is not None]
+        reasons = Counter(reason for verdict in judged if verdict.score is None for reason in verdict.failures)
+        failed = ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+        return Scored(
+            last, scores, None, last.running.scores(), sum(verdict.tokens for verdict in judged),
+            failed=f"no verification of a step was judged: {failed}" if failed else None,
+        )  # fmt: skip
 
     async def _advance(self, at: _Handle, step: str) -> tuple[_Handle, asyncio.Task[Verdict] | None]:
         if not step:
@@ -192,3 +199,11 @@ def draft_ends(tokenizer, eos_ids: Iterable[int], stops: Sequence[str]) -> dict[
     """Ids that end a draft: of the end of text, and of special tokens that are stop texts (they have no bytes)."""
     special = {token.content: i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict.fromkeys(eos_ids, "") | {special[stop]: stop for stop in stops if stop in special}
+
+
+def check_overlap(stops: Sequence[str]) -> None:
+    """Raise where a draft that does not stop at one text would be blind for another that began inside it."""
+    for one in stops:
+        for other in stops:
+            if one != other and any(one.endswith(other[:n]) for n in range(1, len(other))):
+                raise ValueError(f"stop texts must not overlap: {one!r} ends as {other!r} begins; make one of them longer")

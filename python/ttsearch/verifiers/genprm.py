@@ -16,14 +16,14 @@ from ttskernels.engine.keys import child_key
 
 from .family import fill
 from .spelling import clean
-from .writer import Draft, Thread, Writer
+from .writer import Draft, Thread, Unreadable, Writer
 from .written import (
     NO_JUDGEMENT,
     UNFINISHED,
-    Failed,
     GenerativeFamily,
     State,
     Verdict,
+    Verification,
     render_chat,
     shared_length,
     sigmoid,
@@ -88,62 +88,67 @@ class GenPrm(GenerativeFamily):
                 return None
             chain, thread = begun
         if len(thread.ids) >= writer.limit:
-            writer.release(thread)
+            writer.release(thread, *([chain] if chain else []))
             return None
         try:
             drafts = await writer.write(thread, self.samples, key, (self.analyze_end,), self.max_tokens, include=True)
         finally:
             writer.release(thread, *([chain] if chain else []))
-        ended: dict[int, tuple[Thread, str]] = {}
+        ended: dict[int, Thread] = {}
         verdict = asyncio.ensure_future(
-            verdict_of([
-                asyncio.ensure_future(self._judge(writer, draft, child_key(key, i), i, ended))
-                for i, draft in enumerate(drafts)
-            ])
-        )  # fmt: skip
+            verdict_of(thread.added, (self._judge(writer, draft, child_key(key, i), i, ended) for i, draft in enumerate(drafts)))
+        )
         try:
             await asyncio.wait([verdict])
         except asyncio.CancelledError:
             verdict.cancel()
             await asyncio.gather(verdict, return_exceptions=True)
-            writer.release(*(held for held, _ in ended.values()))
+            writer.release(*ended.values())
             raise
-        kept = ended.pop(min(ended)) if ended else None
-        writer.release(*(held for held, _ in ended.values()))
-        content = analyze + kept[1] if kept else ""
-        messages = (*messages, {"role": "assistant", "content": content})
-        steps = (*state.steps, step)
-        held, read = (kept[0], text + content) if kept else (None, "")
-        return replace(state, steps=steps, held=held, messages=messages, text=read), verdict
+        first = min(ended, default=None)
+        held = ended.pop(first) if ended else None
+        writer.release(*ended.values())
+        content = analyze + verdict.result().verifications[first].text if held and not verdict.exception() else ""
+        return (
+            replace(
+                state,
+                steps=(*state.steps, step),
+                held=held,
+                messages=(*messages, {"role": "assistant", "content": content}),
+                text=text + content,
+            ),
+            verdict,
+        )
 
     async def _judge(
-        self, writer: Writer, writing: asyncio.Task[Draft], key: int, i: int, ended: dict[int, tuple[Thread, str]]
-    ) -> tuple[float, str]:
-        """The score of sample `i` and its text; its thread goes to `ended`."""
+        self, writer: Writer, writing: asyncio.Task[Draft], key: int, i: int, ended: dict[int, Thread]
+    ) -> Verification:
+        """Sample `i`; where it is judged its thread goes to `ended`."""
         first = await writing
         try:
-            if first.stop is None or first.stop != self.analyze_end:
-                raise Failed(UNFINISHED if first.stop is None else NO_JUDGEMENT)
+            tokens = first.thread.added
+            if first.stop != self.analyze_end:
+                return Verification(tokens, failure=UNFINISHED if first.stop is None else NO_JUDGEMENT)
             opened = self.verify or self.output
             thread = await writer.append(first.thread, opened)
         finally:
             writer.release(first.thread)
-        room = self.max_tokens - (len(first.thread.ids) - first.start)
         try:
-            [writing] = await writer.write(thread, 1, key, (self.output_end,), room, include=True)
+            [writing] = await writer.write(thread, 1, key, (self.output_end,), self.max_tokens - tokens, include=True)
         finally:
             writer.release(thread)
         second = await writing
+        tokens += thread.added + second.thread.added
         try:
-            text = clean(first.text) + opened + clean(second.text)
             judged = list(re.finditer("|".join(re.escape(f"{choice}}}") for choice in self.choices), second.text))
-            if second.stop is None:
-                raise Failed(UNFINISHED)
-            if not judged:
-                raise Failed(NO_JUDGEMENT)
-            odds = await writer.log_odds(writer.cut(second, judged[-1].start()), "")
-        except BaseException:
-            writer.release(second.thread)
-            raise
-        ended[i] = second.thread, text
-        return sigmoid(odds), text
+            failure = UNFINISHED if second.stop is None else NO_JUDGEMENT if not judged else None
+            if failure is None:
+                odds = await writer.log_odds(writer.cut(second, judged[-1].start()), "")
+                ended[i] = second.thread
+                return Verification(tokens, sigmoid(odds), clean(first.text) + opened + clean(second.text))
+        except Unreadable as reason:
+            failure = str(reason)
+        finally:
+            if i not in ended:
+                writer.release(second.thread)
+        return Verification(tokens, failure=failure)

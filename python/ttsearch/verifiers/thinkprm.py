@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from .family import fill
-from .writer import Draft, Thread, Writer
+from .writer import Draft, Thread, Unreadable, Writer
 from .written import (
     UNFINISHED,
-    Failed,
     GenerativeFamily,
     State,
     Verdict,
+    Verification,
     render_chat,
     shared_length,
     sigmoid,
@@ -95,16 +95,21 @@ class ThinkPrm(GenerativeFamily):
 
     async def _verify(self, writer: Writer, thread: Thread, count: int, key: int) -> Verdict:
         ends = (*self.ends, fill(self.step_end, n=str(count + 1))) if self.step_end else self.ends
-        drafts = await writer.write(thread, self.samples, key, ends, self.max_tokens)
-        writer.release(thread)
-        return await verdict_of([asyncio.ensure_future(self._decide(writer, draft)) for draft in drafts])
+        try:
+            drafts = await writer.write(thread, self.samples, key, ends, self.max_tokens)
+        finally:
+            writer.release(thread)
+        return await verdict_of(thread.added, (self._decide(writer, draft) for draft in drafts))
 
-    async def _decide(self, writer: Writer, writing: asyncio.Task[Draft]) -> tuple[float, str]:
+    async def _decide(self, writer: Writer, writing: asyncio.Task[Draft]) -> Verification:
         draft = await writing
         try:
+            tokens = draft.thread.added
             if draft.stop is None:
-                raise Failed(UNFINISHED)
+                return Verification(tokens, failure=UNFINISHED)
             odds = await writer.log_odds(draft.thread, self.question)
+        except Unreadable as reason:
+            return Verification(tokens, failure=str(reason))
         finally:
             writer.release(draft.thread)
-        return sigmoid(odds / self.decision_temperature), draft.text
+        return Verification(tokens, sigmoid(odds / self.decision_temperature), draft.text)

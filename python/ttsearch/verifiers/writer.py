@@ -30,12 +30,13 @@ class Chain:
 class Thread:
     """A text being written: the first `len(ids)` tokens of the chain that ends in `node`, then `pending`.
 
-    `pending` is not tokens yet: a stop text may begin or end inside a token.
+    `pending` is not tokens yet: a stop text may begin or end inside a token. `added`: tokens that this thread was made of.
     """
 
     node: Any
     ids: tuple[int, ...]
     pending: str = ""
+    added: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +140,7 @@ class TokenWriter:
         same = common(above.ids, ids) if above else 0
         nodes = [(node, end) for node, end in above.nodes if end <= same] if above else []
         node, at = nodes[-1] if nodes else (None, 0)
+        kept = at
         shared = common(self.spelling.encode(text[:stable]), ids) - 1  # its last token may merge with what follows
         if at < shared:
             node, at = await self._extend(node, ids[at:shared]), shared
@@ -146,12 +148,12 @@ class TokenWriter:
         elif node is not None:
             self.engine.retain(node)
         tail = await self._extend(node, ids[at:])
-        return Chain(tuple(nodes), ids[:at]), Thread(tail, ids)
+        return Chain(tuple(nodes), ids[:at]), Thread(tail, ids, added=len(ids) - kept)
 
     async def append(self, thread: Thread, text: str) -> Thread:
         ids = tuple(self.spelling.encode(thread.pending + text))
         node = await self._extend(thread.node, ids, keep=len(thread.ids))
-        return Thread(node, (*thread.ids, *ids))
+        return Thread(node, (*thread.ids, *ids), added=len(ids))
 
     async def write(
         self, thread: Thread, n: int, key: int, stops: Sequence[str], max_tokens: int, include: bool = False
@@ -265,7 +267,7 @@ class _Drafting:
             kept -= not (self.include and stop)
         elif end.reason == "step" and self.room > 0:
             return None
-        thread = Thread(end.node, (*self.before, *self.ids[:kept]), pending)
+        thread = Thread(end.node, (*self.before, *self.ids[:kept]), pending, len(self.ids))
         return Draft(thread, len(self.before), data.decode("utf-8", "surrogateescape"), stop)
 
 

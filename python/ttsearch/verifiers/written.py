@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
+from typing import Any
 
 from ttskernels.engine.work import Sampling
 
-from .writer import Chain, Thread, Unreadable, Writer
+from ..tree import together
+from .writer import Chain, Thread, Writer
 
 UNFINISHED, NO_JUDGEMENT = "unfinished", "no judgement"
 
@@ -85,32 +87,40 @@ class State:
 
 
 @dataclass(frozen=True)
+class Verification:
+    """One draft that was judged, or the reason why it was not, in the words that are counted."""
+
+    tokens: int  # that were computed for it, beyond the prompt
+    score: float | None = None
+    text: str | None = None
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
 class Verdict:
-    """`score`: mean over the verifications that ended, None if none did. `texts`: what was written, None where it failed."""
+    """Of a solution so far. `tokens`: computed for it, prompt and drafts."""
 
-    score: float | None
-    texts: tuple[str | None, ...]
-    failures: tuple[str, ...]
+    verifications: tuple[Verification, ...]
+    prompt_tokens: int
+
+    @property
+    def score(self) -> float | None:
+        """The mean over the verifications that were judged; None if none was."""
+        scores = [each.score for each in self.verifications if each.score is not None]
+        return math.fsum(scores) / len(scores) if scores else None
+
+    @property
+    def failures(self) -> list[str]:
+        return [each.failure for each in self.verifications if each.failure is not None]
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + sum(each.tokens for each in self.verifications)
 
 
-class Failed(Exception):
-    """A verification has no score; the message is the reason, in the words that are counted."""
-
-
-async def verdict_of(verifications: Sequence[asyncio.Task[tuple[float, str]]]) -> Verdict:
-    """Wait for all; every one has a score and a text, or a reason why not."""
-    outcomes = await asyncio.gather(*verifications, return_exceptions=True)
-    scores, texts, failures = [], [], []
-    for outcome in outcomes:
-        if isinstance(outcome, Failed | Unreadable):
-            failures.append(str(outcome))
-            texts.append(None)
-        elif isinstance(outcome, BaseException):
-            raise outcome
-        else:
-            scores.append(outcome[0])
-            texts.append(outcome[1])
-    return Verdict(math.fsum(scores) / len(scores) if scores else None, tuple(texts), tuple(failures))
+async def verdict_of(prompt_tokens: int, verifications: Iterable[Coroutine[Any, Any, Verification]]) -> Verdict:
+    """Run all at once. An error of one (a model that is broken, not a draft) is raised when all have ended."""
+    return Verdict(tuple(await together(verifications)), prompt_tokens)
 
 
 def render_chat(tokenizer, messages: Sequence[dict[str, str]]) -> str:

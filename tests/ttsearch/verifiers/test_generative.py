@@ -84,6 +84,7 @@ def test_genprm_equals_plain_transformers(checkpoints, name, verify):
         again, _, _ = score(verifier, PROBLEM, STEPS[:2], cuts=(1,))
         failures = dict(session.failures)
         assert verifier.failures.total() == 2 * session.failures.total()
+        assert verifier.name.endswith("(genprm)")
     assert_equal(scores, expected)
     assert sum(failures.values()) == expected.count(None) == 2 - running.count
     assert again == scores
@@ -123,13 +124,15 @@ def test_a_prompt_is_computed_once_for_its_samples_and_shared_by_prefixes(checkp
         prompts = [verifier.tokenizer(family.prompt(verifier.tokenizer, PROBLEM, STEPS[: k + 1])).input_ids for k in range(3)]
         _, session, _ = score(verifier, PROBLEM, STEPS)
         cost = session.cost()
-        asked = sum(t is not None for v in session.verdicts.values() for t in v.texts)
+        asked = sum(each.text is not None for v in session.verdicts.values() for each in v.verifications)
+        tokens = sum(verdict.tokens for verdict in session.verdicts.values())
     assert asked + session.failures.total() == 12
     pairs = zip(prompts, prompts[1:], strict=False)
     shared = [next(i for i, (a, b) in enumerate(zip(*pair, strict=False)) if a != b) for pair in pairs]
     prompt_tokens = len(prompts[0]) + len(prompts[1]) - shared[0] + len(prompts[2]) - shared[1]
     question = len("\n") + 2  # "Is the solution", " correct?"; and the last token of a draft, which decoding leaves to it
     assert prompt_tokens + asked * question <= cost.tokens_prefilled <= prompt_tokens + asked * (question + 1) + 2 * 2
+    assert prompt_tokens <= tokens <= cost.tokens_prefilled + cost.tokens_decoded
     assert cost.tokens_reused >= sum(3 * len(prompt) for prompt in prompts), "three of four samples begin behind a stored prompt"
 
 
@@ -185,6 +188,8 @@ def test_what_cannot_write_is_refused(checkpoints, tmp_path):
         from ttsearch.demo import policy_path
 
         load(policy_path(), ThinkPrm())
+    with pytest.raises(ValueError, match="stop texts must not overlap: 'no end' ends as 'end it' begins"):
+        load(folder, ThinkPrm(ends=("no end", "end it")))
 
 
 def test_a_tokenizer_that_puts_a_space_in_front_is_refused():

@@ -55,7 +55,8 @@ def test_thinkprm_asks_behind_a_critique_that_ended():
     assert writer.begun[1][0] == prompt
     assert writer.begun[1][1] == prompt.index("Step 2"), "the problem and the first step are shared"
     assert seen[1] == prompt + f"It holds. \n{ASKED} "
-    assert first.score == second.score == sigmoid(1.0) and first.texts == ("It holds. ",)
+    assert first.score == second.score == sigmoid(1.0) and [v.text for v in first.verifications] == ["It holds. "]
+    assert second.tokens == len(prompt) + len("It holds. ")
 
 
 def test_thinkprm_averages_and_leaves_out_what_did_not_end():
@@ -64,20 +65,20 @@ def test_thinkprm_averages_and_leaves_out_what_did_not_end():
     writer = ScriptedWriter(lambda text, i: texts[i], lambda text: odds[text.split("step by step:")[1][0]])
     _, [verdict] = run(ThinkPrm(samples=4, max_tokens=40), writer, ["a"])
     assert verdict.score == pytest.approx((sigmoid(1.0) + sigmoid(-3.0) + sigmoid(0.0)) / 3)
-    assert verdict.failures == ("unfinished",) and verdict.texts[1] is None
+    assert verdict.failures == ["unfinished"] and verdict.verifications[1].text is None
     assert sorted(writer.written) == [(7, 0), (7, 1), (7, 2), (7, 3)]
 
 
 def test_thinkprm_without_an_end_has_no_score():
     _, [verdict] = run(ThinkPrm(samples=2, max_tokens=5), ScriptedWriter(lambda *_: "x" * 9, lambda text: 9.0), ["a"])
-    assert verdict.score is None and verdict.failures == ("unfinished", "unfinished")
+    assert verdict.score is None and verdict.failures == ["unfinished", "unfinished"]
 
 
 def test_thinkprm_stops_where_it_invents_a_step():
     asked = []
     writer = ScriptedWriter(lambda *_: "Step 1: fine. Step 2: fine. Step 3: I go on", lambda text: asked.append(text) or 0.0)
     _, verdicts = run(ThinkPrm(), writer, ["a", "b"])
-    assert [v.texts[0] for v in verdicts] == ["Step 1: fine. ", "Step 1: fine. Step 2: fine. "]
+    assert [v.verifications[0].text for v in verdicts] == ["Step 1: fine. ", "Step 1: fine. Step 2: fine. "]
 
 
 def test_a_prompt_that_leaves_no_room_is_refused():
@@ -119,13 +120,21 @@ def test_genprm_without_code_is_led_to_the_judgement():
 def test_genprm_keeps_the_first_sample_that_ended():
     def script(text, i):
         if text.endswith("step by step: "):
-            return [ANALYSIS, "no end in sight", "x" * 3000, "third " + ANALYSIS, "fourth " + ANALYSIS][i]
-        return YES if "fourth" in text else "no box</output>\n" if "third" in text else "y" * 3000
+            return ["<output>", "no end in sight", "x" * 3000, "third " + ANALYSIS, "fourth " + ANALYSIS][i]
+        return YES if "fourth" in text else "no box</output>\n"
 
     writer = ScriptedWriter(script, lambda text: 0.0)
     state, [verdict] = run(GenPrm(samples=5), writer, ["one"])
-    assert verdict.score == 0.5 and verdict.failures == ("unfinished", "no judgement", "unfinished", "no judgement")
+    assert verdict.score == 0.5 and verdict.failures == ["no judgement", "no judgement", "unfinished", "no judgement"]
     assert "fourth" in state.text
+
+
+def test_genprm_has_one_budget_for_both_parts():
+    script = lambda text, i: ANALYSIS if text.endswith("step by step: ") else "y" * 90 + YES  # noqa: E731
+    room = len(ANALYSIS) + 90 + len(YES)
+    for budget, failures in ((room, []), (room - 1, ["unfinished"]), (len(ANALYSIS), ["unfinished"])):
+        _, [verdict] = run(GenPrm(max_tokens=budget), ScriptedWriter(script, lambda text: 0.0), ["one"])
+        assert verdict.failures == failures
 
 
 def test_genprm_goes_on_without_a_turn_that_failed():
