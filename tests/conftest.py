@@ -1,6 +1,7 @@
 """Shared fixtures: seeded runs, poisoned allocations, instruction-set levels."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -27,6 +28,14 @@ def seeded(request):
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def sigint():
+    """Ctrl-C as a terminal has it: a suite started in the background inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield signal.SIGINT
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

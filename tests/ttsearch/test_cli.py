@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import threading
 
 import pytest
@@ -105,13 +104,13 @@ def test_an_engine_bug_keeps_its_traceback(backend):
     assert isinstance(runner.invoke(app, ["solve", "q"]).exception, RuntimeError)
 
 
-def test_ctrl_c_shows_what_is_finished(backend):
+def test_ctrl_c_shows_what_is_finished(backend, sigint):
     backend.options = {"pause_after": 2}
 
     def watch():
         while not (backend.opened and backend.opened[-1].waiting.is_set()):
             threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), sigint)
 
     threading.Thread(target=watch, daemon=True).start()
     record = json.loads(run("solve", "q", "--json", code=130).stdout)

@@ -7,8 +7,8 @@ import random
 
 import pytest
 import ttsearch
-from prm_models import tokenizer_of, write_prm
-from prm_reference import REFERENCES, PlainPrm
+from prm_models import PlainIn, build_prm, tokenizer_of, write_prm
+from prm_reference import REFERENCES
 from tiny_models import rewrite
 from ttsearch.backend import load_verifier
 from ttsearch.scoring import score_steps, summarise
@@ -35,17 +35,17 @@ def random_solutions(rng, count, pool=3):
     return [[rng.choice(texts) for _ in range(rng.randint(1, 6))] for _ in range(count)]
 
 
-def reference(folder, problem, steps, family="trl"):
-    return REFERENCES[family](PlainPrm(folder), tokenizer_of(family), problem, steps).scores.tolist()
+def reference(plain, problem, steps, family="trl"):
+    return REFERENCES[family](plain, tokenizer_of(family), problem, steps).scores.tolist()
 
 
 @pytest.mark.parametrize("family", ["trl", "rlhflow-mistral", "math-shepherd"])
 def test_every_score_equals_plain_transformers(family, tmp_path):
-    folder = write_prm(tmp_path, family, seed=5)
+    plain = PlainIn(build_prm(tmp_path, family, seed=5))
     solutions = random_solutions(random.Random(1), 9)
-    (scored,) = score_steps([PROBLEM], [solutions], folder, family=family, dtype="fp32", kv_bytes=1 << 26)
+    (scored,) = score_steps([PROBLEM], [solutions], tmp_path, family=family, dtype="fp32", kv_bytes=1 << 26)
     for steps, result in zip(solutions, scored, strict=True):
-        expected = reference(folder, PROBLEM, steps, family)
+        expected = reference(plain, PROBLEM, steps, family)
         assert result.scores == pytest.approx(expected, abs=1e-5)
         assert result.min == pytest.approx(min(expected), abs=1e-5) and result.last == result.scores[-1]
         assert result.mean == pytest.approx(sum(expected) / len(expected), abs=1e-5)

@@ -75,7 +75,7 @@ def early(key):  # one path of the first step is already finished
 
 @pytest.mark.parametrize("inside_a_loop", [False, True])
 @pytest.mark.parametrize("strategy", ["beam_search", "dvts"])
-def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop):
+def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop, sigint):
     backend = ScriptedBackend(early, options={"pause_after": 2})
     interrupt_when_waiting(backend)
 
@@ -92,7 +92,7 @@ def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop):
     assert backend.opened[0].closed and not backend.opened[0].held
 
 
-def test_ctrl_c_before_anything_is_finished():
+def test_ctrl_c_before_anything_is_finished(sigint):
     backend = ScriptedBackend(early, options={"pause_after": 0})
     interrupt_when_waiting(backend)
     result = solve("1+1?", backend=backend, n=4)
@@ -211,7 +211,7 @@ def test_an_engine_failure_stops_the_run():
     assert all(policy.closed and not policy.held for policy in backend.opened)
 
 
-def test_solve_many_after_ctrl_c_keeps_the_finished(tmp_path):
+def test_solve_many_after_ctrl_c_keeps_the_finished(tmp_path, sigint):
     class OneHangs(ScriptedBackend):
         def open(self, problem, budget):
             self.options = {"pause_after": 0} if problem.id == "p2" else {}

@@ -247,6 +247,8 @@ class Engine:
                             self._close(session)
                         return
                     function, result = command
+                    if not result.set_running_or_notify_cancel():  # whoever asked has given up
+                        continue
                     try:
                         result.set_result(function())
                     except BaseException as error:
@@ -333,7 +335,7 @@ class Engine:
                 if job.result.set_running_or_notify_cancel():
                     job.result.set_exception(error)
         for command in self._drain(block=False):
-            if command is not None:
+            if command is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(error)
 
     # -- checks ------------------------------------------------------------------------------------------------------

@@ -86,7 +86,8 @@ def test_a_prompt_that_leaves_no_room_is_refused():
         assert verdicts is None
 
 
-ANALYSIS, CODE, YES, NO = "fine.</analyze>\n", "print(2)\n```\n", "<output>\n$\\boxed{Yes}$\n</output>\n", "\\boxed{No}$\n</output>\n"
+ANALYSIS, CODE = "fine.</analyze>\n", "print(2)\n```\n"
+YES, NO = "<output>\n$\\boxed{Yes}$\n</output>\n", "\\boxed{No}$\n</output>\n"
 
 
 def test_genprm_writes_an_analysis_and_code_and_reads_the_judgement():

@@ -6,8 +6,8 @@ import time
 
 import pytest
 import torch
-from prm_models import tokenizer_of, write_prm
-from prm_reference import REFERENCES, PlainPrm
+from prm_models import PlainIn, build_prm, tokenizer_of, write_prm
+from prm_reference import REFERENCES
 from tiny_models import rewrite, write_tiny
 from tiny_tokenizers import qwen
 from ttsearch.protocols import Verifier, VerifierSession
@@ -49,7 +49,9 @@ def test_protocols(verifier, session):
 
 
 @pytest.mark.parametrize("family", CHOSEN)
-def test_a_chain_grown_step_by_step_equals_plain_transformers(folders, family):
+def test_a_chain_grown_step_by_step_equals_plain_transformers(tmp_path, family):
+    plain = PlainIn(build_prm(tmp_path, family, seed=3))
+
     async def grow(session):
         at, scores = session.root, []
         for step in STEPS:
@@ -59,9 +61,9 @@ def test_a_chain_grown_step_by_step_equals_plain_transformers(folders, family):
         at_once = await session.score(session.root, STEPS)
         return scores, at_once.scores
 
-    with load_verifier(folders[family], family, dtype="fp32", kv_bytes=1 << 26) as verifier:
+    with load_verifier(tmp_path, family, dtype="fp32", kv_bytes=1 << 26) as verifier:
         scores, at_once = asyncio.run(grow(verifier.open(PROBLEM)))
-    expected = REFERENCES[family](PlainPrm(folders[family]), tokenizer_of(family), PROBLEM, STEPS).scores.tolist()
+    expected = REFERENCES[family](plain, tokenizer_of(family), PROBLEM, STEPS).scores.tolist()
     assert scores == pytest.approx(expected, abs=1e-5) and at_once == pytest.approx(expected, abs=1e-5)
 
 
