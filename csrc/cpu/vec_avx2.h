@@ -41,6 +41,7 @@ inline float ReduceMax(Vec a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_shuffle_ps(x, x, 1)));
 }
+inline float First(Vec a) { return _mm256_cvtss_f32(a.lo); }
 inline float ReduceAdd(Vec a) {
   const __m256 m = _mm256_add_ps(a.lo, a.hi);
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));

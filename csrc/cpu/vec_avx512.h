@@ -29,6 +29,7 @@ inline float ReduceMax(Vec a) {  // gcc 12 warns about _mm512_reduce_max_ps
   const __m128 x = _mm512_castps512_ps128(a.v), y = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_shuffle_ps(y, y, 1)));
 }
+inline float First(Vec a) { return _mm512_cvtss_f32(a.v); }
 inline float ReduceAdd(Vec a) { return _mm512_reduce_add_ps(a.v); }
 // Lanes 0..n-1 of a, the rest of b.
 inline Vec SelectFirst(int n, Vec a, Vec b) {

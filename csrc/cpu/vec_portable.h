@@ -36,6 +36,7 @@ inline float ReduceMax(Vec a) {
     for (int i = 0; i < w; ++i) a.v[i] = a.v[i] > a.v[i + w] ? a.v[i] : a.v[i + w];
   return a.v[0];
 }
+inline float First(Vec a) { return a.v[0]; }
 inline float ReduceAdd(Vec a) {
   for (int w = 8; w > 0; w /= 2)
     for (int i = 0; i < w; ++i) a.v[i] += a.v[i + w];

@@ -16,6 +16,7 @@ import torch
 
 from ttskernels.engine.keys import child_key
 from ttskernels.engine.policy import PolicyRunner
+from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
 from ttskernels.engine.scorer import ScoreRunner
 from ttskernels.engine.work import Branch, Sampling, ScoreJob, Session, StepEnd
@@ -136,7 +137,13 @@ class Engine:
         self._call(start)
 
     def score(
-        self, session: Session, parent: Node, ids: list[int], reads: list[int], keep: int | None = None
+        self,
+        session: Session,
+        parent: Node,
+        ids: list[int],
+        reads: list[int],
+        keep: int | None = None,
+        targets: list[int] | None = None,
     ) -> Future:
         """Append `ids` behind the chain of `parent` in the verifier's forest and score those at `reads`.
 
@@ -144,16 +151,19 @@ class Engine:
             reads: indices into `ids`.
             keep: tokens of the chain, from its beginning, that stay in front of `ids`; None: all of it. A smaller one
                 hangs `ids` below the ancestor that holds token `keep - 1`, which is cut in two if it goes on behind it.
+            targets: for a `PairModel`, the token behind each of `reads`: a score is its log-ratio. There the first read may
+                be -1, the last token in front of `ids`, which costs a row and no KV.
         Returns:
             A future of (the new node, one score for each of `reads`). The node holds a handle for the caller.
             It raises ValueError for a path too long for the model, and for hidden states or scores that are not finite.
         """
         self._check_model("ids", self.verifier_model)
         self._check_ids("ids", ids, self.verifier_model)
-        if any(not 0 <= r < len(ids) for r in reads) or not reads:
-            raise ValueError(f"reads must be indices into ids (0 .. {len(ids) - 1}), got {reads}")
+        if targets:
+            self._check_ids("targets", targets, self.verifier_model)
+        check_reads(self.verifier_model, ids, reads, targets)
         result: Future = Future()
-        job = ScoreJob(session, parent, list(ids), list(reads), result)
+        job = ScoreJob(session, parent, list(ids), list(reads), result, list(targets or ()))
 
         def submit() -> None:
             if session.closed or parent.released:

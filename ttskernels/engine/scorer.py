@@ -7,12 +7,12 @@ import time
 
 import torch
 
+from ttskernels.engine.reading import check_readable, flops_of_read, read_scores
 from ttskernels.engine.residency import Residency, missing, uncached_rows
 from ttskernels.engine.work import ScoreJob, Session
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
-from ttskernels.ops.step_score import step_score
 
 BATCH_ROWS = 2048  # query rows of one forward
 NOT_FINITE = (
@@ -25,14 +25,7 @@ class ScoreRunner:
     """Holds the verifier, its forest and pool, and the jobs that wait."""
 
     def __init__(self, model, forest: Forest, residency: Residency):
-        if model.head is None:
-            raise ValueError(
-                "verifier has no score head (a plain language model?); load a process reward model, or pass load_model a "
-                "HeadSpec that names rows of the language-model head"
-            )
-        parts = (model.head.weight, model.head.bias, model.head.inner_weight, model.head.inner_bias)
-        if not all(bool(part.isfinite().all()) for part in parts if part is not None):
-            raise ValueError("verifier has a score head with weights that are not finite; the checkpoint is damaged")
+        check_readable(model)
         self.model, self.forest, self.residency = model, forest, residency
         self.heads = model.config.heads
         self.jobs: list[ScoreJob] = []
@@ -49,6 +42,8 @@ class ScoreRunner:
             raise ValueError(f"keep must be in 0 .. {chain}, the tokens of parent's chain, got {keep}")
         if keep + len(job.ids) > limit:
             raise ValueError(f"path has {keep + len(job.ids)} verifier tokens, the verifier allows {limit}")
+        if keep == 0 and job.reads[0] < 0:
+            raise ValueError("reads must not begin with -1 where keep is 0: no token is in front of ids")
         job.parent = self.rolled_back(job.parent, keep, job.session) if keep else None
         if job.parent is not None:
             self.forest.retain(job.parent)  # the caller may release its own handle while the job waits
@@ -160,29 +155,18 @@ class ScoreRunner:
         hidden: dict[Node, torch.Tensor] = {}
         while len(hidden) < len(jobs):  # a prefix longer than a batch takes several forwards
             self._forward(jobs, [s for s in sources if s not in hidden], hidden)
-        scores = self._scores(torch.cat([hidden[job.node] for job in jobs])).tolist()
+        targets = [target for job in jobs for target in job.targets]
+        scores = read_scores(self.model, torch.cat([hidden[job.node] for job in jobs]), targets).tolist()
         seconds = (time.perf_counter() - started) / len(jobs)
         result, at = [], 0
         for job in jobs:
             job.session.counters.score_seconds += seconds
             job.session.counters.verifier_reused += reused[job.node]
+            job.session.counters.verifier_flops += len(job.reads) * flops_of_read(self.model)
             mine = scores[at : at + len(job.reads)]
             result.append(mine if all(map(math.isfinite, mine)) else None)
             at += len(job.reads)
         return result
-
-    def _scores(self, hidden: torch.Tensor) -> torch.Tensor:
-        """`[n]` scores of hidden states `[n, dim]` in one fused pass; NaN for a state that is not finite."""
-        head = self.model.head
-        scores = torch.full((len(hidden),), float("nan"))
-        rows = hidden.isfinite().all(1).nonzero()[:, 0].int()
-        if len(rows):
-            scores[rows] = step_score(
-                hidden, rows,
-                head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-                norm_weight=self.model.norm, eps=self.model.config.rms_eps, squash=head.squash, mix=head.mix,
-            )  # fmt: skip
-        return scores
 
     def _forward(self, jobs: list[ScoreJob], sources: list[Node], hidden: dict[Node, torch.Tensor]) -> None:
         rows, last_row = uncached_rows(self.forest, sources, BATCH_ROWS, whole=True)
@@ -192,7 +176,16 @@ class ScoreRunner:
             start[node] = count - first
             count += n
         ready = [job for job in jobs if job.node in start]
-        reads = [start[job.node] + read for job in ready for read in job.reads]
+        for above in {job.node.parent: None for job in ready if job.reads and job.reads[0] < 0}:
+            if above not in start:  # cached: its last token is a query row once more, and writes nothing
+                rows.append((above, len(above.ids) - 1, 1))
+                start[above] = count - (len(above.ids) - 1)
+                count += 1
+        reads = [
+            start[job.node] + read if read >= 0 else start[job.node.parent] + len(job.node.parent.ids) - 1
+            for job in ready
+            for read in job.reads
+        ]
         ids = torch.tensor([t for node, first, n in rows for t in node.ids[first : first + n]], dtype=torch.int32)
         plan = build_plan(self.forest, rows, self.heads)
         out = self.model.forward(ids, plan, self.forest.pool, torch.tensor(reads, dtype=torch.int32), output="hidden")

@@ -111,6 +111,8 @@ class Branch:
 class ScoreJob:
     """New verifier tokens below `parent`; `reads` are indices into `ids` of the tokens whose hidden state is scored.
 
+    `targets`: for two models, the token behind each read; its first read may be -1, the last token above `ids`.
+
     The job holds a handle on `parent` (None: a chain of its own) until it is done, and on `node` while it runs."""
 
     session: Session
@@ -118,4 +120,5 @@ class ScoreJob:
     ids: list[int]
     reads: list[int]
     result: Future  # of (Node, list[float])
+    targets: list[int] = field(default_factory=list)
     node: Node | None = None

@@ -183,19 +183,27 @@ def load_model(
             message names which.
         UnavailableError: `impl` cannot run here.
     """
+    check_impl(impl)
+    checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
+    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head))
+
+
+def check_impl(impl: str) -> None:
+    """Raise where an implementation is unknown, or cannot run here."""
     if impl not in _dispatch.IMPLS:
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
-    checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
+
+
+def make_decoder(checkpoint: Checkpoint, impl: str, lm_head: bool) -> tuple[Decoder, str]:
+    """The decoder that runs a checkpoint, and its implementation; without `lm_head` it gives hidden states alone."""
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
-        native = NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=checkpoint.keeps_lm_head)
-        return Model(checkpoint, native, "cpu")
+        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=lm_head), "cpu"
     resolved = "reference" if impl == "auto" else impl
-    decoder = PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head=checkpoint.keeps_lm_head)
-    return Model(checkpoint, decoder, resolved)
+    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head=lm_head), resolved
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

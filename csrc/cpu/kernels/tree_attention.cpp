@@ -19,13 +19,12 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
     std::memcpy(o, part_o, sizeof(float) * v_dim);
     return;
   }
-  const float top = part_m > *m ? part_m : *m;
-  float factor[kLanes] = {*m - top, part_m - top};
-  Store(factor, Exp2(Load(factor)));
-  const Vec a = Broadcast(factor[0]), b = Broadcast(factor[1]);
+  const bool larger = part_m > *m;  // one factor is 1, so one exponential is enough
+  const Vec less = Exp2(Broadcast(larger ? *m - part_m : part_m - *m)), one = Broadcast(1.0f);
+  const Vec a = larger ? less : one, b = larger ? one : less;
   for (int64_t i = 0; i < v_dim; i += kLanes) Store(o + i, Fma(Load(o + i), a, Mul(Load(part_o + i), b)));
-  *l = __builtin_fmaf(*l, factor[0], part_l * factor[1]);
-  *m = top;
+  *l = __builtin_fmaf(*l, First(a), part_l * First(b));
+  if (larger) *m = part_m;
 }
 
 // Up to so many q rows a tile is widened in registers as it is read, above it is copied to floats first (GFLOP/s of both

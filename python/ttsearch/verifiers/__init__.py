@@ -1,8 +1,13 @@
-"""PRM families as data, their detection, and the text they read; `session` runs them, and needs torch."""
+"""PRM families as data, their detection, and the text they read; `session` and `generative` run them."""
 
 from .detect import detect_family
-from .families import FAMILIES, get_family
+from .families import FAMILIES, GENERATIVE, get_family
 from .family import PrmFamily
+from .genprm import GenPrm
 from .text import Extension, PrmPath, TextVerifier
+from .thinkprm import ThinkPrm
 
-__all__ = ["FAMILIES", "Extension", "PrmFamily", "PrmPath", "TextVerifier", "detect_family", "get_family"]
+__all__ = [
+    "FAMILIES", "GENERATIVE", "Extension", "GenPrm", "PrmFamily", "PrmPath", "TextVerifier", "ThinkPrm",
+    "detect_family", "get_family",
+]  # fmt: skip

@@ -12,14 +12,14 @@ from typing import Any
 from ttskernels.models.layouts import refuse
 from ttskernels.models.weights import read_weights, weight_files
 
-from .families import FAMILIES, get_family
+from .families import FAMILIES, GENERATIVE, Family, get_family
 from .family import PrmFamily
 
 MARKER_FILE = "ttsk_prm.json"
 TOKENIZER_FILES = ("tokenizer_config.json", "added_tokens.json", "special_tokens_map.json", "tokenizer.json")
 
 
-def detect_family(folder: str | Path, family: str | Path | PrmFamily | None = None, source: str | Path = "") -> PrmFamily:
+def detect_family(folder: str | Path, family: str | Path | Family | None = None, source: str | Path = "") -> Family:
     """The family of a checkpoint: `family` (see `get_family`), else what its folder says.
 
     In this order: its `ttsk_prm.json`, which is `{"family": name}` with, if need be, single fields of it, as in
@@ -39,6 +39,9 @@ def detect_family(folder: str | Path, family: str | Path | PrmFamily | None = No
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     refuse(str(source), folder, config)
     names = well_known_names(folder, str(source))
+    for written in GENERATIVE.values():
+        if any(fnmatch(name, pattern) for name in names for pattern in written.known_as):
+            return written
     signs = Signs.read(folder, config)
     fitting = [f for f in FAMILIES.values() if signs.fit(f)]
     named = [f for f in fitting if any(fnmatch(name, pattern) for name in names for pattern in f.known_as)]

@@ -62,17 +62,19 @@ class PrmFamily:
     bos: Literal["tokenizer", "if any", "required", "never"] = "never"
     # ^ in front: what the tokenizer puts there by itself / its bos_token if it has one / always / nothing
     suffix_tokens: int | None = None  # the suffix must be so many tokens of its own (leading spaces aside); None: any number
-    read: Literal["suffix", "every token"] = "suffix"  # "every token": where each token of the steps is predicted
+    read: Literal["suffix", "every token"] = "suffix"  # "every token": where each token of the turn is predicted, its end too
     read_offset: int = 0  # added to the read position, which is the last token of the suffix
     max_length: int | None = None  # tokens; None: the model's max_position_embeddings
     vocab: int | None = None  # size of the real tokenizer's vocabulary, added tokens aside: there, `ids` must hold
     ids: Mapping[str, int] = field(default_factory=dict)  # text -> id of its last token
     # head
     rows: tuple[str, ...] = ()  # texts whose last token's row of the language-model head is a label; (): a head of its own
+    answers: tuple[tuple[str, ...], ...] = ()  # spellings of yes and of no: P(yes) among those that are one token each
     vocab_mean: bool = False  # the one label is the mean logit over the vocabulary
     squash: Literal["softmax", "sigmoid", "none"] = "softmax"
     mix: tuple[float, ...] = ()  # weights of the squashed labels in the score
     unbounded: bool = False  # scores are not probabilities
+    scale: float = 1.0  # "every token": a score is scale * sum of (log p - log p of a reference model) over the turn so far
     # how to tell a checkpoint
     architectures: tuple[str, ...] = ("*ForCausalLM",)  # patterns
     weight: str | None = None  # a weight that the files must hold
@@ -105,6 +107,15 @@ class PrmFamily:
             raise ValueError(f"{where}: tokenise must be 'whole' with layout {self.layout!r}, got 'step'")
         if self.read == "every token" and (self.layout != "chat" or self.tokenise != "whole"):
             raise ValueError(f"{where}: read 'every token' needs layout 'chat' and tokenise 'whole'")
+        if self.scale != 1 and self.read != "every token":
+            raise ValueError(f"{where}: scale is of read 'every token', not {self.read!r}")
+        heads = [name for name in ("rows", "answers", "vocab_mean", "mix") if getattr(self, name)]
+        if self.read == "every token" and heads:
+            raise ValueError(f"{where}: read 'every token' has no head; leave out {', '.join(heads)}")
+        if self.answers and (len(self.answers) != 2 or heads != ["answers"] or self.squash != "softmax"):
+            raise ValueError(
+                f"{where}: answers must be two groups of spellings, without rows, vocab_mean, mix or squash, got {self.answers}"
+            )
         if self.rows and self.vocab_mean:
             raise ValueError(f"{where}: rows and vocab_mean exclude each other, got rows {self.rows}")
         if self.rows and len(self.rows) != len(self.mix):

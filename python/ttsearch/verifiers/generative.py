@@ -20,14 +20,12 @@ from ttskernels.models.model import load_model
 from ..stops import compile_stops
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
-from .genprm import GenPrm
 from .running import Running
-from .session import DEFAULT_KV_BYTES
-from .thinkprm import ThinkPrm
-from .writer import Spelling, TokenWriter
+from .session import DEFAULT_KV_BYTES, source_name
+from .spelling import Spelling
+from .writer import TokenWriter
 from .written import GenerativeFamily, State, Verdict
 
-GENERATIVE: dict[str, GenerativeFamily] = {family.name: family for family in (ThinkPrm(), GenPrm())}
 MAX_STEPS = 64  # steps of the longest solution whose end a verifier is held to
 
 
@@ -50,12 +48,13 @@ class GenerativeVerifier:
     `failures` counts, by reason, the verifications that have no score.
     """
 
-    def __init__(self, engine: Engine, tokenizer, family: GenerativeFamily, rows: tuple[int, int], seed: int = 0):
+    def __init__(self, engine: Engine, tokenizer, family: GenerativeFamily, rows: tuple[int, int], name: str, seed: int):
         self.engine, self.tokenizer, self.family, self.seed = engine, tokenizer, family, seed
         config = engine.policy_model.config
         self._rows, self._spelling = rows, Spelling(tokenizer, config.vocab)
         self._ends = draft_ends(tokenizer, config.eos_ids, family.stops(MAX_STEPS))
         self.failures: Counter[str] = Counter()
+        self.name = f"{name} ({family.name})"  # what results say they come from
 
     @classmethod
     def load(
@@ -87,7 +86,7 @@ class GenerativeVerifier:
         stops = family.stops(MAX_STEPS)
         ids = draft_ends(tokenizer, model.config.eos_ids, stops)
         table = torch.from_numpy(compile_stops(tokenizer, ids, model.config.vocab, stops, boxes=False).copy())
-        return cls(Engine(model, model, next_state=table, kv_bytes=kv_bytes), tokenizer, family, rows, seed)
+        return cls(Engine(model, model, next_state=table, kv_bytes=kv_bytes), tokenizer, family, rows, source_name(source), seed)
 
     def open(self, problem: str, *, max_new_tokens: int = 0, beside: Any = None) -> GenerativeSession:
         """See `ttsearch.protocols.Verifier`. The policy has an engine of its own, so `beside` says nothing here."""

@@ -42,6 +42,7 @@ class GenPrm(GenerativeFamily):
 
     name: str = "genprm"
     source: str = "GenPRM/GenPRM-{1.5B,7B,32B}; RyanLiu112/GenPRM src/prm_evaluation"
+    known_as: tuple[str, ...] = ("*genprm*",)
     choices: tuple[str, str] = ("Yes", "No")
     system: str = "You are a math teacher. Your task is to review and critique the paragraphs in solution step by step."
     first_step: str = "{problem}\n{step}"

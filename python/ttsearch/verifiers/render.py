@@ -46,6 +46,12 @@ class Renderer:
         held = turns(family.turns, problem=problem, step=MARK, solution=MARK)
         return self._chat(held, add_generation_prompt=True).rpartition(MARK)[0]
 
+    def turn(self, problem: str, pieces: Sequence[str]) -> str:
+        """Layout "chat" with the assistant's turn ended, without the white space that some templates put behind it."""
+        family = self.family
+        answer = family.between.join(self.written(piece, i) + family.suffix for i, piece in enumerate(pieces, 1))
+        return self._chat([*turns(family.turns, problem=problem), {"role": "assistant", "content": answer}]).strip()
+
     def text(self, problem: str, pieces: Sequence[str], since: int = 0) -> tuple[str, list[int]]:
         """The whole text, and for every piece from number `since` on the length of the text up to where it is read.
 

@@ -6,24 +6,35 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Session
 from ttskernels.kv.forest import Node
 from ttskernels.models.model import Model, load_model
+from ttskernels.models.pair import PairModel, load_pair
 from ttskernels.models.sources import resolve
 
 from ..dtypes import torch_dtype
+from ..protocols import Verifier
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
 from .detect import detect_family
+from .families import get_family
 from .family import PrmFamily
 from .running import Running
 from .text import Extension, PrmPath, TextVerifier
+from .written import GenerativeFamily
 
 DEFAULT_KV_BYTES = 2 << 30
+
+
+def source_name(source: str | Path) -> str:
+    """A hub id, or the name of a folder."""
+    return Path(source).resolve().name if Path(source).exists() else str(source)
 
 
 @dataclass(eq=False)
@@ -33,21 +44,22 @@ class EngineHandle:
     path: PrmPath
     node: Node
     running: Running = field(default_factory=Running)
+    sums: tuple[float, ...] = ()  # of a pair of models: log-ratio summed up to each token of the turn
 
 
 class EngineVerifier:
-    """A discriminative verifier on an engine, which a policy may share. `owned`: the engine ends with `close`."""
+    """A verifier that reads, on an engine which a policy may share. `owned`: the engine ends with `close`."""
 
     def __init__(self, engine: Engine, text: TextVerifier, owned: bool = False, source: str | Path = ""):
         self.engine, self.text, self._owned = engine, text, owned
-        name = Path(source).resolve().name if Path(source).exists() else str(source)
-        self.name = f"{name} ({text.family.name})"  # what results say they come from
+        self.name = f"{source_name(source)} ({text.family.name})"  # what results say they come from
 
     def open(
         self, problem: str, *, max_new_tokens: int = 0, beside: Session | None = None
     ) -> EngineVerifierSession:
         """See `ttsearch.protocols.Verifier`; `beside` is an engine session whose turn this one shares."""
-        return EngineVerifierSession(self, problem, max_new_tokens, beside)
+        session = LogRatioSession if self.text.family.read == "every token" else EngineVerifierSession
+        return session(self, problem, max_new_tokens, beside)
 
     def close(self) -> None:
         if self._owned:
@@ -94,26 +106,34 @@ class EngineVerifierSession:
     async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
         extension = self._text.extend(parent.path, steps)
         if not self._text.fits(extension.length):
-            refused = f"the path has {extension.length} verifier tokens, this verifier reads at most {self._text.max_length}"
-            return Scored(None, [None] * len(steps), refused)
+            return self._too_long(extension, steps)
         node, scores = await self._run(parent.node, extension, len(steps))
         handle = EngineHandle(extension.path, node, parent.running.fold(scores))
         return Scored(handle, scores, None, handle.running.scores(), len(extension.ids), extension.keep)
+
+    def _too_long(self, extension: Extension, steps: list[str]) -> Scored:
+        refused = f"the path has {extension.length} verifier tokens, this verifier reads at most {self._text.max_length}"
+        return Scored(None, [None] * len(steps), refused)
 
     async def _run(self, parent: Node, extension: Extension, count: int) -> tuple[Node, list[float | None]]:
         scores: list[float | None] = [None] * count
         if not extension.reads:  # no visible text: nothing to read; children continue below the same prefix
             self._engine.retain(parent)
             return parent, scores
-        future = self._engine.score(self._session, parent, extension.ids, extension.reads, extension.keep)
-        try:
-            node, values = await asyncio.wrap_future(future)
-        except asyncio.CancelledError:
-            future.add_done_callback(self._drop)  # it may be under way
-            raise
+        node, values = await self._read(parent, extension)
         for owner, value in zip(extension.owner, values, strict=True):
             scores[owner] = value if scores[owner] is None else min(scores[owner], value)
         return node, scores
+
+    async def _read(self, parent: Node, extension: Extension) -> tuple[Node, list[float]]:
+        future = self._engine.score(
+            self._session, parent, extension.ids, extension.reads, extension.keep, extension.targets
+        )
+        try:
+            return await asyncio.wrap_future(future)
+        except asyncio.CancelledError:
+            future.add_done_callback(self._drop)  # it may be under way
+            raise
 
     def _drop(self, future: Future) -> None:
         if not future.cancelled() and future.exception() is None:
@@ -137,37 +157,89 @@ class EngineVerifierSession:
         self._engine.close(self._session)
 
 
+class LogRatioSession(EngineVerifierSession):
+    """A step scores `scale` times the log-ratio of two models, summed over the turn up to its end behind that step."""
+
+    async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
+        extension = self._text.extend(parent.path, steps)
+        if not self._text.fits(extension.length):
+            return self._too_long(extension, steps)
+        if not extension.reads:
+            self._engine.retain(parent.node)
+            handle = EngineHandle(extension.path, parent.node, parent.running, parent.sums)
+            return Scored(handle, [None], None, handle.running.scores(), 0, extension.keep)
+        node, ratios = await self._read(parent.node, extension)
+        turn = len(extension.path.ids) + 1 - len(self.root.path.ids)  # tokens of the turn, its end included
+        sums = list(accumulate(ratios, initial=([0.0, *parent.sums])[turn - len(ratios)]))[1:]
+        score = self._text.family.scale * sums[-1]
+        kept = parent.sums[: turn - len(ratios)]
+        handle = EngineHandle(extension.path, node, parent.running.fold([score]), (*kept, *sums[:-1]))
+        return Scored(handle, [score], None, handle.running.scores(), len(extension.ids), extension.keep)
+
+
 def read_verifier(
-    source: str | Path, family: str | Path | PrmFamily | None = None, dtype: str = "bf16", impl: str = "auto"
-) -> tuple[Model, TextVerifier]:
+    source: str | Path,
+    family: str | Path | PrmFamily | None = None,
+    dtype: str = "bf16",
+    impl: str = "auto",
+    reference: str | Path | None = None,
+) -> tuple[Model | PairModel, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
     Raises:
-        ValueError: a checkpoint without a score head, of no known family, or whose tokenizer is not of its family.
+        ValueError: a checkpoint without a score head, of no known family, or whose tokenizer is not of its family; a family
+            that compares two models without a reference, or a reference for another one.
     """
     found = detect_family(resolve(source, torch_dtype(dtype)), family, source)
+    if isinstance(found, GenerativeFamily):
+        raise ValueError(f"family {found.name!r} writes, and has an engine of its own; use load_verifier")
+    compares = found.read == "every token"
+    if compares and reference is None:
+        raise ValueError(
+            f"PRM family {found.name!r} compares two models; pass as reference the model that {source} was trained from"
+        )
+    if not compares and reference is not None:
+        raise ValueError(f"reference must be None for PRM family {found.name!r}, which is one model, got {reference}")
     text = TextVerifier(load_tokenizer(source), found)
-    model = load_model(source, torch_dtype(dtype), impl, text.head)
+    if compares:
+        model = load_pair(source, reference, torch_dtype(dtype), impl)
+    else:
+        model = load_model(source, torch_dtype(dtype), impl, text.head)
     text.limit(model.config.max_positions)
     return model, text
 
 
 def load_verifier(
     source: str | Path,
-    family: str | Path | PrmFamily | None = None,
+    family: str | Path | PrmFamily | GenerativeFamily | None = None,
     *,
     dtype: str = "bf16",
     impl: str = "auto",
     kv_bytes: int | None = None,
-) -> EngineVerifier:
-    """Load a process reward model on an engine of its own, to score steps that come from elsewhere.
+    reference: str | Path | None = None,
+    seed: int = 0,
+    **fields: Any,
+) -> Verifier:
+    """Load a verifier on an engine of its own, to score steps that come from elsewhere.
 
     Args:
         source: checkpoint folder or hub id.
-        family: which text it reads: a name in `ttsearch.verifiers.FAMILIES`, a .json or .py file that describes one, or
-            a `PrmFamily`. None: seen in the checkpoint.
+        family: what it reads, or writes: a name in `ttsearch.verifiers.FAMILIES` or `GENERATIVE`, a .json or .py file that
+            describes one, or one as it is. None: seen in the checkpoint.
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
+        reference: of an implicit PRM, the model that it was trained from.
+        seed: of generative verifiers; with the problem and the steps it fixes what they write.
+        fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
     """
-    model, text = read_verifier(source, family, dtype, impl)
-    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes or DEFAULT_KV_BYTES), text, True, source)
+    found = detect_family(resolve(source, torch_dtype(dtype)), family, source)
+    found = get_family(found, **fields)
+    kv_bytes = kv_bytes or DEFAULT_KV_BYTES
+    if isinstance(found, GenerativeFamily):
+        from .generative import GenerativeVerifier
+
+        if reference is not None:
+            raise ValueError(f"reference must be None for generative family {found.name!r}, got {reference}")
+        return GenerativeVerifier.load(source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed)
+    model, text = read_verifier(source, found, dtype, impl, reference)
+    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes), text, True, source)

@@ -30,6 +30,7 @@ class Extension:
     ids: list[int]
     reads: list[int]  # indices into ids, ascending
     owner: list[int]  # of every read: index of its step among the new ones
+    targets: list[int] | None = None  # `read="every token"`: the id behind every read; the first may be read at -1, before ids
 
     @property
     def length(self) -> int:
@@ -62,7 +63,7 @@ class TextVerifier:
         self._suffix_ids = self._encode(family.suffix) if family.suffix else []
         self._check_ids()
         self._check_suffix()
-        self._row_ids = self._rows()
+        self._row_ids = self._answers() if family.answers else self._rows()
 
     @property
     def head(self) -> HeadSpec | None:
@@ -70,15 +71,18 @@ class TextVerifier:
         family = self.family
         if family.read == "every token":
             return None
-        return HeadSpec(rows=self._row_ids, vocab_mean=family.vocab_mean, squash=family.squash, mix=family.mix)
+        mix = self._answer_mix if family.answers else family.mix
+        return HeadSpec(rows=self._row_ids, vocab_mean=family.vocab_mean, squash=family.squash, mix=mix)
 
     @property
     def stepwise(self) -> bool:
-        """Whether only the last step of an `extend` is read, so that every step needs a call of its own."""
-        return self.family.layout == "question"
+        """Whether an `extend` takes one step at a time, because what is read stands behind the solution so far."""
+        return self.family.layout == "question" or self.family.read == "every token"
 
     def start(self, problem: str) -> PrmPath:
         """Ids before the first step."""
+        if self.family.read == "every token":
+            return PrmPath(problem, (), tuple(self._turn(problem, [])[:-1]))
         opening = self._renderer.opening(problem)
         if self.family.tokenise == "whole":
             opening = opening.rstrip(" ")  # a space would become part of the first step's first token
@@ -88,10 +92,10 @@ class TextVerifier:
         """Ids and read positions of `steps` behind `path`.
 
         A step's own delimiter and outer white space are removed: the family's suffix takes its place. It has one read, or
-        one per line with `lines="each"` (the step's score is then the smallest), or one per token with `read="every
-        token"` (a read is where the next id is predicted). A step without visible text gives no id and no read: it has no
-        score, and path scores pass over it. Reads come from where steps stand in the text, never from the ids: a marker
-        within the problem or a step is text like any other.
+        one per line with `lines="each"` (the step's score is then the smallest), or with `read="every token"` one for each
+        new token of the assistant's turn, its end included, where that token is predicted. A step without visible text
+        gives no id and no read: it has no score, and path scores pass over it. Reads come from where steps stand in the
+        text, never from the ids: a marker within the problem or a step is text like any other.
 
         Families that tokenise step by step keep all of the path. The others tokenise the whole text anew and keep the
         longest common beginning; a token read now is always among `ids`, even where the parent had it.
@@ -106,6 +110,8 @@ class TextVerifier:
         all_steps = (*path.steps, *steps)
         if not pieces:
             return Extension(PrmPath(path.problem, all_steps, path.ids), len(path.ids), [], [], [])
+        if self.family.read == "every token":
+            return self._every_token(path, all_steps, before + [piece for piece, _ in pieces])
         owner = [i for _, i in pieces]
         if self.family.tokenise == "step":
             ids, reads = self._append(path, len(before), [piece for piece, _ in pieces])
@@ -115,13 +121,10 @@ class TextVerifier:
             encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
             ids, offsets = [*self._front, *encoding["input_ids"]], encoding["offset_mapping"]
             keep = common(path.ids, ids)
-            if self.family.read == "every token":
-                reads, owner = self._every_token(path.problem, keep, offsets, ends, owner)
-            else:
-                starts = [start for start, _ in offsets]
-                shift = len(self._front) - 1 + self.family.read_offset
-                reads = [bisect_left(starts, end) + shift for end in ends]
-                owner = owner[-len(reads) :]
+            starts = [start for start, _ in offsets]
+            shift = len(self._front) - 1 + self.family.read_offset
+            reads = [bisect_left(starts, end) + shift for end in ends]
+            owner = owner[-len(reads) :]
         keep = min(keep, *reads) if reads else keep
         new = PrmPath(path.problem, all_steps, tuple(ids))
         return Extension(new, keep, ids[keep:], [read - keep for read in reads], owner)
@@ -143,14 +146,18 @@ class TextVerifier:
             reads.append(len(ids) - 1 + self.family.read_offset)
         return ids, reads
 
-    def _every_token(
-        self, problem: str, keep: int, offsets: list[tuple[int, int]], ends: list[int], steps: list[int]
-    ) -> tuple[list[int], list[int]]:
-        """Of every token of the answer from `keep` on: where it is predicted, and the step its last character is in."""
-        opening = len(self._renderer.opening(problem))
-        front = len(self._front)
-        new = [(i, end) for i, (_, end) in enumerate(offsets, front) if end > opening and i >= keep]
-        return [i - 1 for i, _ in new], [steps[min(bisect_left(ends, end), len(ends) - 1)] for _, end in new]
+    def _every_token(self, path: PrmPath, steps: tuple[str, ...], pieces: list[str]) -> Extension:
+        """The path holds the turn without its end, which the next step may move."""
+        ids = self._turn(path.problem, pieces)
+        chain = ids[:-1]
+        keep = min(common(path.ids, chain), len(chain) - 1)
+        first = max(keep, len(self.start(path.problem).ids))
+        reads = [i - 1 - keep for i in range(first, len(ids))]
+        new = PrmPath(path.problem, steps, tuple(chain))
+        return Extension(new, keep, chain[keep:], reads, [len(steps) - len(path.steps) - 1] * len(reads), ids[first:])
+
+    def _turn(self, problem: str, pieces: list[str]) -> list[int]:
+        return [*self._front, *self._encode(self._renderer.turn(problem, pieces))]
 
     def _encode(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -197,6 +204,19 @@ class TextVerifier:
         if None in ids or self.tokenizer.unk_token_id in ids or len(set(ids)) != len(ids):
             self._wrong(f"scores by the logits of {self.family.rows}, which are tokens {ids} here and must be distinct")
         return ids
+
+    def _answers(self) -> tuple[int, ...]:
+        """Ids of every spelling that the tokenizer makes one token of, when it stands alone."""
+        unknown = self.tokenizer.unk_token_id
+        sides = []
+        for spellings in self.family.answers:
+            encoded = [self._encode(text) for text in spellings]
+            sides.append(list(dict.fromkeys(ids[0] for ids in encoded if len(ids) == 1 and ids[0] != unknown)))
+        yes, no = sides
+        if not yes or not no or set(yes) & set(no):
+            self._wrong(f"needs tokens of their own for {self.family.answers}, which are {yes} and {no} here")
+        self._answer_mix = (1.0,) * len(yes) + (0.0,) * len(no)
+        return (*yes, *no)
 
     def _wrong(self, what: str) -> None:
         raise ValueError(

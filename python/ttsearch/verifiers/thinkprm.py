@@ -39,6 +39,7 @@ class ThinkPrm(GenerativeFamily):
 
     name: str = "thinkprm"
     source: str = "launch/ThinkPRM-{1.5B,7B,14B}; mukhal/ThinkPRM utils/helper.py, prm/thinkprm_api.py"
+    known_as: tuple[str, ...] = ("*thinkprm*",)
     turn: str = (
         "You are given a math problem and a proposed step-by-step solution:\n\n[Math Problem]\n\n{problem}\n\n"
         "[Solution]\n\n{solution}\n\nReview and critique each step in the proposed solution to determine whether each "

@@ -24,12 +24,14 @@ class GenerativeFamily:
     """What every generative family has. One verification is a draft; a step's score is the mean over `samples` of them.
 
     Args:
+        known_as: patterns of folder or hub names, lower case.
         choices: the texts of a good and a bad judgement, one token each behind `forced`.
         temperature, top_k, top_p: of the drafts. max_tokens: of one draft.
     """
 
     name: str = ""
     source: str = ""
+    known_as: tuple[str, ...] = ()
     choices: tuple[str, str] = ("yes", "no")
     samples: int = 1
     temperature: float = 0.7

@@ -11,17 +11,19 @@ from prm_models import LAYOUTS, tokenizer_of, write_prm
 from safetensors.torch import save_file
 from tiny_tokenizers import bytes_only
 from ttsearch.tokenizer import load_tokenizer
-from ttsearch.verifiers import FAMILIES, PrmFamily, TextVerifier, detect_family, get_family
+from ttsearch.verifiers import FAMILIES, GENERATIVE, PrmFamily, TextVerifier, detect_family, get_family
 
 MINE = {"name": "mine", "prompt": "Q: {problem}\n", "suffix": "\n", "bos": "never", "mix": [0, 1]}
 
 CHAT = {"layout": "chat", "prompt": "{problem}"}
+EVERY = {"layout": "chat", "prompt": "{problem}", "turns": [["user", "{problem}"]], "read": "every token"}
 DIALOGUE = {"layout": "dialogue", "prompt": "{problem}", "suffix": "", "turns": [["user", "{problem} {step}"]]}
 
 
 def test_every_family_names_its_source():
-    assert all(family.source and family.mix for family in FAMILIES.values())
-    assert {f.name for f in FAMILIES.values() if f.unbounded} == {"pqm", "pure", "mathminos"}
+    assert all(family.source for family in [*FAMILIES.values(), *GENERATIVE.values()])
+    assert {f.name for f in FAMILIES.values() if not f.mix} == {"implicit", "judge"}
+    assert {f.name for f in FAMILIES.values() if f.unbounded} == {"pqm", "pure", "mathminos", "implicit"}
     assert {f.name: f.max_length for f in FAMILIES.values() if f.max_length} == {"skywork": 4096, "qwen-math-prm": 4096}
 
 
@@ -60,6 +62,10 @@ def test_fields_may_be_replaced():
             "tokenise must be 'whole' with layout 'question', got 'step'",
         ),
         ({"read": "every token"}, "read 'every token' needs layout 'chat' and tokenise 'whole'"),
+        (EVERY | {"mix": [1]}, "read 'every token' has no head; leave out mix"),
+        ({"scale": 2.0}, "scale is of read 'every token', not 'suffix'"),
+        ({"answers": [["Yes"]], "mix": []}, "answers must be two groups of spellings, .*, got"),
+        ({"answers": [["Yes"], ["No"]]}, "answers must be two groups of spellings, without rows, vocab_mean, mix or squash"),
     ],
 )
 def test_a_family_that_does_not_fit(tmp_path, changes, message):
@@ -185,7 +191,7 @@ def test_an_ambiguous_checkpoint_lists_what_it_may_be(tmp_path):
     with pytest.raises(ValueError) as refused:
         detect_family(folder)
     plain = [name for name, layout in LAYOUTS.items() if layout.write in (write_causal_lm, write_math_psa)]
-    listed = ", ".join(name for name in FAMILIES if name in plain)
+    listed = ", ".join(name for name in FAMILIES if name in [*plain, "implicit", "judge"])
     said = f"cannot tell the PRM family of m (LlamaForCausalLM); pass --prm-family, one of {listed}, or a file"
     assert said in str(refused.value)
     write_config(tmp_path / "t", architectures=["XForTokenClassification"], id2label={0: "a", 1: "b", 2: "c"})

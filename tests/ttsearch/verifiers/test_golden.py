@@ -12,7 +12,7 @@ PROBLEM = "Question: what is 12 + 3 - 1, and why?"
 STEPS = ["Step 1: we add 12 + 3 = 15.", "so the sum of 15 - 1 is 14, é.", "Therefore\nthe answer equals \\boxed{14}."]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=LAYOUTS)
 def prm(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     return request.param, folder, build_prm(folder, request.param)
@@ -40,7 +40,8 @@ def score_stepwise(folder, verifier, problem, steps, dtype):
 
 
 def test_registry_is_covered():
-    assert set(LAYOUTS) == set(REFERENCES) == set(FAMILIES)
+    elsewhere = {"implicit", "judge"}  # two models, and a question of one's own: test_implicit.py, test_judge.py
+    assert set(LAYOUTS) == set(REFERENCES) == set(FAMILIES) - elsewhere
 
 
 def test_ids_and_positions(prm):

@@ -137,19 +137,20 @@ def test_a_question_behind_the_solution():
     assert two.owner == [1] and two.reads == [len(two.ids) - 1]
 
 
-def test_every_token_is_read_where_it_is_predicted():
+def test_every_token_of_the_turn_is_read_where_it_is_predicted():
     family = PrmFamily(name="implicit", layout="chat", turns=(("user", "{problem}"),), between="\n\n", read="every token")
     verifier = TextVerifier(qwen(), family)
-    assert verifier.head is None
+    assert verifier.head is None and verifier.stepwise
     start = verifier.start("q")
-    new = verifier.extend(start, ["a. b", "c d"])
-    predicted = [new.ids[read + 1] for read in new.reads]
-    assert spell(qwen(), predicted) == "a. b\n\nc d"
-    assert spell(qwen(), [i for i, owner in zip(predicted, new.owner, strict=True) if owner == 0]) == "a. b"
-    one = verifier.extend(start, ["a."])
-    two = verifier.extend(one.path, ["b"])
-    assert spell(qwen(), [two.ids[read + 1] for read in two.reads]) == ".\n\nb", "the full stop became another token"
-    assert new.keep == len(start.ids) - 1, "the first token is predicted at the last one before it"
+    assert spell(qwen(), start.ids).endswith("<|im_start|>assistant\n")
+    one = verifier.extend(start, ["a. b."])
+    assert spell(qwen(), one.targets) == "a. b.<|im_end|>", "the end of the turn is read, too"
+    assert one.keep == len(start.ids) and spell(qwen(), one.ids) == "a. b.", "and not kept"
+    assert one.reads == list(range(-1, len(one.ids))), "the first token is predicted at the last one before it"
+    two = verifier.extend(one.path, ["c"])
+    assert spell(qwen(), two.targets) == ".\n\nc<|im_end|>", "the full stop became another token"
+    assert two.keep == len(one.path.ids) - 1 and two.reads[0] == -1 and two.owner == [0] * len(two.reads)
+    assert list(two.path.ids) + two.targets[-1:] == qwen().encode(spell(qwen(), start.ids) + "a. b.\n\nc<|im_end|>")
 
 
 def test_markers_in_the_problem_or_a_step_add_no_score():

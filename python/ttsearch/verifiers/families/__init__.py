@@ -9,48 +9,71 @@ from pathlib import Path
 from typing import Any
 
 from ..family import PrmFamily
-from . import er_prm, llemma, math_psa, math_shepherd, pqm, qwen, reasoneval, rlhflow, skywork, trl, versaprm
+from ..genprm import GenPrm
+from ..thinkprm import ThinkPrm
+from ..written import GenerativeFamily
+from . import (
+    er_prm,
+    implicit,
+    judge,
+    llemma,
+    math_psa,
+    math_shepherd,
+    pqm,
+    qwen,
+    reasoneval,
+    rlhflow,
+    skywork,
+    trl,
+    versaprm,
+)
 
-MODULES = (math_shepherd, rlhflow, skywork, qwen, math_psa, er_prm, versaprm, pqm, trl, llemma, reasoneval)
+MODULES = (
+    math_shepherd, rlhflow, skywork, qwen, math_psa, er_prm, versaprm, pqm, trl, llemma, reasoneval, implicit, judge,
+)  # fmt: skip
 FAMILIES: dict[str, PrmFamily] = {family.name: family for module in MODULES for family in module.FAMILIES}
 
+GENERATIVE: dict[str, GenerativeFamily] = {family.name: family for family in (ThinkPrm(), GenPrm())}
+Family = PrmFamily | GenerativeFamily
 
-def get_family(name: str | Path | PrmFamily, **overrides: Any) -> PrmFamily:
+
+def get_family(name: str | Path | Family, **overrides: Any) -> Family:
     """A family by name or from a file, with single fields replaced.
 
     Args:
-        name: one of `FAMILIES`; or a .json file with the fields of a `PrmFamily` (or `{"family": name}` and the fields
-            that differ); or a .py file that sets FAMILY to a `PrmFamily`; or a family as it is.
+        name: one of `FAMILIES` or `GENERATIVE`; or a .json file with the fields of a `PrmFamily` (or `{"family": name}` and
+            the fields that differ); or a .py file that sets FAMILY to a family; or a family as it is.
     Raises:
         ValueError: unknown name, unknown field, a field that does not fit; the message says which.
     """
-    if isinstance(name, PrmFamily):
+    if isinstance(name, Family):
         return change(name, overrides)
     if Path(name).suffix in (".json", ".py"):
         return change(read_family(Path(name)), overrides)
-    if name not in FAMILIES:
+    known = FAMILIES | GENERATIVE
+    if name not in known:
         raise ValueError(
-            f"PRM family must be one of {', '.join(FAMILIES)}, or a .json or .py file that describes one, got {str(name)!r}"
+            f"PRM family must be one of {', '.join(known)}, or a .json or .py file that describes one, got {str(name)!r}"
         )
-    return change(FAMILIES[name], overrides)
+    return change(known[str(name)], overrides)
 
 
-def change(family: PrmFamily | None, values: dict[str, Any], where: str = "") -> PrmFamily:
+def change(family: Family | None, values: dict[str, Any], where: str = "") -> Family:
     """`family` with other values, or a new one of them alone."""
-    known = [f.name for f in fields(PrmFamily)]
+    known = [f.name for f in fields(family or PrmFamily)]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise ValueError(f"{where}fields of a PRM family are {', '.join(known)}, got {unknown}")
     return replace(family, **values) if family else PrmFamily(**values)
 
 
-def read_family(file: Path) -> PrmFamily:
+def read_family(file: Path) -> Family:
     """The family that a .json or .py file describes."""
     if not file.is_file():
         raise ValueError(f"PRM family file {file} does not exist")
     if file.suffix == ".py":
         family = runpy.run_path(str(file)).get("FAMILY")
-        if not isinstance(family, PrmFamily):
+        if not isinstance(family, Family):
             raise ValueError(f"{file.name} must set FAMILY to a PrmFamily, got {family!r}")
         return family
     try:
