@@ -235,7 +235,7 @@ def prm_cases(tiny: bool) -> dict:
 
 
 def run_tests(tiny: bool) -> int:
-    """The kernels' tests; on a GPU they run there, with compute-sanitizer on the merge where it is installed."""
+    """The kernels' tests; on a GPU they run there."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" or not GPU}
     chosen = ["tests/triton/test_sample.py::test_a_row_that_is_not_finite"] if tiny else ["tests/triton"]
     command = [sys.executable, "-m", "pytest", "-q", *chosen]

@@ -73,6 +73,16 @@ def test_options(device, options, mode):
     check(device, *make(trees, 6, 2, 64, torch.float32, packed=False), build_plan(trees, mode), **options)
 
 
+def test_slots_before_the_window_are_not_read(device):
+    """An engine may have freed them: here they hold NaN."""
+    trees = make_trees([(-1, 150, 5), (0, 9, 0)], [(0, 149), (1, 8)])
+    q, k, v = make(trees, 4, 2, 64, torch.float32, packed=False)
+    page, slot = torch.tensor(trees.slots(0)[:117]).T  # row (0, 149) sees positions 117 on: the middle of a tile
+    k[page, slot] = v[page, slot] = float("nan")
+    for mode in ("separate", "pushed"):
+        check(device, q, k, v, build_plan(trees, mode), window=33)
+
+
 @pytest.mark.parametrize("page_size", [1, 16, 100])
 @pytest.mark.parametrize("order", ["nhd", "hnd", "interleaved"])
 def test_strided_pools(device, page_size, order):
