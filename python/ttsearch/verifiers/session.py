@@ -183,6 +183,7 @@ def read_verifier(
     dtype: str = "bf16",
     impl: str = "auto",
     reference: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> tuple[Model | PairModel, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
@@ -204,7 +205,7 @@ def read_verifier(
     if compares:
         model = load_pair(source, reference, torch_dtype(dtype), impl)
     else:
-        model = load_model(source, torch_dtype(dtype), impl, text.head)
+        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base)
     text.limit(model.config.max_positions)
     return model, text
 
@@ -217,6 +218,7 @@ def load_verifier(
     impl: str = "auto",
     kv_bytes: int | None = None,
     reference: str | Path | None = None,
+    base: str | Path | None = None,
     seed: int = 0,
     **fields: Any,
 ) -> Verifier:
@@ -229,6 +231,7 @@ def load_verifier(
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
         reference: of an implicit PRM, the model that it was trained from.
+        base: of an adapter, or of weights without a config.json (PQM), see `load_model`.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
     """
@@ -241,5 +244,5 @@ def load_verifier(
         if reference is not None:
             raise ValueError(f"reference must be None for generative family {found.name!r}, got {reference}")
         return GenerativeVerifier.load(source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed)
-    model, text = read_verifier(source, found, dtype, impl, reference)
+    model, text = read_verifier(source, found, dtype, impl, reference, base)
     return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes), text, True, source)
