@@ -39,14 +39,16 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
             ended.set()
 
     thread = threading.Thread(target=target, name="ttsearch", daemon=True)
-    thread.start()
-    started.wait()
-    with _plain_sigint():
+    with _plain_sigint():  # before the thread starts: a Ctrl-C in between would go to the caller's loop, which we block
         try:
+            thread.start()
             ended.wait()  # not thread.join(): interrupted, it may take the thread for dead
         except KeyboardInterrupt:
-            with suppress(RuntimeError):  # the loop has just ended by itself
-                outcome["loop"].call_soon_threadsafe(outcome["task"].cancel)
+            if not started.wait(5):  # nothing has begun
+                raise
+            if "loop" in outcome:
+                with suppress(RuntimeError):  # the loop has just ended by itself
+                    outcome["loop"].call_soon_threadsafe(outcome["task"].cancel)
             ended.wait()
     if "error" in outcome:
         if isinstance(outcome["error"], asyncio.CancelledError):
