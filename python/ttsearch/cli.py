@@ -158,6 +158,7 @@ def solve(
                     break
         finally:
             backend.close()
+        _note_failures(getattr(backend, "verifier", None))
         if as_json:
             _print_json(records if problem_file else records[0])
     if interrupted:
@@ -187,6 +188,14 @@ def _live(enabled: bool):
         return
     with Live(console=err, transient=True, auto_refresh=False) as live:
         yield lambda progress: live.update(progress_line(progress), refresh=True)
+
+
+def _note_failures(verifier) -> None:
+    """What a generative verifier could not judge."""
+    failures = getattr(verifier, "failures", None) or {}
+    if failures:
+        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(failures.items()))
+        err.print(f"verifications without a score: {counts}", highlight=False, markup=False)
 
 
 def _print_json(document) -> None:
@@ -273,6 +282,7 @@ def evaluate(
             )
         finally:
             backend.close()
+        _note_failures(getattr(backend, "verifier", None))
     if as_json:
         _print_json([summary.to_dict() for summary in summaries])
     else:
@@ -319,6 +329,7 @@ def score(
             raise typer.Exit(INTERRUPTED) from None
         finally:
             loaded.close()
+        _note_failures(loaded)
     summary = summarise(scored)
     if as_json:
         _print_json(summary | {"results": str(results)})

@@ -159,7 +159,8 @@ def test_several_reads_of_one_job_equal_step_by_step(engine, cpu_extension):
 def test_a_long_step_is_what_single_forwards_give(tmp_path, tokens):
     """A sibling that ends early leaves the other with more free slots than one call decodes: its plan serves a second."""
     model = write_tiny(tmp_path, "llama", seed=4)
-    engine = Engine(load_model(tmp_path, torch.float32), next_state=torch.zeros(1, 131, dtype=torch.int32))
+    table = torch.zeros(1, 131, dtype=torch.int32)
+    engine = Engine(load_model(tmp_path, torch.float32), next_state=table, kv_bytes=1 << 24)
     session = engine.open(PROMPT, max_new_tokens=100)
     ends = queue.SimpleQueue()
     for ordinal, length in enumerate((tokens, 90)):

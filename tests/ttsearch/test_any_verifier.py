@@ -44,7 +44,7 @@ def kinds(folders, tmp_path_factory):
 @pytest.mark.parametrize("kind", ["judge", "implicit", "thinkprm", "genprm"])
 def test_a_search_is_guided_by_any_verifier(folders, kinds, kind):
     aggregate = "last" if kind == "implicit" else "product"
-    with load_backend(policy_path(), folders[0], dtype="fp32", **kinds[kind]) as backend:
+    with load_backend(policy_path(), folders[0], dtype="fp32", kv_gib=0.02, **kinds[kind]) as backend:
         first, again = (
             solve(PROBLEM, backend=backend, strategy="beam_search", aggregate=aggregate, **RULES) for _ in range(2)
         )
@@ -66,7 +66,7 @@ def test_a_search_is_guided_by_any_verifier(folders, kinds, kind):
 def test_a_path_whose_verifications_all_failed_ranks_last(folders):
     """It has no score: that is not a score of zero, and no error."""
     family = ThinkPrm(max_tokens=1, ends=("never this",), step_end="")
-    with load_backend(policy_path(), folders[0], dtype="fp32", prm_family=family) as backend:
+    with load_backend(policy_path(), folders[0], dtype="fp32", kv_gib=0.02, prm_family=family) as backend:
         result = solve(PROBLEM, backend=backend, strategy="beam_search", **RULES)
     assert len(result.candidates) == 4 and not any(node.step_score for node in walk(result.root))
     assert sum(backend.verifier.failures.values()) > 0
@@ -101,15 +101,18 @@ def test_the_command_line_reaches_them(folders, kinds, tmp_path):
     runner = CliRunner()
     model = ["--verifier", str(folders[0])]
     solve_it = ["solve", PROBLEM, *model, "--policy", str(policy_path()), "--n", "4", "--max-tokens", "48", "--json"]
+    solve_it += ["--kv-gib", "0.02"]
     result = runner.invoke(app, [*solve_it, "--prm-family", "judge"])
     assert result.exit_code == 0, result.output
     assert all(0 <= score <= 1 for path in json.loads(result.stdout)["candidates"] for score in path["step_scores"])
     result = runner.invoke(app, [*solve_it, "--prm-family", str(kinds["thinkprm"]["prm_family"])])
     assert result.exit_code == 0, result.output
+    assert "verifications without a score: " in result.stderr and " unfinished" in result.stderr
     result = runner.invoke(app, [*solve_it, "--prm-family", "implicit"])
     assert result.exit_code == 2 and "pass as reference the model that" in " ".join(result.output.split())
     (tmp_path / "in.jsonl").write_text(json.dumps({"problem": PROBLEM, "solutions": ["\n\n".join(s) for s in SOLUTIONS]}))
     pair = ["--prm-family", "implicit", "--prm-reference", str(folders[1]), "--results", str(tmp_path / "out.jsonl"), "--json"]
+    pair += ["--kv-gib", "0.02"]
     result = runner.invoke(app, ["score", str(tmp_path / "in.jsonl"), *model, *pair])
     assert result.exit_code == 0 and json.loads(result.stdout)["steps"] == 5, result.output
 

@@ -119,17 +119,16 @@ def test_bf16_is_as_exact_as_plain_transformers(pair, cpu_extension):
     assert error <= 2 * budget, f"bf16 error {error:.2e}, plain transformers' own {budget:.2e}"
 
 
-def test_what_the_published_inner_positions_count_of_the_next_step():
-    """docs/verifiers.md says so: of an inner step the procedure also counts one or two tokens of the next one."""
-    for name, counted in (("qwen", 2), ("llama3", 2), ("bytes", 1)):
-        tokenizer = TOKENIZERS[name]()
-        answer = [f"Step {i + 1}: {step}." for i, step in enumerate(["a b", "c", "d e"])]
-        ids, last = boundaries(tokenizer, PROBLEM, answer)
-        for k, position in enumerate(last[1:-1], 1):
-            upto = tokenizer.decode(ids[: position + 2])  # a position is that of the token before the one that counts
-            rest = upto.rpartition("\n\n" if name != "bytes" else "\n")[2]
-            assert len(tokenizer.encode(rest, add_special_tokens=False)) <= counted and rest in answer[k]
-        assert position + 2 < len(ids) and last[-1] + 2 <= len(ids)
+@pytest.mark.parametrize(("name", "counted"), [("qwen", 2), ("llama3", 2), ("bytes", 1)])
+def test_what_the_published_inner_positions_count_of_the_next_step(name, counted):
+    """Why inner values of a longer answer are not ours (docs/verifiers.md): they read into the next step."""
+    tokenizer = TOKENIZERS[name]()
+    answer = [f"Step {i + 1}: {step}." for i, step in enumerate(["a b", "c", "d e"])]
+    ids, last = boundaries(tokenizer, PROBLEM, answer)
+    starts = [len(tokenizer.decode(ids[:i])) for i in range(len(ids))]
+    for k, position in enumerate(last[1:-1], 1):
+        begin = tokenizer.decode(ids).index(answer[k])
+        assert sum(starts[i] >= begin for i in range(position + 2)) == counted, "position i is that of token i + 1"
 
 
 def test_a_random_tree_equals_every_path_alone(pair, cpu_extension):
