@@ -18,10 +18,11 @@ ROOT = Path(__file__).parent
 X86 = platform.machine() in ("x86_64", "AMD64")
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
+VNNI = [*AVX512, "-mavx512vnni"]
 # Instruction-set level -> compiler flags; every csrc/cpu/kernels/*.cpp is compiled once per level.
 ISA_FLAGS = {"portable": []}
 if X86:
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16"]}
 COMMON = [
     "-std=c++20",
     "-O3",

@@ -7,6 +7,7 @@
 
 #include "ttskernels/decoder_memory.h"
 #include "ttskernels/dtype.h"
+#include "ttskernels/linear.h"
 #include "ttskernels/sample.h"
 
 namespace ttsk {
@@ -14,6 +15,7 @@ namespace ttsk {
 struct DecoderShape {
   int64_t vocab, hidden, layers, q_heads, kv_heads, head_dim, intermediate, window;  // window 0: none
   DType dtype;
+  LinearForm form;  // of the packed matrices
   float rms_eps, rope_scale, scale, softcap;
 };
 
