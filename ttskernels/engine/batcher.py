@@ -297,7 +297,10 @@ class Engine:
             policy.abort(error)
             worked = True
         self._note_peak()
-        return worked or bool(scorer is not None and scorer.jobs)
+        if scorer is None:
+            return worked
+        scorer.collect(wait=not decoding)
+        return worked or bool(scorer.jobs or scorer.running)
 
     def _note_peak(self) -> None:
         used = self.budget.used_bytes
@@ -341,6 +344,8 @@ class Engine:
         if self._policy is not None:
             self._policy.abort(error)
         if self._scorer is not None:
+            for job in (job for batch in self._scorer.running for job in batch.jobs):
+                job.result.set_exception(error)
             for job in self._scorer.jobs:
                 if job.result.set_running_or_notify_cancel():
                     job.result.set_exception(error)

@@ -35,8 +35,11 @@ class DeviceQueue:
             self._memory = torch.cuda.graph_pool_handle()  # graphs replay one after the other, so they share scratch
 
     @contextmanager
-    def current(self):
-        """Work inside goes to this queue: after what the caller's stream holds, and before what it gets later."""
+    def current(self, join: bool = True):
+        """Work inside goes to this queue: after what the caller's stream holds and, with `join`, before what it gets later.
+
+        Without `join` results leave by `fetch`, and the caller's other queues go on meanwhile.
+        """
         if not self.captures:
             yield
             return
@@ -47,7 +50,8 @@ class DeviceQueue:
         self.stream.wait_stream(caller)
         with torch.cuda.stream(self.stream):
             yield
-        caller.wait_stream(self.stream)
+        if join:
+            caller.wait_stream(self.stream)
 
     def run(self, key: Hashable | None, work: Callable[[], object], upload: Callable[[], None], idle: Callable[[], None]):
         """`upload()`, then `work()`; returns what `work` returned.

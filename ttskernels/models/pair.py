@@ -61,6 +61,9 @@ class PairModel:
                     "in the second; pass the very reference model that the implicit PRM was trained against"
                 )
         self.first, self.second = first, second
+        if first.device.type != "cpu" or second.device.type != "cpu":
+            raise ValueError(f"two models over one forest run on the CPU alone in this version, got {first.device} and {second.device}")
+        self.machine, self.queue = first.machine, first.queue
         limit = min(first.config.max_positions, second.config.max_positions)
         self.config = replace(first.config, max_positions=limit)  # of one of them; the pool has both
 
