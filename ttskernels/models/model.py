@@ -41,6 +41,7 @@ class Model:
         self.queue = getattr(decoder, "queue", None) or DeviceQueue(torch.device("cpu"))
         self.device = self.queue.device
         self.machine: Machine = device_machine(self.device, self.heads) if impl == "triton" else CPU
+        self.reserves_pool = self.device.type == "cuda"  # memory of a pool is taken when it is made, not when it is written
         self.head: ScoreHead | None = None if checkpoint.head is None else checkpoint.head.to(self.device)
         self.norm = checkpoint.weights["model.norm.weight"].to(self.device, torch.float32)
         self.lm_head: Tensor | None = None

@@ -48,6 +48,7 @@ class PairModel:
     """
 
     head = None
+    reserves_pool = False
 
     def __init__(self, first: Model, second: Model):
         for name, model in (("first", first), ("second", second)):
