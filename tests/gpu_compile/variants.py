@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ttskernels._triton import page_copy, path_aggregate, rms_norm, rope_append, sample, silu_mul, step_score
+from ttskernels._triton import decode_advance, page_copy, path_aggregate, rms_norm, rope_append, sample, silu_mul, step_score
 from ttskernels._triton import tree_attention as attention
 from ttskernels._triton.tiles import Tiles, lookup
 
@@ -83,6 +83,10 @@ def small_ops(arch: str) -> list[Variant]:
          {"k_pool": "*bf16", "v_pool": "*bf16", "pairs": "*i32"}
          | i32(("k_layer", "k_page", "k_slot", "k_head", "v_layer", "v_page", "v_slot", "v_head"), "i32!"),
          {"K_DIM": 128, "V_DIM": 128, "KV_HEADS": 8, "BLOCK": 1024}, 4, ()),
+        ("decode_advance", decode_advance.decode_advance_kernel,
+         {"sampled": "*i32", "logprobs": "*fp32", "next_state": "*i32", "plan": "*i32", "ids": "*i32", "positions": "*i32",
+          "slots": "*i32", "draw_positions": "*i32", "states": "*i32", "iterations": "*i32", "report": "*i32",
+          "vocab": "i32", "capacity": "i32!"}, {"BAD": decode_advance.BAD_LOGITS, "RING": 4, "BLOCK": 512}, 4, ()),
         ("step_score-head", step_score.head_kernel,
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
           "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
