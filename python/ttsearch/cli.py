@@ -58,6 +58,7 @@ MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -108,6 +109,7 @@ def solve(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    device: Device = "cpu",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,8 +133,9 @@ def solve(
         )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
-        )
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
+            kv_gib=kv_gib, device=device,
+        )  # fmt: skip
         records, interrupted = [], False
         try:
             for item in problems:
@@ -239,6 +242,7 @@ def evaluate(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    device: Device = "cpu",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
         "runs/evaluate"
@@ -268,8 +272,9 @@ def evaluate(
         )
         problems = load_problems(problem_file, limit)
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
-        )
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
+            kv_gib=kv_gib, device=device,
+        )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:
             err.print(
@@ -305,6 +310,7 @@ def score(
     limit: Limit = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
     kv_gib: KvGib = None,
+    device: Device = "cpu",
     concurrency: Concurrency = 4,
     as_json: AsJson = False,
 ) -> None:
@@ -317,7 +323,9 @@ def score(
     with friendly_errors():
         problems, solutions = load_solutions(solutions_file, limit)
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
-        loaded = load_verifier(verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference)
+        loaded = load_verifier(
+            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, device=device
+        )
         try:
             with progress_bar("solutions", err) as progress:
                 scored = score_steps(

@@ -297,7 +297,10 @@ class Engine:
             policy.abort(error)
             worked = True
         self._note_peak()
-        return worked or bool(scorer is not None and scorer.jobs)
+        if scorer is None:
+            return worked
+        scorer.collect(wait=not decoding)
+        return worked or bool(scorer.jobs or scorer.running)
 
     def _note_peak(self) -> None:
         used = self.budget.used_bytes
@@ -341,6 +344,8 @@ class Engine:
         if self._policy is not None:
             self._policy.abort(error)
         if self._scorer is not None:
+            for job in (job for batch in self._scorer.running for job in batch.jobs):
+                job.result.set_exception(error)
             for job in self._scorer.jobs:
                 if job.result.set_running_or_notify_cancel():
                     job.result.set_exception(error)
@@ -351,7 +356,10 @@ class Engine:
     # -- checks ------------------------------------------------------------------------------------------------------
 
     def _pages(self, model) -> int:
-        return max(1, self.budget.total_bytes // (model.kv_bytes_per_token * PAGE_SIZE))
+        """Pages of a model's pool: what the budget can pay. A pool on a GPU has its memory from the start, so that two of
+        them must share it: for as many tokens each, as the verifier reads what the policy writes."""
+        sharing = {self.policy_model, self.verifier_model} - {None} if model.reserves_pool else {model}
+        return max(1, self.budget.total_bytes // (sum(m.kv_bytes_per_token for m in sharing) * PAGE_SIZE))
 
     def _path_bytes(self, model, tokens: int) -> int:
         """Pages of a path of `tokens` cut into steps: at worst one page a step is partly used."""
@@ -368,10 +376,14 @@ class Engine:
             side = "policy" if model is self.policy_model else "verifier"
             raise ValueError(f"{name} has {len(ids)} tokens, the {side} allows {limit}; shorten it")
         need = self._path_bytes(model, min(times * length, limit))
-        if need > self.budget.total_bytes:
+        pool = (self.policy_forest if model is self.policy_model else self.verifier_forest).pool
+        have = self.budget.total_bytes
+        if model.reserves_pool:
+            have = pool.num_pages * pool.page_bytes
+        if need > have:
             raise ValueError(
                 f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
-                f"{self.budget.total_bytes:,}; raise kv_bytes or lower max_new_tokens"
+                f"{have:,}; raise kv_bytes or lower max_new_tokens"
             )
 
     @staticmethod

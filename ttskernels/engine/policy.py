@@ -13,7 +13,6 @@ from ttskernels.engine.work import Branch, StepEnd
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
-from ttskernels.ops.sample import sample
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
@@ -71,7 +70,7 @@ class PolicyRunner:
         if all(b.whole and b.node.cached == len(b.node.ids) - 1 for b in admitted):
             self._running, self._plan_epoch = admitted, self.residency.epoch
             rows = [(b.node, len(b.node.ids) - 1, 1) for b in admitted]
-            self._plan = build_plan(self.forest, rows, self.heads)
+            self._plan = build_plan(self.forest, rows, self.heads, machine=self.model.machine)
             return self._decode()
         return self._mixed(admitted)
 
@@ -132,7 +131,7 @@ class PolicyRunner:
         sources = {s: i for i, s in enumerate(dict.fromkeys(b.source for b in ready))}
         ids = torch.tensor([t for node, first, n in rows for t in node.ids[first : first + n]], dtype=torch.int32)
         out_rows = torch.tensor([last_row[s] for s in sources], dtype=torch.int32)
-        plan = build_plan(self.forest, rows, self.heads)
+        plan = build_plan(self.forest, rows, self.heads, machine=self.model.machine)
         logits = self.model.forward(ids, plan, self.forest.pool, out_rows, output="logits")
         decoding = {b.node for b in branches if b.node.ids}
         total = sum(n for _, _, n in rows)
@@ -156,7 +155,7 @@ class PolicyRunner:
     def _sample(self, branches: list[Branch], logits: torch.Tensor, rows: torch.Tensor) -> None:
         """One token for each branch from row `rows[i]` of the logits."""
         positions = torch.tensor([b.node.pos0 + len(b.node.ids) for b in branches], dtype=torch.int32)
-        tokens, logprobs = sample(logits, rows, self._keys(branches), positions, self._params(branches))
+        tokens, logprobs = self.model.sample(logits, rows, self._keys(branches), positions, self._params(branches))
         for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
             branch.whole = True
             state = int(self.next_state[branch.state, token])
@@ -180,11 +179,12 @@ class PolicyRunner:
         seconds = (time.perf_counter() - started) / len(branches)
         for branch, column, chance, state in zip(branches, columns, chances, states.tolist(), strict=True):
             node, counters = branch.node, branch.session.counters
+            taken = column.index(-1) if column[-1] < 0 else done  # on a GPU a row that has ended waits for others
             counters.decode_seconds += seconds
-            counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
-            node.cached += done
+            counters.policy_flops += taken * self.model.flops_per_token(node.pos0 + len(node.ids) + taken / 2)
+            node.cached += taken
             node.seen = node.cached
-            self._extend(branch, column, chance, state)
+            self._extend(branch, column[:taken], chance[:taken], state)
         return True
 
     def _room(self, branch: Branch) -> int:

@@ -36,23 +36,29 @@ def check_reads(model, ids: list[int], reads: list[int], targets: list[int] | No
 
 
 def read_scores(model, hidden: Tensor, targets: list[int]) -> Tensor:
-    """`[n]` float32 of hidden states `[n, dim]` in one fused pass; NaN for a state that is not finite.
+    """`[n]` float32 of hidden states `[n, dim]`, on their device, in one fused pass; NaN for a state that is not finite.
 
     `targets`: for a `PairModel`, the `n` tokens whose log-ratio is read.
     """
+    if hidden.device.type != "cpu":  # asking which are finite would wait for the device; there the op gives NaN itself
+        return _head_scores(model, hidden, torch.arange(len(hidden), dtype=torch.int32, device=hidden.device))
     scores = torch.full((len(hidden),), float("nan"))
     rows = hidden.isfinite().all(1).nonzero()[:, 0].int()
     if not len(rows):
         return scores
     if isinstance(model, PairModel):
         scores[rows] = model.log_ratio(hidden, rows, torch.tensor(targets, dtype=torch.int32)[rows])
-        return scores
+    else:
+        scores[rows] = _head_scores(model, hidden, rows)
+    return scores
+
+
+def _head_scores(model, hidden: Tensor, rows: Tensor) -> Tensor:
     head = model.head
-    scores[rows] = step_score(
+    return step_score(
         hidden, rows, head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
         norm_weight=model.norm, eps=model.config.rms_eps, squash=head.squash, mix=head.mix,
     )  # fmt: skip
-    return scores
 
 
 def flops_of_read(model) -> float:

@@ -31,12 +31,17 @@ class Residency:
                 forest.reserve(list(needs), list(needs.values()))
                 return True
             except OutOfPagesError:
-                if not self._evict_one(pinned | self.busy_before(session.order)):
+                if not self._evict_one(pinned | self.busy_before(session.order), forest):
                     return False
 
-    def _evict_one(self, pinned: set[Node]) -> bool:
+    def _evict_one(self, pinned: set[Node], needy: Forest) -> bool:
+        pool = needy.pool
+        own_bytes = (pool.num_pages - pool.used_pages) * pool.page_bytes
+        full = own_bytes <= pool.budget.free_bytes  # the pool is short, not the budget: others cannot help
         for session in sorted(self.sessions, key=lambda s: s.order, reverse=True):
             for forest, nodes_of in self.forests:
+                if full and forest is not needy:
+                    continue
                 nodes = nodes_of(session)
                 nodes.difference_update([n for n in nodes if n.released])
                 held = [n for n in nodes if n.pages and n not in pinned]

@@ -48,6 +48,7 @@ class PairModel:
     """
 
     head = None
+    reserves_pool = False
 
     def __init__(self, first: Model, second: Model):
         for name, model in (("first", first), ("second", second)):
@@ -61,6 +62,9 @@ class PairModel:
                     "in the second; pass the very reference model that the implicit PRM was trained against"
                 )
         self.first, self.second = first, second
+        if {first.device.type, second.device.type} != {"cpu"}:
+            raise ValueError(f"two models over one forest must be on the CPU, got {first.device} and {second.device}")
+        self.machine, self.queue = first.machine, first.queue
         limit = min(first.config.max_positions, second.config.max_positions)
         self.config = replace(first.config, max_positions=limit)  # of one of them; the pool has both
 
@@ -111,8 +115,12 @@ def load_pair(
     second: str | os.PathLike,
     dtype: torch.dtype = torch.bfloat16,
     impl: _dispatch.Impl = "auto",
+    *,
+    device: str | torch.device = "cpu",
 ) -> PairModel:
-    """Load two language models of one shape; arguments and errors as `load_model`."""
+    """Load two language models of one shape; arguments and errors as `load_model`. `device` must be "cpu"."""
+    if torch.device(device).type != "cpu":
+        raise ValueError(f'device must be "cpu" for two models over one forest (an implicit PRM), got {str(device)!r}')
     check_impl(impl)
     return PairModel(*(_language_model(load_checkpoint(source, dtype), source, impl) for source in (first, second)))
 

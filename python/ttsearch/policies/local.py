@@ -66,6 +66,7 @@ class LocalBackend:
         kv_bytes: int | None = None,
         dtype: str = "bf16",
         impl: str = "auto",
+        device: str = "cpu",
     ) -> LocalBackend:
         """Load both models and start the engine.
 
@@ -76,8 +77,9 @@ class LocalBackend:
             prm_reference: of an implicit PRM, the model that it was trained from.
             kv_bytes: KV budget of both models together; None: 2 GiB. A generative verifier has as much again, for itself.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+            device: "cpu", or "cuda" for both models on a GPU.
         """
-        model = load_model(policy, torch_dtype(dtype), impl)
+        model = load_model(policy, torch_dtype(dtype), impl, device=device)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
@@ -87,10 +89,10 @@ class LocalBackend:
             family = detect_family(resolve(verifier, torch_dtype(dtype)), prm_family, verifier)
             if isinstance(family, GenerativeFamily):
                 writer = load_verifier(
-                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference
+                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference, device=device
                 )
             else:
-                scorer, text_verifier = read_verifier(verifier, family, dtype, impl, prm_reference)
+                scorer, text_verifier = read_verifier(verifier, family, dtype, impl, prm_reference, device=device)
         table = torch.from_numpy(text_policy.next_state.copy())
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
         prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else writer

@@ -184,6 +184,7 @@ def read_verifier(
     impl: str = "auto",
     reference: str | Path | None = None,
     base: str | Path | None = None,
+    device: str = "cpu",
 ) -> tuple[Model | PairModel, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
@@ -203,9 +204,9 @@ def read_verifier(
         raise ValueError(f"reference must be None for PRM family {found.name!r}, which is one model, got {reference}")
     text = TextVerifier(load_tokenizer(source), found)
     if compares:
-        model = load_pair(source, reference, torch_dtype(dtype), impl)
+        model = load_pair(source, reference, torch_dtype(dtype), impl, device=device)
     else:
-        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base)
+        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base, device=device)
     text.limit(model.config.max_positions)
     return model, text
 
@@ -220,6 +221,7 @@ def load_verifier(
     reference: str | Path | None = None,
     base: str | Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
     **fields: Any,
 ) -> Verifier:
     """Load a verifier on an engine of its own, to score steps that come from elsewhere.
@@ -232,6 +234,7 @@ def load_verifier(
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
         reference: of an implicit PRM, the model that it was trained from.
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`.
+        device: "cpu", or "cuda" for weights and KV on a GPU; two models (implicit PRMs) run on the CPU alone.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
     """
@@ -243,6 +246,8 @@ def load_verifier(
 
         if reference is not None:
             raise ValueError(f"reference must be None for generative family {found.name!r}, got {reference}")
-        return GenerativeVerifier.load(source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed)
-    model, text = read_verifier(source, found, dtype, impl, reference, base)
+        return GenerativeVerifier.load(
+            source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed, device=device
+        )
+    model, text = read_verifier(source, found, dtype, impl, reference, base, device)
     return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes), text, True, source)
