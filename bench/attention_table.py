@@ -3,10 +3,11 @@
     python bench/attention_table.py --out bench/results/attention.json
     TTSK_NUM_THREADS=1 OMP_NUM_THREADS=1 python bench/attention_table.py --methods shared flat
 
-`shared` is the planner's plan, `flat` the prompt for each branch (same kernel), `gqa` is SDPA with enable_gqa on
+`shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
-with a tree mask. A round calls every method twice and times the second; medians are over rounds. % of roofline:
-the sum over nodes of max(flops / FMA peak, KV bytes / read bandwidth), both measured by this run, over our time.
+with a tree mask. A round calls every method twice and times the second; medians are over rounds, and so is the ratio
+shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
+nodes of max(flops / FMA peak, KV bytes / read bandwidth), both measured by this run, over our time.
 """
 
 import argparse
@@ -15,6 +16,7 @@ import os
 import statistics
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,7 +31,8 @@ from conftest import peaks  # noqa: E402
 
 from ttskernels.ops.tree_attention import tree_attention  # noqa: E402
 
-# branches, q heads, kv heads, head dim, prompt tokens, tokens of each branch
+HEADS = ((28, 4, 128), (32, 8, 128), (14, 2, 64), (9, 3, 64))
+# branches, q heads, kv heads, head dim, prompt tokens, tokens behind it on each path[, tree]
 SHAPES = [
     (16, 28, 4, 128, 2048, 128),
     (16, 14, 2, 64, 2048, 128),
@@ -41,12 +44,17 @@ SHAPES = [
     (4, 28, 4, 128, 2048, 128),
     (1, 28, 4, 128, 2048, 128),
 ]
+SEARCH = [(n, *heads, 2048, 440, tree) for tree in ("beam", "dvts") for n in (16, 64) for heads in HEADS]
+SEARCH += [(n, *heads, 2048, 128) for n in (16, 64) for heads in HEADS]
+SEARCH += [(1, *heads, 2048, 128) for heads in HEADS] + [(16, *heads, 2048, 128, "unshared") for heads in HEADS]
+SETS = {"notes": SHAPES, "search": SEARCH}
 METHODS = ("shared", "flat", "gqa", "folded", "flex")
 
 
 def calls(shape: tuple[int, ...], methods: list[str]):
     """The calls of one shape by method, with the cases that hold their tensors."""
-    tree, dense = Case(*shape, torch.bfloat16), None
+    sizes, kind = shape[:6], (*shape, "best-of-N")[6]
+    tree, dense = Case(*sizes, torch.bfloat16, tree=kind), None
     made = {}
     for method in methods:
         if method == "shared":
@@ -60,7 +68,7 @@ def calls(shape: tuple[int, ...], methods: list[str]):
                 print(f"FlexAttention does not compile at {shape}: {str(error).splitlines()[0]}")
                 del made[method]
         else:
-            dense = dense or Case(*shape, torch.bfloat16, shared=False)
+            dense = dense or Case(*sizes, torch.bfloat16, shared=False, tree=kind)
             made[method] = torch_call(dense, method)
     return tree, made
 
@@ -73,29 +81,31 @@ def torch_call(case, method: str):
     return lambda: F.scaled_dot_product_attention(q, k, v, scale=case.scale, enable_gqa=method == "gqa")
 
 
-def roofline_seconds(shape: tuple[int, ...], peak: dict[str, float]) -> float:
-    branches, q_heads, kv_heads, dim, prompt, suffix = shape
-
-    def node(tokens: int, rows: int) -> float:
-        flops, moved = 4 * q_heads * dim * tokens * rows, 4 * kv_heads * dim * tokens
-        return max(flops / peak["fma_gflops"], moved / peak["read_gbps"]) / 1e9
-
-    return node(prompt, branches) + branches * node(suffix, 1)
+def roofline_seconds(case: Case, peak: dict[str, float]) -> float:
+    """Every node read once, for all rows whose path it is on."""
+    (_, q_heads, dim), kv_heads, total = case.q.shape, case.k.shape[1], 0.0
+    rows = Counter(node for leaf, _ in case.trees.rows for node in case.trees.path(leaf))
+    for i, node in enumerate(case.trees.nodes):
+        flops, moved = 4 * q_heads * dim * node.length * rows[i], 4 * kv_heads * dim * node.length
+        total += max(flops / peak["fma_gflops"], moved / peak["read_gbps"]) / 1e9
+    return total
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
-    parser.add_argument("--shapes", type=int, nargs="+", default=range(len(SHAPES)), help="indices into SHAPES")
+    parser.add_argument("--set", choices=SETS, default="notes", help="shapes of the design notes, or of searches")
+    parser.add_argument("--shapes", type=int, nargs="+", help="indices into the set")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
     peak, records = peaks(), []
     print(f"FMA peak {peak['fma_gflops']:.0f} GFLOP/s, read {peak['read_gbps']:.1f} GB/s, isa {_dispatch.isa_name()}")
-    print("| N, heads x dim, P, S | % of roofline | GFLOP/s | " + " | ".join(args.methods) + " |")
-    print("|---" * (3 + len(args.methods)) + "|")
-    for shape in (SHAPES[i] for i in args.shapes):
+    print("| N, heads x dim, P, S | % of roofline | GFLOP/s | pairs shared / flat | " + " | ".join(args.methods) + " |")
+    print("|---" * (4 + len(args.methods)) + "|")
+    chosen = SETS[args.set]
+    for shape in (chosen[i] for i in args.shapes or range(len(chosen))):
         tree, made = calls(shape, args.methods)
         times: dict[str, list[float]] = {method: [] for method in made}
         for round_ in range(args.rounds + 1):
@@ -107,13 +117,19 @@ def main() -> None:
                     times[method].append(time.perf_counter() - started)
         median = {method: statistics.median(t) for method, t in times.items()}
         base = median[args.methods[0]]
-        share = 100 * roofline_seconds(shape, peak) / base
-        n, h, kv, d, p, s = shape
+        share = 100 * roofline_seconds(tree, peak) / base
+        pairs = [a / b for a, b in zip(times.get("shared", ()), times.get("flat", ()), strict=False)]
+        paired = statistics.median(pairs) if pairs else None
+        n, h, kv, d, p, s, kind = (*shape, "")[:7]
         others = (f"{median[m] / base:.2f} x" if m in median else "-" for m in args.methods[1:])
         cells = [f"{1e3 * base:.2f} ms", *others]
-        cells = [f"{n}, {h}/{kv} x {d}, {p}, {s}", f"{share:.0f}", f"{tree.flops / base / 1e9:.0f}", *cells]
+        ratio = "-" if paired is None else f"{paired:.3f}"
+        name = f"{n}, {h}/{kv} x {d}, {p}, {s} {kind}".rstrip()
+        cells = [name, f"{share:.0f}", f"{tree.flops / base / 1e9:.0f}", ratio, *cells]
         print("| " + " | ".join(cells) + " |", flush=True)
-        records.append({"shape": shape, "roofline_percent": share, "flops": tree.flops, "seconds": times})
+        records.append({
+            "shape": shape, "roofline_percent": share, "paired_shared_over_flat": paired, "flops": tree.flops, "seconds": times,
+        })  # fmt: skip
     if args.out:
         record = {
             "bench": "attention_table", "peaks": peak, "isa": _dispatch.isa_name(), "torch": torch.__version__,

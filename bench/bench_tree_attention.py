@@ -12,6 +12,7 @@ thread, TTSK_PEAK_GBPS: read bandwidth of the machine).
 
 import itertools
 import os
+import random
 import sys
 from pathlib import Path
 
@@ -47,11 +48,44 @@ def threads():
     torch.set_num_threads(before)
 
 
+STEP, WIDTH = 80, 4  # tokens of a reasoning step and children of a survivor, as in searches
+
+
+def tree_nodes(kind: str, branches: int, prompt: int, suffix: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """`(parent, tokens)` of every node, and the leaves.
+
+    "best-of-N": branches behind a prompt. "unshared": a prompt of its own for each. "beam", "dvts": what is left of a search
+    of width 4 with `suffix` tokens behind the prompt, in steps of 80, the last one under way. In a beam, survivors are drawn
+    from all paths; in DVTS each subtree keeps one. What is not above a leaf was released. Steps have one length, so that
+    other methods need no padding.
+    """
+    if kind == "best-of-N":
+        return [(-1, prompt)] + [(0, suffix)] * branches, list(range(1, branches + 1))
+    if kind == "unshared":
+        return [(-1, prompt + suffix)] * branches, list(range(branches))
+    draw, grown, paths = random.Random(0), [(-1, prompt)], [0]
+    for done in range(0, suffix, STEP):
+        width = branches // len(paths)
+        grown += [(parent, min(STEP, suffix - done)) for parent in paths for _ in range(width)]
+        paths = list(range(len(grown) - branches, len(grown)))
+        if done + STEP >= suffix:
+            break
+        subtrees = [paths[i : i + WIDTH] for i in range(0, branches, WIDTH)]
+        paths = sorted(draw.sample(paths, branches // WIDTH)) if kind == "beam" else [draw.choice(s) for s in subtrees]
+    kept = set()
+    for node in paths:
+        while node >= 0:
+            kept.add(node)
+            node = grown[node][0]
+    number = {node: i for i, node in enumerate(sorted(kept))} | {-1: -1}
+    return [(number[grown[n][0]], grown[n][1]) for n in sorted(kept)], [number[n] for n in paths]
+
+
 class Case:
-    def __init__(self, branches, q_heads, kv_heads, dim, prompt, suffix, dtype, shared=True):
+    def __init__(self, branches, q_heads, kv_heads, dim, prompt, suffix, dtype, shared=True, tree="best-of-N"):
         torch.manual_seed(0)
-        nodes = [(-1, prompt, 0)] + [(0, suffix, 0)] * branches
-        self.trees = make_trees(nodes, [(i + 1, suffix - 1) for i in range(branches)], slack=False)
+        nodes, leaves = tree_nodes(tree, branches, prompt, suffix)
+        self.trees = make_trees([(*n, 0) for n in nodes], [(n, nodes[n][1] - 1) for n in leaves], slack=False)
         self.plan = self.product_plan(HeadShape(q_heads, kv_heads, dim, dim, dtype.itemsize))
         if not shared:
             self.plan = build_plan(self.trees, "pushed")
@@ -59,7 +93,7 @@ class Case:
         self.k.normal_(), self.v.normal_()
         self.q = torch.randn(branches, q_heads, dim).to(dtype)
         self.scale = dim**-0.5
-        read = prompt + branches * suffix if shared else branches * (prompt + suffix)
+        read = sum(tokens for _, tokens in nodes) if shared else branches * (prompt + suffix)
         self.flops = 4 * q_heads * dim * branches * (prompt + suffix)
         self.kv_bytes = 2 * kv_heads * dim * self.q.element_size() * read
 
@@ -106,8 +140,12 @@ def flex(case):
     k, v, owner = case.unique()
     branches, tokens = case.q.shape[0], len(owner)
 
+    above = torch.zeros(branches, len(case.trees.nodes), dtype=torch.bool)
+    for row, (node, _) in enumerate(case.trees.rows):
+        above[row, case.trees.path(node)] = True
+
     def sees(batch, head, row, token):
-        return (owner[token] == 0) | (owner[token] == row + 1)
+        return above[row, owner[token]]
 
     mask = create_block_mask(sees, None, None, branches, tokens, device="cpu")
     compiled = torch.compile(flex_attention)

@@ -1,0 +1,277 @@
+"""Run this engine and what a user would pick instead, interleaved, and print one table a workload.
+
+    python bench/peers/run.py time --workloads W1 W2 --engines "ours bf16" "llama.cpp bf16" --rounds 3 --out FILE.json
+    python bench/peers/run.py time --workloads W3 --searches "openvino bf16 / llama.cpp bf16 / steps" --out FILE.json
+    python bench/peers/run.py report --out FILE.json --plot sweep.png
+
+`time` loads each side once and runs one side at a time (the others are stopped processes), in rounds that begin with another
+side each; every result is written at once, and a second call goes on where the first ended. A side of which one call took
+longer than --long seconds is not repeated. `--hold COMMAND` runs each timed call while `COMMAND sh -c ...` lives, for machines
+whose use is negotiated (`--hold "flock /tmp/bench.lock"`). README.md says what is fair here and what is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from engines import ENGINES, Engine, Worker, WorkerError
+from floor import Shape
+from models import HERE, ROOT, get
+from report import report
+from search import beam_search
+from workloads import WORKLOADS, Workload
+
+STRATEGIES = ("best_of_n", "beam_search", "dvts")
+
+
+class Results:
+    """The results file: written after every run, and read back by the next call."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.record = json.loads(path.read_text()) if path.exists() else {}
+        self.record.setdefault("bench", "peers")
+        for name, empty in (("commands", []), ("sides", {}), ("runs", []), ("failed", [])):
+            self.record.setdefault(name, empty)
+
+    def has(self, workload: str, side: str, round_: int | None = None) -> list[dict]:
+        return [
+            run for run in self.record["runs"]
+            if run["workload"] == workload and run["side"] == side and round_ in (None, run["round"])
+        ]  # fmt: skip
+
+    def save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        fresh = self.path.with_suffix(".tmp")
+        fresh.write_text(json.dumps(self.record, indent=1) + "\n")
+        fresh.rename(self.path)
+
+
+@contextlib.contextmanager
+def held(command: str | None):
+    """Hold the machine: a child of `command` says when it has it, and gives it back when its stdin is closed."""
+    if not command:
+        yield
+        return
+    holder = subprocess.Popen(
+        [*shlex.split(command), "sh", "-c", "echo; cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    try:
+        holder.stdout.readline()
+        yield
+    finally:
+        holder.stdin.close()
+        holder.wait()
+        holder.stdout.close()
+
+
+class Side:
+    """One row of a workload's table: `run(round)` gives what is recorded, after `warm()`."""
+
+    def __init__(self, name: str, workload: Workload, workers: dict[str, Worker], bits: str, run, warm):
+        self.name, self.workload, self.workers, self.bits, self.run, self.warm = name, workload, workers, bits, run, warm
+
+
+def samples_side(name: str, workload: Workload, worker: Worker) -> Side:
+    def run(round_: int) -> dict:
+        # The same prefill alone, on other ids: what of `seconds` is not decoding, measured alike for everybody.
+        alone = worker.call("generate", prompts=[workload.prompt_ids(-1 - round_)], samples=1, tokens=1, seed=round_)
+        asked = {"prompts": [workload.prompt_ids(round_)], "samples": workload.samples, "tokens": workload.tokens}
+        answer = worker.call("generate", **asked, seed=round_)
+        sizes = {len(ids) for ids in answer["ids"]}
+        if len(answer["ids"]) != workload.samples or sizes != {workload.tokens}:
+            raise WorkerError(f"{name} gave {len(answer['ids'])} samples of {sizes} tokens in {workload.name}")
+        distinct = len({tuple(ids) for ids in answer.pop("ids")})
+        return {**answer, "prefill_alone_seconds": alone["seconds"], "decoded": workload.decoded, "distinct": distinct}
+
+    def warm() -> None:
+        few = min(workload.samples, 4)
+        worker.call("generate", prompts=[workload.prompt_ids(-99)], samples=few, tokens=min(4, workload.tokens), seed=99)
+
+    return Side(name, workload, {name: worker}, worker.engine.bits, run, warm)
+
+
+def strategy_side(name: str, workload: Workload, worker: Worker, strategy: str) -> Side:
+    def run(round_: int, steps: int = workload.steps) -> dict:
+        return worker.call(
+            "search", strategy=strategy, prompt=workload.prompt_ids(round_), paths=workload.samples, width=workload.width,
+            steps=steps, step_tokens=workload.tokens, seed=round_,
+        )  # fmt: skip
+
+    return Side(name, workload, {name: worker}, worker.engine.bits, run, lambda: run(-99, 1))
+
+
+def search_side(name: str, workload: Workload, policy: Worker, reward: Worker, whole: bool) -> Side:
+    def warm() -> None:
+        asked = {"prompts": [workload.prompt_ids(-99)], "samples": workload.width, "tokens": 4}
+        ids = policy.call("generate", **asked, seed=99)["ids"]
+        reward.call("score_begin", prompt=workload.prompt_ids(-99))
+        if whole:
+            reward.call("score_whole", paths=[workload.prompt_ids(-99)])
+        else:
+            reward.call("score_steps", parents=[-1] * len(ids), steps=ids)
+
+    def run(round_: int) -> dict:
+        return beam_search(policy, reward, workload, round_, whole)
+
+    bits = "bf16" if {policy.engine.bits, reward.engine.bits} == {"bf16"} else "int8"
+    return Side(name, workload, {"policy": policy, "reward": reward}, bits, run, warm)
+
+
+class Cast:
+    """Starts workers, each once a workload."""
+
+    def __init__(self, args, results: Results):
+        self.args, self.results, self.workers = args, results, {}
+
+    def worker(self, name: str, workload: Workload, role: str = "policy") -> Worker:
+        if (name, role) not in self.workers:
+            engine = engine_named(name)
+            log = self.args.out.parent / "logs" / f"{name.replace(' ', '-')}-{role}.log"
+            log.parent.mkdir(parents=True, exist_ok=True)
+            print(f"loading {name} for {workload.name}", flush=True)
+            worker = self.workers[name, role] = Worker(engine, self.args.threads, log)
+            about = worker.load(workload.model, workload.context, workload.cells, workload.samples, self.args.source)
+            self.results.record["sides"][name] = about
+        return self.workers[name, role]
+
+    def close(self) -> None:
+        for worker in self.workers.values():
+            worker.close()
+
+
+def engine_named(name: str) -> Engine:
+    if name not in ENGINES:
+        raise SystemExit(f"an engine must be one of {', '.join(ENGINES)}, got {name!r}")
+    return ENGINES[name]
+
+
+def names_of(workload: Workload, args) -> list[str]:
+    """Sides of a workload, before anything is loaded."""
+    ours = [name for name in args.engines if engine_named(name).peer == "ours"]
+    if workload.kind == "strategies":
+        return [f"{name} {strategy}" for name in ours for strategy in STRATEGIES]
+    if workload.kind == "search":
+        return [*ours, *args.searches]
+    return [name for name in args.engines if workload.model == "smollm2" or ENGINES[name].form != "q4_1.gguf"]
+
+
+def make_side(name: str, workload: Workload, cast: Cast) -> Side:
+    if workload.kind == "strategies":
+        engine, strategy = name.rsplit(" ", 1)
+        return strategy_side(name, workload, cast.worker(engine, workload), strategy)
+    if workload.kind == "search" and " / " not in name:
+        return strategy_side(name, workload, cast.worker(name, workload), "beam_search")
+    if workload.kind == "search":
+        policy, reward, how = name.split(" / ")
+        if how not in ("whole", "steps"):
+            raise SystemExit(f'a search must read "POLICY / REWARD MODEL / whole or steps", got {name!r}')
+        workers = cast.worker(policy, workload), cast.worker(reward, workload, "reward")
+        return search_side(name, workload, *workers, how == "whole")
+    return samples_side(name, workload, cast.worker(name, workload))
+
+
+def time_workload(workload: Workload, args, results: Results) -> None:
+    cast = Cast(args, results)
+    try:
+        sides = []
+        for name in names_of(workload, args):
+            if all(results.has(workload.name, name, r) for r in range(args.rounds)) or too_long(results, workload, name, args):
+                continue
+            try:
+                side = make_side(name, workload, cast)
+                side.warm()
+                sides.append(side)
+            except WorkerError as error:
+                fail(results, workload, name, error)
+        for round_ in range(args.rounds):
+            turn = round_ % max(len(sides), 1)
+            for side in sides[turn:] + sides[:turn]:
+                if results.has(workload.name, side.name, round_) or too_long(results, workload, side.name, args):
+                    continue
+                try:
+                    with held(args.hold):
+                        found = side.run(round_)
+                except WorkerError as error:
+                    fail(results, workload, side.name, error)
+                    continue
+                run = {"workload": workload.name, "side": side.name, "round": round_, "bits": side.bits, **found}
+                results.record["runs"].append({**run, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+                results.save()
+                print(f"{workload.name} round {round_} {side.name:44} {found['seconds']:8.2f} s", flush=True)
+    finally:
+        cast.close()
+
+
+def too_long(results: Results, workload: Workload, name: str, args) -> bool:
+    return any(run["seconds"] > args.long for run in results.has(workload.name, name))
+
+
+def fail(results: Results, workload: Workload, name: str, error: Exception) -> None:
+    """A side that cannot run is part of the result."""
+    print(f"{workload.name} {name}: {error}", flush=True)
+    results.record["failed"].append({"workload": workload.name, "side": name, "error": str(error)[:500]})
+    results.save()
+
+
+def describe(args, results: Results) -> None:
+    """Machine, commit, command; peaks once, by our own worker."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    record = results.record
+    record |= {"machine": cpu or platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
+    record["commit"] = head.stdout.strip() or "unknown"
+    record["commands"].append(shlex.join(["python", "bench/peers/run.py", *sys.argv[1:]]))
+    if "peaks" not in record:
+        worker = Worker(Engine("ours", "bf16", "hf"), args.threads, Path(os.devnull))
+        with held(args.hold):
+            record["peaks"] = worker.call("peaks")
+        worker.close()
+    results.save()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("time", "report"))
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS))
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), metavar="ENGINE", help=", ".join(ENGINES))
+    parser.add_argument("--searches", nargs="*", default=[], metavar="SEARCH", help='"POLICY / REWARD MODEL / whole|steps"')
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--long", type=float, default=60.0, help="seconds of a call above which it is not repeated")
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--hold", help="command that holds the machine while its argument runs")
+    parser.add_argument("--source", type=Path, help="dry run: this small Hugging Face folder, at sizes that take seconds")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results" / f"peers-{time.strftime('%Y-%m-%d')}.json")
+    parser.add_argument("--plot", type=Path, help="report: write the sweep over N there (PNG)")
+    args = parser.parse_args()
+    results = Results(args.out)
+    if args.what == "time":
+        describe(args, results)
+        for name in args.workloads:
+            time_workload(tiny(WORKLOADS[name]) if args.source else WORKLOADS[name], args, results)
+    done = {run["workload"] for run in results.record["runs"]}
+    workloads = {name: tiny(w) if args.source else w for name, w in WORKLOADS.items() if name in done}
+    shapes = {model: Shape.read(get(model, "hf", args.source)) for model in {w.model for w in workloads.values()}}
+    results.record["report"] = report(results.record, workloads, shapes, args.plot)
+    results.save()
+    print(json.dumps(results.record["report"]))
+
+
+def tiny(workload: Workload) -> Workload:
+    """The same workload at a size for a dry run."""
+    steps, model = min(workload.steps, 3), "source"
+    return replace(workload, prompt=24, samples=min(workload.samples, 8), tokens=5, steps=steps, model=model)
+
+
+if __name__ == "__main__":
+    main()
