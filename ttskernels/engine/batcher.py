@@ -14,6 +14,7 @@ from concurrent.futures import Future
 
 import torch
 
+from ttskernels.engine.ahead import Decoding, Wish
 from ttskernels.engine.keys import child_key
 from ttskernels.engine.policy import PolicyRunner
 from ttskernels.engine.reading import check_reads
@@ -36,14 +37,23 @@ class Engine:
             may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
+        ahead_rows: rows of a decode iteration that children of `ahead` may fill up; 0: none is started.
     Raises:
         ValueError: no model at all, a policy without its automaton, a verifier without a score head.
     """
 
-    def __init__(self, policy=None, verifier=None, *, next_state: torch.Tensor | None = None, kv_bytes: int = 4 << 30):
+    def __init__(
+        self,
+        policy=None,
+        verifier=None,
+        *,
+        next_state: torch.Tensor | None = None,
+        kv_bytes: int = 4 << 30,
+        ahead_rows: int = 0,
+    ):
         if policy is None and verifier is None:
             raise ValueError("Engine needs a policy, a verifier or both, got neither")
-        self.policy_model, self.verifier_model = policy, verifier
+        self.policy_model, self.verifier_model, self.ahead_rows = policy, verifier, ahead_rows
         self.budget = ByteBudget(kv_bytes)
         self._sessions: list[Session] = []
         self._orders = itertools.count()
@@ -52,8 +62,9 @@ class Engine:
         if policy is not None:
             self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
             residency.forests.append((self.policy_forest, lambda session: session.policy_nodes))
-            self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
+            self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state, ahead_rows)
             residency.busy_before = self._policy.busy_before
+            residency.spare_nodes = self._policy.ahead.spare_nodes
         if verifier is not None and verifier is policy:
             self.verifier_forest = self.policy_forest
         elif verifier is not None:
@@ -119,22 +130,44 @@ class Engine:
             try:
                 if parent.pos0 + len(parent.ids) >= max_length:
                     raise ValueError(f"the path has reached its limit of {max_length} tokens; it cannot be continued")
-                children = self.policy_forest.fork(parent, len(ordinals))
+                children = self._children(session, parent, key, ordinals, path_key, max_steps,
+                                          Decoding(sampling, max_step_tokens, max_length))  # fmt: skip
             except Exception as error:
                 for ordinal in ordinals:
                     on_step(ordinal, error)
                 return
-            length = parent.pos0 + len(parent.ids)
-            uncached = sum(len(n.ids) - n.cached for n in self.policy_forest.path(parent))  # computed once, for all
-            session.counters.policy_reused += len(children) * length - uncached
-            for ordinal, child in zip(ordinals, children, strict=True):
-                session.policy_nodes.add(child)
-                self._policy.add(
-                    Branch(session, child, child_key(key, ordinal), (*path_key, ordinal), sampling, max_step_tokens,
-                           max_length, max_steps, lambda end, o=ordinal: on_step(o, end), group)
-                )  # fmt: skip
+            for ordinal, branch in zip(ordinals, children, strict=True):
+                branch.group, branch.on_step = group, lambda end, o=ordinal: on_step(o, end)
+                if branch.end is not None:
+                    branch.on_step(branch.end)
+                else:
+                    self._policy.add(branch)
 
         self._call(start)
+
+    def ahead(
+        self,
+        session: Session,
+        wishes: Iterable[Wish],
+        *,
+        sampling: Sampling,
+        max_step_tokens: int,
+        max_length: int,
+        group: object,
+    ) -> None:
+        """Children that `branch` will probably be asked for, best first: start them where a batch has room (`ahead_rows`).
+
+        The list takes the place of the group's last one. A child of it is the one that `branch` would begin, to the last
+        bit; those of a parent that is released are dropped, and their tokens counted as speculated.
+        """
+        decoding = Decoding(sampling, max_step_tokens, min(max_length, self.policy_model.config.max_positions))
+        wishes = list(wishes)
+
+        def run() -> None:
+            if not session.closed:
+                self._policy.wish(group, session, decoding, [w for w in wishes if not w.parent.released])
+
+        self._call(run)
 
     def score(
         self,
@@ -208,7 +241,12 @@ class Engine:
 
     def cancel(self, group: object) -> None:
         """Drop the branches of a group; steps already reported stay with the caller."""
-        self._call(lambda: self._policy.drop(lambda branch: branch.group is group))
+
+        def run() -> None:
+            self._policy.drop(lambda branch: branch.group is group)
+            self._policy.ahead.forget(group)
+
+        self._call(run)
 
     def release(self, session: Session, *, policy: Iterable[Node] = (), verifier: Iterable[Node] = ()) -> None:
         """Give back handles that branch ends and score jobs returned."""
@@ -219,6 +257,8 @@ class Engine:
                 return
             for node in policy:
                 self.policy_forest.release(node)
+                if node.refs == 0:
+                    self._policy.ahead.release(node)
             for node in verifier:
                 self.verifier_forest.release(node)
 
@@ -283,7 +323,8 @@ class Engine:
         decoding = policy is not None and bool(policy.branches)
         if scorer is not None and scorer.jobs:
             self._patience -= 1
-            if not decoding or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
+            short = decoding and len(policy.branches) < policy.ahead_rows  # scores say what may be started ahead
+            if not decoding or short or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
                 self._patience = SCORE_PATIENCE
                 if scorer.step():
                     self._note_peak()
@@ -307,6 +348,35 @@ class Engine:
         for session in self._sessions:
             session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
 
+    def _children(
+        self,
+        session: Session,
+        parent: Node,
+        key: int,
+        ordinals: list[int],
+        path_key: tuple[int, ...],
+        max_steps: int,
+        decoding: Decoding,
+    ) -> list[Branch]:
+        """The children of a node that somebody asks for: those begun ahead, and new ones."""
+        forest, ahead = self.policy_forest, self._policy.ahead
+        length = parent.pos0 + len(parent.ids)
+        uncached = sum(len(n.ids) - n.cached for n in forest.path(parent)) + ahead.claim(parent)  # computed once, for all
+        begun = {o: branch for o in ordinals if max_steps == 1 and (branch := ahead.take(parent, o, decoding))}
+        new = iter(forest.fork(parent, len(ordinals) - len(begun)))
+        session.counters.policy_reused += len(ordinals) * length - uncached
+        children = []
+        for ordinal in ordinals:
+            if ordinal not in begun:
+                node = next(new)
+                session.policy_nodes.add(node)
+                begun[ordinal] = Branch(
+                    session, node, child_key(key, ordinal), (*path_key, ordinal), decoding.sampling,
+                    decoding.max_step_tokens, decoding.max_length, max_steps, None,
+                )  # fmt: skip
+            children.append(begun[ordinal])
+        return children
+
     def _open(self, prompt: list[int] | None, verifier_prompt: list[int] | None, beside: Session | None) -> Session:
         session = Session(next(self._orders) if beside is None else beside.order, None, None)
         if prompt is not None:
@@ -325,6 +395,7 @@ class Engine:
             return
         if self._policy is not None:
             self._policy.drop(lambda branch: branch.session is session)
+            self._policy.ahead.close(session)
         if self._scorer is not None:
             self._scorer.drop(session)
             self._sweep(self.verifier_forest, session.verifier_nodes)

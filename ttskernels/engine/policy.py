@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from ttskernels.engine.ahead import Ahead
 from ttskernels.engine.keys import as_int64, child_key
 from ttskernels.engine.residency import Residency, missing, uncached_rows
 from ttskernels.engine.work import Branch, StepEnd
@@ -16,13 +17,16 @@ from ttskernels.kv.plan import build_plan
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
+SHORT_ITERATIONS = 4  # the same while rows for children nobody has asked for are free
 PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
 
 
 class PolicyRunner:
     """Holds the policy, its forest and pool, and the branches that are under way."""
 
-    def __init__(self, model, forest: Forest, residency: Residency, next_state: torch.Tensor | None):
+    def __init__(
+        self, model, forest: Forest, residency: Residency, next_state: torch.Tensor | None, ahead_rows: int = 0
+    ):
         if next_state is None:
             raise ValueError("next_state is None; a policy needs the stop automaton of its tokenizer")
         if next_state.dtype != torch.int32 or next_state.ndim != 2 or next_state.shape[1] != model.config.vocab:
@@ -32,7 +36,9 @@ class PolicyRunner:
             )
         self.model, self.forest, self.residency, self.next_state = model, forest, residency, next_state.contiguous()
         self.heads = model.config.heads
-        self.branches: list[Branch] = []
+        self.branches: list[Branch] = []  # asked for
+        self.ahead, self.ahead_rows = Ahead(forest), ahead_rows  # not asked for; rows of a batch they may fill up
+        self._crowded = False  # a branch that was asked for found no room in the last batch
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed
         self._plan_epoch = -1
@@ -43,16 +49,25 @@ class PolicyRunner:
 
     def add(self, branch: Branch) -> None:
         self.branches.append(branch)
+        self._plan = None
+
+    def wish(self, *wish) -> None:
+        """See `Ahead.wish`."""
+        self.ahead.wish(*wish)
+        if len(self._running) < self.ahead_rows:
+            self._plan = None
 
     def drop(self, unwanted: Callable[[Branch], bool]) -> None:
         """Forget branches and give back their leaves."""
         for branch in [b for b in self.branches if unwanted(b)]:
             self.branches.remove(branch)
             self.forest.release(branch.node)
+        self.ahead.drop(unwanted)
         self._plan = None
 
     def abort(self, error: BaseException) -> None:
         """End every branch with `error`."""
+        self.ahead.drop(lambda branch: True)
         for branch in list(self.branches):
             self._fail(branch, error)
 
@@ -78,7 +93,7 @@ class PolicyRunner:
 
     def _plan_has_room(self) -> bool:
         whole = self._plan_epoch == self.residency.epoch  # scoring evicts too
-        return whole and len(self._running) == len(self.branches) and all(self._room(b) > 0 for b in self._running)
+        return whole and not self._crowded and all(self._room(b) > 0 for b in self._running)
 
     def _admit(self) -> list[Branch]:
         """Branches whose whole path is (or now became) resident, oldest problem first, with a slot for the next token."""
@@ -98,9 +113,24 @@ class PolicyRunner:
                     pinned.update(path)
                     admitted.append(branch)
             # A later branch's reserve may evict only what is not pinned, so every admitted path is still whole.
+        self._crowded = len(admitted) < len(self.branches)
+        if admitted and not self._crowded and len(admitted) < self.ahead_rows:
+            admitted = [*admitted, *self._fill(self.ahead_rows - len(admitted))]
         for branch in admitted:
             branch.resident_epoch = self.residency.epoch
         return admitted
+
+    def _fill(self, room: int) -> list[Branch]:
+        """Up to `room` branches that nobody has asked for yet, if they take no page from anybody."""
+        filled = []
+        for branch in self.ahead.candidates():
+            needs = self._needs(branch)
+            if needs and not self._try(list(needs.items())):
+                break
+            filled.append(branch)
+            if len(filled) == room:
+                break
+        return filled
 
     def _needs(self, branch: Branch) -> dict[Node, int]:
         node = branch.node
@@ -165,7 +195,8 @@ class PolicyRunner:
         """Up to MAX_ITERATIONS tokens for every running branch in one call; stops when one ends its step."""
         started = time.perf_counter()
         branches = self._running
-        iterations = min(MAX_ITERATIONS, *(self._room(b) for b in branches))
+        most = MAX_ITERATIONS if len(branches) >= self.ahead_rows else SHORT_ITERATIONS
+        iterations = min(most, *(self._room(b) for b in branches))
         tokens = torch.empty(iterations, len(branches), dtype=torch.int32)
         logprobs = torch.empty(iterations, len(branches), dtype=torch.float32)
         ids = torch.tensor([b.node.ids[-1] for b in branches], dtype=torch.int32)
@@ -228,7 +259,7 @@ class PolicyRunner:
             branch.node, branch.key, branch.state, branch.logprob = child, child_key(branch.key, 0), 0, 0.0
             branch.path_key = (*branch.path_key, 0)
             branch.steps_left -= 1
-        else:
+        elif not branch.ahead:
             self.branches.remove(branch)
         branch.on_step(end)
 
