@@ -139,7 +139,7 @@ class PolicyRunner:
         seconds = time.perf_counter() - started
         for node, first, n in rows:
             counters = node.owner.counters
-            counters.policy_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.policy_flops += self.model.flops(node.pos0 + first, n, "kv")
             if node in decoding and n == 1:
                 counters.decode_seconds += seconds / total
             else:
@@ -149,6 +149,9 @@ class PolicyRunner:
                 counters.prefill_seconds += seconds * n / total
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
+        for source in sources:  # the last layer and the head run for these alone
+            read = source.pos0 + len(source.ids) - 1
+            source.owner.counters.policy_flops += self.model.flops(read) - self.model.flops(read, 1, "kv")
         if ready:
             self._sample(ready, logits, torch.tensor([sources[b.source] for b in ready], dtype=torch.int32))
         return True
@@ -181,7 +184,7 @@ class PolicyRunner:
         for branch, column, chance, state in zip(branches, columns, chances, states.tolist(), strict=True):
             node, counters = branch.node, branch.session.counters
             counters.decode_seconds += seconds
-            counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
+            counters.policy_flops += self.model.flops(node.pos0 + len(node.ids) - 1, done)
             node.cached += done
             node.seen = node.cached
             self._extend(branch, column, chance, state)

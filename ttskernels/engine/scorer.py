@@ -162,7 +162,7 @@ class ScoreRunner:
         for job in jobs:
             job.session.counters.score_seconds += seconds
             job.session.counters.verifier_reused += reused[job.node]
-            job.session.counters.verifier_flops += len(job.reads) * flops_of_read(self.model)
+            job.session.counters.verifier_flops += sum(flops_of_read(self.model, job.node.pos0 + r) for r in job.reads)
             mine = scores[at : at + len(job.reads)]
             result.append(mine if all(map(math.isfinite, mine)) else None)
             at += len(job.reads)
@@ -194,7 +194,7 @@ class ScoreRunner:
             new = max(0, first + n - max(node.seen, first))
             counters.verifier_prefilled += new
             counters.verifier_recomputed += n - new
-            counters.verifier_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.verifier_flops += self.model.flops(node.pos0 + first, n, "kv")
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
         at = 0
