@@ -112,6 +112,13 @@ TTSK_TEST(block_tables) {
     for (const int32_t q : queries) rows += q;
     std::vector<int32_t> packed(5 + 12 * count + count * width + 2 * rows);
     packed.resize(TreeFromBlockTables(table.data(), lens.data(), queries.data(), count, width, page_size, packed.data()));
+    const TreeSpec spec(packed.data());
+    for (int32_t r = 0; r < rows; ++r) {
+      int32_t begin = 0;
+      for (int32_t v = spec.parent[spec.row_node[r]]; v >= 0; v = spec.parent[v]) begin += spec.length[v];
+      const int32_t within = spec.row_pos[r] - begin;
+      check.True(within >= 0 && within < spec.length[spec.row_node[r]], "a row outside of its node");
+    }
     const std::vector<int32_t> plan = BuildPlan(packed, RandomCosts(random, 2));
     const auto* items = reinterpret_cast<const PlanItem*>(PlanSection(plan.data(), kFieldItems));
     const auto* segs = reinterpret_cast<const PlanSeg*>(PlanSection(plan.data(), kFieldSegs));

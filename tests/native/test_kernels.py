@@ -5,6 +5,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -19,11 +20,13 @@ CROSS = {"compiler g++-aarch64-linux-gnu": "aarch64-linux-gnu-g++", "emulator qe
 
 
 def program(machine: str, cxx: str) -> Path:
-    """The test program for a machine; objects that are up to date are kept."""
+    """The test program for a machine; objects that are up to date are kept, and are here those of the extension."""
     out = ROOT / "build" / "native" / ALIASES.get(machine, machine)
+    here = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # as setuptools names it
+    library = ROOT / "build" / here if machine == platform.machine() else out
+    objects = compile_units(cpu_units(machine), library, cxx)
     tests = [Unit(source, f"test.{source.stem}", []) for source in sorted(HERE.glob("*.cpp"))]
-    headers = list(HERE.glob("*.h"))
-    objects = compile_units([*cpu_units(machine), *tests], out, cxx, headers)
+    objects += compile_units(tests, out, cxx, HERE.glob("*.h"))
     target = out / "kernel_tests"
     subprocess.run([cxx, "-fopenmp", *map(str, objects), "-o", str(target)], check=True)
     return target

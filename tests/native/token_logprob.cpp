@@ -6,9 +6,11 @@
 namespace ttsk::testing {
 
 TTSK_TEST(token_logprob) {
-  for (int i = 0; i < 24; ++i) {
+  for (int i = 0; i < 25; ++i) {
     const DType type = AnyType(random), weights = AnyType(random);
-    const int64_t dim = random.Pick<int64_t>({1, 16, 33, 96}), vocab = random.Pick<int64_t>({1, 63, 64, 65, 500});
+    const bool large = i == 0;  // more panels than slices
+    const int64_t dim = large ? 3 : random.Pick<int64_t>({1, 16, 33, 96});
+    const int64_t vocab = large ? 2 * kLogprobSlices * kPanelColumns + 70 : random.Pick<int64_t>({1, 63, 64, 65, 500});
     const int64_t tokens = random.Between(1, 9), n = random.Between(1, 12), stride = dim + 1, weight_stride = dim + random.Below(3);
     const bool packed = random.Chance(0.5), normed = random.Chance(0.7);
     check.what = Text("dim %lld, vocab %lld, %s x %s, packed %d", static_cast<long long>(dim), static_cast<long long>(vocab),
