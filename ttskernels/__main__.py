@@ -16,12 +16,12 @@ import ttskernels
 from ttskernels import _dispatch
 
 SETTINGS = {
-    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_vnni | avx512_bf16: force an instruction-set level",
+    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_vnni | avx512_bf16 | neon: force an instruction-set level",
     "TTSK_NUM_THREADS": "threads of the CPU kernels",
     "TTSK_DISABLE_CPP": "1: run on the reference implementation",
     "TTSK_CACHE": "folder of converted GGUF checkpoints",
 }
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
 
 
 def report() -> list[tuple[str, str]]:

@@ -41,6 +41,9 @@ PrmFamily = Annotated[
 PrmReference = Annotated[
     str | None, typer.Option(help="Of an implicit PRM, the model that it was trained from: checkpoint folder or hub id.")
 ]
+PrmBase = Annotated[
+    str | None, typer.Option(help="Of an adapter or PQM, the model it was trained on [default: what its config names].")
+]
 PromptStyle = Annotated[
     str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
 ]
@@ -93,6 +96,7 @@ def solve(
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     prompt_style: PromptStyle = None,
     problem_file: Annotated[
         str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")
@@ -133,8 +137,8 @@ def solve(
         )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
-            kv_gib=kv_gib, device=device,
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device,
         )  # fmt: skip
         records, interrupted = [], False
         try:
@@ -229,6 +233,7 @@ def evaluate(
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     prompt_style: PromptStyle = None,
     limit: Limit = None,
     seed: Seed = 0,
@@ -272,8 +277,8 @@ def evaluate(
         )
         problems = load_problems(problem_file, limit)
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
-            kv_gib=kv_gib, device=device,
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device,
         )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:
@@ -306,6 +311,7 @@ def score(
     results: Annotated[Path, typer.Option(help="Results file; run again to continue.")],
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     separator: Annotated[str, typer.Option(help="Cuts a solution's text into steps; \\n is a newline.")] = r"\n\n",
     limit: Limit = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
@@ -324,7 +330,7 @@ def score(
         problems, solutions = load_solutions(solutions_file, limit)
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
         loaded = load_verifier(
-            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, device=device
+            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device
         )
         try:
             with progress_bar("solutions", err) as progress:

@@ -168,7 +168,7 @@ class PolicyRunner:
         seconds = time.perf_counter() - started
         for node, first, n in rows:
             counters = node.owner.counters
-            counters.policy_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.policy_flops += self.model.flops(node.pos0 + first, n, "kv")
             if node in decoding and n == 1:
                 counters.decode_seconds += seconds / total
             else:
@@ -178,6 +178,9 @@ class PolicyRunner:
                 counters.prefill_seconds += seconds * n / total
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
+        for source in sources:  # the last layer and the head run for these alone
+            read = source.pos0 + len(source.ids) - 1
+            source.owner.counters.policy_flops += self.model.flops(read) - self.model.flops(read, 1, "kv")
         if ready:
             self._sample(ready, logits, torch.tensor([sources[b.source] for b in ready], dtype=torch.int32))
         return True
@@ -212,7 +215,7 @@ class PolicyRunner:
             node, counters = branch.node, branch.session.counters
             taken = column.index(-1) if column[-1] < 0 else done  # on a GPU a row that has ended waits for others
             counters.decode_seconds += seconds
-            counters.policy_flops += taken * self.model.flops_per_token(node.pos0 + len(node.ids) + taken / 2)
+            counters.policy_flops += self.model.flops(node.pos0 + len(node.ids) - 1, taken)
             node.cached += taken
             node.seen = node.cached
             self._extend(branch, column[:taken], chance[:taken], state)

@@ -61,6 +61,11 @@ def _head_scores(model, hidden: Tensor, rows: Tensor) -> Tensor:
     )  # fmt: skip
 
 
-def flops_of_read(model) -> float:
-    """Floating-point operations of one read: the vocabulary heads of a `PairModel`; a score head counts for nothing."""
-    return 2.0 * 2 * model.config.hidden * model.config.vocab if isinstance(model, PairModel) else 0.0
+def flops_of_read(model, position: int) -> float:
+    """Floating-point operations that a read at a position adds to its row: the last layer, and the head (of a `PairModel`
+    both vocabulary heads)."""
+    if isinstance(model, PairModel):
+        head = 2 * model.config.hidden * model.config.vocab
+    else:
+        head = sum(part.numel() for part in (model.head.weight, model.head.inner_weight) if part is not None)
+    return 2.0 * head + model.flops(position, 1, "hidden") - model.flops(position, 1, "kv")

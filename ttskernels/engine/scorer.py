@@ -188,7 +188,7 @@ class ScoreRunner:
             counters = job.session.counters
             counters.score_seconds += seconds
             counters.verifier_reused += batch.reused[job.node]
-            counters.verifier_flops += len(job.reads) * flops_of_read(self.model)
+            counters.verifier_flops += sum(flops_of_read(self.model, job.node.pos0 + r) for r in job.reads)
             mine = scores[at : at + len(job.reads)]
             at += len(job.reads)
             if all(map(math.isfinite, mine)):
@@ -223,7 +223,7 @@ class ScoreRunner:
             new = max(0, first + n - max(node.seen, first))
             counters.verifier_prefilled += new
             counters.verifier_recomputed += n - new
-            counters.verifier_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.verifier_flops += self.model.flops(node.pos0 + first, n, "kv")
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
         at = 0

@@ -13,7 +13,7 @@ from ttskernels.errors import UnavailableError
 from ttskernels.kv.plan import CPU, Plan
 from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
-from ttskernels.models.config import DecoderConfig
+from ttskernels.models.config import DecoderConfig, FlopsOutput
 from ttskernels.models.decoder import Decoder, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
 from ttskernels.models.device_queue import DeviceQueue, Fetch
@@ -54,9 +54,9 @@ class Model:
     def kv_bytes_per_token(self) -> int:
         return self.config.kv_bytes_per_token
 
-    def flops_per_token(self, context: int, output: str | None = "logits") -> float:
-        """See `DecoderConfig.flops_per_token`; the vocabulary head counts only if the model has one."""
-        return self.config.flops_per_token(context, output if self.lm_head is not None else None)
+    def flops(self, first: int, rows: int = 1, output: FlopsOutput = "logits") -> float:
+        """See `DecoderConfig.flops`; the vocabulary head counts only if the model has one."""
+        return self.config.flops(first, rows, "hidden" if output == "logits" and self.lm_head is None else output)
 
     @property
     def heads(self) -> HeadShape:

@@ -16,6 +16,7 @@ from ttskernels import _dispatch
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
+from ttskernels.models.config import FlopsOutput
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.models.model import Model, check_impl, make_decoder
 from ttskernels.ops.token_logprob import token_logprob
@@ -76,9 +77,9 @@ class PairModel:
     def heads(self) -> HeadShape:
         return self.config.heads
 
-    def flops_per_token(self, context: int, output: str | None = None) -> float:
-        """Of both; see `DecoderConfig.flops_per_token`."""
-        return sum(model.config.flops_per_token(context, output) for model in (self.first, self.second))
+    def flops(self, first: int, rows: int = 1, output: FlopsOutput = "hidden") -> float:
+        """Of both; see `DecoderConfig.flops`."""
+        return sum(model.config.flops(first, rows, output) for model in (self.first, self.second))
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         return self.first.new_pool(num_pages, budget, models=2)

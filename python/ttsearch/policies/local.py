@@ -71,6 +71,7 @@ class LocalBackend:
         *,
         prm_family: str | Path | Family | None = None,
         prm_reference: str | Path | None = None,
+        prm_base: str | Path | None = None,
         prompt_style: str | None = None,
         kv_bytes: int | None = None,
         dtype: str = "bf16",
@@ -84,7 +85,7 @@ class LocalBackend:
             policy, verifier: checkpoint folder, hub id or .gguf file. verifier="likelihood" needs no second model: a step
                 scores the geometric mean of its tokens' probabilities under the policy (a baseline, not a PRM).
             prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
-            prm_reference: of an implicit PRM, the model that it was trained from.
+            prm_reference, prm_base: of an implicit PRM, of an adapter or PQM; see `verifiers.session.load_verifier`.
             kv_bytes: KV budget of both models together; None: 2 GiB. A generative verifier has as much again, for itself.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
             device: "cpu", or "cuda" for both models on a GPU.
@@ -104,10 +105,13 @@ class LocalBackend:
             family = detect_family(resolve(verifier, torch_dtype(dtype)), prm_family, verifier)
             if isinstance(family, GenerativeFamily):
                 writer = load_verifier(
-                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference, device=device
+                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base,
+                    device=device,
                 )
             else:
-                scorer, text_verifier = read_verifier(verifier, family, dtype, impl, prm_reference, device=device)
+                scorer, text_verifier = read_verifier(
+                    verifier, family, dtype, impl, prm_reference, prm_base, device=device
+                )
         table = torch.from_numpy(text_policy.next_state.copy())
         rows = AHEAD_ROWS if speculate != "off" else 0
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES, ahead_rows=rows)
