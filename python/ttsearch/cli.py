@@ -62,6 +62,7 @@ MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
+Weights = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps matrices; int8 is the smallest.")]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -114,6 +115,7 @@ def solve(
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
     device: Device = "cpu",
+    weights: Weights = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -138,7 +140,7 @@ def solve(
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
         )  # fmt: skip
         records, interrupted = [], False
         try:
@@ -248,6 +250,7 @@ def evaluate(
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
     device: Device = "cpu",
+    weights: Weights = "auto",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
         "runs/evaluate"
@@ -278,7 +281,7 @@ def evaluate(
         problems = load_problems(problem_file, limit)
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
         )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:
@@ -317,6 +320,7 @@ def score(
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
     kv_gib: KvGib = None,
     device: Device = "cpu",
+    weights: Weights = "auto",
     concurrency: Concurrency = 4,
     as_json: AsJson = False,
 ) -> None:
@@ -330,7 +334,8 @@ def score(
         problems, solutions = load_solutions(solutions_file, limit)
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
         loaded = load_verifier(
-            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device
+            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device,
+            weights=weights,
         )
         try:
             with progress_bar("solutions", err) as progress:

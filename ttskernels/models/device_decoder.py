@@ -8,7 +8,6 @@ In the Triton interpreter the same calls run on CPU tensors, without a graph.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch

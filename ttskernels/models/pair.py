@@ -18,7 +18,7 @@ from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import FlopsOutput
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.models.model import Model, check_impl, make_decoder
+from ttskernels.models.model import Model, Weights, check_impl, make_decoder
 from ttskernels.ops.token_logprob import token_logprob
 
 SHAPE = ("vocab", "layers", "hidden", "q_heads", "kv_heads", "head_dim", "dtype")
@@ -118,15 +118,18 @@ def load_pair(
     impl: _dispatch.Impl = "auto",
     *,
     device: str | torch.device = "cpu",
+    weights: Weights = "auto",
 ) -> PairModel:
     """Load two language models of one shape; arguments and errors as `load_model`. `device` must be "cpu"."""
     if torch.device(device).type != "cpu":
         raise ValueError(f'device must be "cpu" for two models over one forest (an implicit PRM), got {str(device)!r}')
     check_impl(impl)
-    return PairModel(*(_language_model(load_checkpoint(source, dtype), source, impl) for source in (first, second)))
+    checkpoints = [load_checkpoint(source, dtype) for source in (first, second)]
+    return PairModel(*(_language_model(c, s, impl, weights) for c, s in zip(checkpoints, (first, second), strict=True)))
 
 
-def _language_model(checkpoint: Checkpoint, source: str | os.PathLike, impl: str) -> Model:
+def _language_model(checkpoint: Checkpoint, source: str | os.PathLike, impl: str, weights: Weights) -> Model:
     if not checkpoint.keeps_lm_head:
         raise ValueError(f"{source} has a score head; an implicit PRM is made of two plain language models")
-    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=False))  # token_logprob reads the vocabulary head
+    # token_logprob reads the vocabulary head
+    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=False, weights=weights))
