@@ -53,8 +53,8 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   embed_ = Copy(embed, shape.vocab * h, t);
   final_norm_ = Copy(final_norm, h, t);
   if (lm_head != nullptr) {
-    lm_head_ = pack(shape.vocab, h);
-    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), shape.form);
+    lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, HeadForm()), 0);
+    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), HeadForm());
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
@@ -121,14 +121,14 @@ void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) c
 }
 
 void Decoder::Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
-                      int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu) {
+                      int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form) {
   LinearParams p{};
   p.x = x, p.packed = packed.data(), p.bias = bias.empty() ? nullptr : bias.data(), p.y = y;
   p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(rows, k));
   p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = swiglu ? n / 2 : n;
   p.x_dtype = p.weight_dtype = shape_.dtype, p.y_dtype = y_dtype;
   p.epilogue = swiglu ? LinearEpilogue::kSwiGlu : add ? LinearEpilogue::kAdd : LinearEpilogue::kStore;
-  p.form = shape_.form;
+  p.form = form;
   TTSK_SELECT(Linear)(p);
 }
 
@@ -206,17 +206,17 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
     TTSK_SELECT(TreeAttention)(attention);
 
-    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false);
+    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false, s.form);
     Norm(x, layer.post_norm, live, normed);
-    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true);
-    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false);
+    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true, s.form);
+    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.form);
   }
   if (output == DecoderOutput::kHidden) {
     std::memcpy(out, x, num_out * h * 4);
     return;
   }
   Norm(x, final_norm_, num_out, normed);
-  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false);
+  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, HeadForm());
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {
