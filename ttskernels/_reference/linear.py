@@ -18,7 +18,7 @@ def fixed_groups(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     top = x.abs().amax(-1)
     scales = torch.where(top < 1e-30, 0.0, top / most)
-    up = torch.where(scales > 0, most / top, 0.0)
+    up = torch.where(scales > 0, torch.full_like(top, most) / top, 0.0)  # a scalar's quotient would be rounded twice
     values = (x * up[..., None]).round()
     finite = x.isfinite().all(-1)
     return torch.where(finite[..., None], values, 0.0), torch.where(finite, scales, torch.nan)
