@@ -86,9 +86,57 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
   check.True(std::memcmp(alone.data(), together, size) == 0, "a row alone has other bits");
 }
 
+// Fixed point: a term errs by at most half a scale of its weight's group, times the input, and the other way round.
+void RunFixed(Checks& check, Random& random, int64_t rows, int64_t n, int64_t k, DType dtype, LinearForm form) {
+  const bool words = form == LinearForm::kInt16;
+  check.what = Text("%lld x %lld x %lld, %s as %s", static_cast<long long>(rows), static_cast<long long>(n),
+                    static_cast<long long>(k), NameOf(dtype), words ? "int16" : "int8");
+  Array x = Array::Normal(dtype, rows * k, random), weight = Array::Normal(dtype, n * k, random);
+  Array y(DType::kFloat32, rows * n);
+  std::vector<unsigned char> packed(LinearPackedBytes(n, k, dtype, form)), workspace(LinearWorkspaceBytes(rows, k));
+  LinearPack(weight.data(), n, k, k, dtype, {0, n, 0}, packed.data(), form);
+  LinearParams p{};
+  p.x = x.data(), p.packed = packed.data(), p.y = y.data(), p.workspace = workspace.data();
+  p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = n;
+  p.x_dtype = p.weight_dtype = dtype, p.y_dtype = DType::kFloat32, p.form = form;
+  TTSK_SELECT(Linear)(p);
+  const double half_w = 0.5001 / (words ? kMostWord : kMostByte);
+  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostRowOfBytes);
+  for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t c = 0; c < n; ++c) {
+      double sum = 0, error = 0;
+      for (int64_t first = 0; first < k; first += kFixedGroup) {
+        const int64_t end = std::min(k, first + kFixedGroup);
+        double top_x = 0, top_w = 0;
+        for (int64_t i = first; i < end; ++i) {
+          top_x = std::max(top_x, std::fabs(x.Get(r * k + i))), top_w = std::max(top_w, std::fabs(weight.Get(c * k + i)));
+        }
+        for (int64_t i = first; i < end; ++i) {
+          const double a = std::fabs(x.Get(r * k + i)), b = std::fabs(weight.Get(c * k + i));
+          sum += x.Get(r * k + i) * weight.Get(c * k + i);
+          error += a * half_w * top_w + b * half_x * top_x + half_w * half_x * top_w * top_x + 8 * kEps * a * b;
+        }
+      }
+      check.Near(r * n + c, y.Get(r * n + c), sum, error + 1e-30);
+    }
+  }
+  const int64_t row = random.Below(rows);
+  std::vector<float> alone(n);
+  p.x = static_cast<const char*>(x.data()) + row * k * SizeOf(dtype), p.y = alone.data(), p.rows = 1;
+  TTSK_SELECT(Linear)(p);
+  check.True(std::memcmp(alone.data(), y.floats() + row * n, n * 4) == 0, "a row alone has other bits");
+}
+
 }  // namespace
 
 TTSK_TEST(linear) {
+  for (const LinearForm form : {LinearForm::kInt16, LinearForm::kInt8}) {
+    for (int i = 0; i < 12; ++i) {
+      RunFixed(check, random, random.Pick<int64_t>({1, 2, 6, 7, 25, 97}), random.Pick<int64_t>({1, 15, 64, 130}),
+               random.Pick<int64_t>({1, 31, 64, 129, 260}),
+               random.Pick({DType::kFloat32, DType::kFloat16, DType::kBFloat16}), form);
+    }
+  }
   for (const DType weight : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {
     for (int i = 0; i < 12; ++i) {
       Shape s{random.Pick<int64_t>({1, 2, 5, 6, 7, 16, 25, 97}), random.Pick<int64_t>({1, 15, 64, 65, 130}),
