@@ -8,7 +8,6 @@ In the Triton interpreter the same calls run on CPU tensors, without a graph.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
@@ -57,9 +56,6 @@ class DeviceDecoder:
         self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
     ) -> Tensor:
         """`ids` and `out_rows` on the host, the result on the device. `out_plan` serves above `captured_rows` rows."""
-        if not len(out_rows):
-            width = self.config.hidden if output == "hidden" else self.config.vocab
-            return torch.empty(0, width, dtype=torch.float32, device=self.device)
         with self.queue.current():
             chosen, cut = self.queue.put(out_rows), None
             if out_plan is not None and plan.num_rows > self.captured_rows:
@@ -186,7 +182,7 @@ class DeviceDecoder:
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:
-            self._tables = next_state, next_state.to(self.device)
+            self._tables = next_state, self.queue.put(next_state)
         return self._tables[1]
 
     @staticmethod

@@ -16,7 +16,7 @@ from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import Decoder, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
-from ttskernels.models.device_queue import DeviceQueue, Fetch
+from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.ops.sample import check_params, sample
@@ -234,13 +234,14 @@ def check_impl(impl: str) -> None:
 
 
 def make_decoder(
-    checkpoint: Checkpoint, impl: str, lm_head: bool, device: torch.device = torch.device("cpu")
+    checkpoint: Checkpoint, impl: str, lm_head: bool, device: torch.device | None = None
 ) -> tuple[Decoder, str]:
     """The decoder that runs a checkpoint, and its implementation; without `lm_head` it gives hidden states alone."""
     if impl == "triton":
         from ttskernels.models.device_decoder import DeviceDecoder
 
-        return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, device), impl
+        where = device or torch.device("cpu")  # there, the interpreter
+        return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, where), impl
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
