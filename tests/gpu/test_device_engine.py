@@ -1,4 +1,4 @@
-"""The decoder and the engine on a GPU: logits, graphs under changing plans, searches, streams, strategies with the demo models."""
+"""The decoder and the engine on a GPU: logits, graphs under changing plans, searches, streams, strategies on the demo models."""
 
 import threading
 from contextlib import contextmanager
@@ -112,10 +112,10 @@ def test_graphs_serve_later_plans(device, folders, monkeypatch):
         assert torch.equal(decode(model, lengths, iterations, seed), decode(host, lengths, iterations, seed))
     if device.type == "cuda":
         graphs = model._decoder.queue._graphs
-        assert graphs and {key[1] for key in graphs if key[0] == "decode"} == {1, 4}
+        assert graphs and {key[2] for key in graphs if key[1] == "decode"} == {1, 4}
         captured = set(graphs)
         before = decode(model, [8, 8, 8], 6, 99)
-        assert torch.equal(before, decode(host, [8, 8, 8], 6, 99)) and {k[:3] for k in graphs} == {k[:3] for k in captured}
+        assert torch.equal(before, decode(host, [8, 8, 8], 6, 99)) and {k[:4] for k in graphs} == {k[:4] for k in captured}
 
 
 def test_buffers_that_grow_are_captured_again(device, folders, monkeypatch):

@@ -69,7 +69,8 @@ class DeviceDecoder:
             )
             if cut is None:
                 x = x.index_select(0, chosen)
-            return x.float() if output == "hidden" else self._logits(x)
+            result = x.float() if output == "hidden" else self._logits(x)
+        return self.queue.give(result)
 
     def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
         """Rows that end stay in the batch, idle, with token -1, while the others go on for up to LINGER iterations."""
@@ -178,7 +179,7 @@ class DeviceDecoder:
         """What a captured launch keeps: sizes and addresses. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
-        return name, rows, launch.header[at.CAP_MERGES], pool.k.data_ptr(), pool.v.data_ptr(), *more
+        return id(self), name, rows, launch.header[at.CAP_MERGES], pool.k.data_ptr(), pool.v.data_ptr(), *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:

@@ -47,8 +47,15 @@ class Model:
         self.lm_head: Tensor | None = None
         if checkpoint.keeps_lm_head:
             embed = checkpoint.weights["model.embed_tokens.weight"]
-            own = getattr(decoder, "head", None)  # on a GPU, the decoder's copy there
-            self.lm_head = checkpoint.weights.get("lm_head.weight", embed) if own is None else own
+            self.lm_head = checkpoint.weights.get("lm_head.weight", embed)
+            if impl == "triton":
+                self.lm_head = decoder.head  # the copy on the device
+
+    def share_queue(self, other: Model) -> None:
+        """Run in one order with `other`, whose results this model's are used with."""
+        self.queue = other.queue
+        if self.impl == "triton":
+            self._decoder.queue = other.queue
 
     @property
     def kv_bytes_per_token(self) -> int:

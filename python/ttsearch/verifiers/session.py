@@ -234,7 +234,7 @@ def load_verifier(
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
         reference: of an implicit PRM, the model that it was trained from.
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`.
-        device: "cpu", or "cuda" for weights and KV on a GPU; two models (implicit PRMs) run on the CPU alone.
+        device: "cpu", or "cuda" for weights and KV on a GPU.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
     """
