@@ -127,12 +127,26 @@ def test_a_forward_of_many_rows_cuts_its_last_layer(device, folder, monkeypatch)
         monkeypatch.setattr(device_decoder.DeviceDecoder, "captured_rows", captured)
         tree = Tree(load_model(folder, torch.float32, "triton", device=device))
         root = tree.forest.add(None, list(range(3, 40)))
+        assert tree.run([tree.forest.add(None, [5, 6, 7, 8, 9, 10, 11, 12, 13])], out=[]).shape == (0, VOCAB)
         seen.append(tree.run([root], out=[36, 4]).cpu())
         grown = tree.forest.fork(root, 1)[0]
         tree.grow(grown, [9])
         seen.append(tree.run([grown]).cpu())
     torch.testing.assert_close(seen[2], seen[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen[3], seen[1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_forward_that_reads_nothing_still_writes(device, folder):
+    """A prompt in two forwards, of which the first has no row to read, equals the prompt at once."""
+    results = []
+    for pieces in ([30], [11, 19]):
+        tree = Tree(load_model(folder, torch.float32, "triton", device=device))
+        node, ids = None, list(range(9, 39))
+        for n in pieces:
+            node, ids = tree.forest.add(node, ids[:n]), ids[n:]
+            last = tree.run([node], out=[n - 1] if not ids else [])
+        results.append(last.cpu())
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
 
 
 def test_weights_that_are_not_finite(device, tmp_path):

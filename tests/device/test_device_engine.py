@@ -11,6 +11,7 @@ from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling
 from ttskernels.models.device_queue import Fetch
 from ttskernels.models.model import load_model
+from ttskernels.models.pair import load_pair
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
@@ -74,6 +75,23 @@ def test_two_searches_under_pressure_have_their_trees(device, folders):
     assert engine.budget.used_bytes == 0
     engine.policy_forest.check_integrity()
     engine.shutdown()
+
+
+@pytest.mark.slow
+def test_two_models_over_one_forest(device, tmp_path):
+    """An implicit PRM: log-ratios of the host's, where the last token in front of the new ones is read, too."""
+    for name, seed in (("first", 1), ("second", 2)):
+        write_tiny(tmp_path / name, "llama", seed=seed, **SMALL)
+    results = []
+    for options in ({"impl": "reference"}, {"impl": "triton", "device": device}):
+        pair = load_pair(tmp_path / "first", tmp_path / "second", torch.float32, **options)
+        engine = Engine(None, pair, kv_bytes=1 << 22)
+        session, below = engine.open(None, PROMPT[:9]), PROMPT[9:]
+        _, ratios = engine.score(session, session.verifier_root, below, range(-1, len(below) - 1), targets=below).result(300)
+        results.append(ratios)
+        engine.close(session)
+        engine.shutdown()
+    assert results[1] == pytest.approx(results[0], abs=1e-4) and len(set(results[0])) == 11
 
 
 class SlowFetch(Fetch):

@@ -41,7 +41,10 @@ def read_scores(model, hidden: Tensor, targets: list[int]) -> Tensor:
     `targets`: for a `PairModel`, the `n` tokens whose log-ratio is read.
     """
     if hidden.device.type != "cpu":  # asking which are finite would wait for the device; there the op gives NaN itself
-        return _head_scores(model, hidden, torch.arange(len(hidden), dtype=torch.int32, device=hidden.device))
+        rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+        if isinstance(model, PairModel):
+            return model.log_ratio(hidden, rows, model.queue.put(torch.tensor(targets, dtype=torch.int32)))
+        return _head_scores(model, hidden, rows)
     scores = torch.full((len(hidden),), float("nan"))
     rows = hidden.isfinite().all(1).nonzero()[:, 0].int()
     if not len(rows):

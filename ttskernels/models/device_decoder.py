@@ -56,9 +56,6 @@ class DeviceDecoder:
         self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
     ) -> Tensor:
         """`ids` and `out_rows` on the host, the result on the device. `out_plan` serves above `captured_rows` rows."""
-        if not len(out_rows):
-            width = self.config.hidden if output == "hidden" else self.config.vocab
-            return torch.empty(0, width, dtype=torch.float32, device=self.device)
         with self.queue.current():
             chosen, cut = self.queue.put(out_rows), None
             if out_plan is not None and plan.num_rows > self.captured_rows:
@@ -72,7 +69,8 @@ class DeviceDecoder:
             )
             if cut is None:
                 x = x.index_select(0, chosen)
-            return x.float() if output == "hidden" else self._logits(x)
+            result = x.float() if output == "hidden" else self._logits(x)
+        return self.queue.give(result)
 
     def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
         """Rows that end stay in the batch, idle, with token -1, while the others go on for up to LINGER iterations."""
@@ -181,11 +179,11 @@ class DeviceDecoder:
         """What a captured launch keeps: sizes and addresses. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
-        return name, rows, launch.header[at.CAP_MERGES], pool.k.data_ptr(), pool.v.data_ptr(), *more
+        return id(self), name, rows, launch.header[at.CAP_MERGES], pool.k.data_ptr(), pool.v.data_ptr(), *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:
-            self._tables = next_state, next_state.to(self.device)
+            self._tables = next_state, self.queue.put(next_state)
         return self._tables[1]
 
     @staticmethod

@@ -79,6 +79,12 @@ class DeviceQueue:
         """Memory that captured work reads has moved."""
         self._graphs.clear()
 
+    def give(self, result: Tensor) -> Tensor:
+        """`result` of this queue, for the caller's stream to read: its memory is not used again before that has."""
+        if self.captures:
+            result.record_stream(torch.cuda.current_stream(self.device))
+        return result
+
     def put(self, host: Tensor) -> Tensor:
         """A copy of a small CPU tensor on the device."""
         return host.pin_memory().to(self.device, non_blocking=True) if self.captures else host

@@ -49,8 +49,15 @@ class Model:
         self.lm_head: Tensor | None = None
         if checkpoint.keeps_lm_head:
             embed = checkpoint.weights["model.embed_tokens.weight"]
-            own = getattr(decoder, "head", None)  # on a GPU, the decoder's copy there
-            self.lm_head = checkpoint.weights.get("lm_head.weight", embed) if own is None else own
+            self.lm_head = checkpoint.weights.get("lm_head.weight", embed)
+            if impl == "triton":
+                self.lm_head = decoder.head  # the copy on the device
+
+    def share_queue(self, other: Model) -> None:
+        """Run in one order with `other`, whose results this model's are used with."""
+        self.queue = other.queue
+        if self.impl == "triton":
+            self._decoder.queue = other.queue
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -243,7 +250,7 @@ def make_decoder(
     checkpoint: Checkpoint,
     impl: str,
     lm_head: bool,
-    device: torch.device = torch.device("cpu"),
+    device: torch.device | None = None,
     weights: Weights = "auto",
 ) -> tuple[Decoder, str]:
     """The decoder that runs a checkpoint, and its implementation; without `lm_head` it gives hidden states alone."""
@@ -254,7 +261,8 @@ def make_decoder(
             raise ValueError(f'weights must be "auto" or "float" on a GPU, got {weights!r}')
         from ttskernels.models.device_decoder import DeviceDecoder
 
-        return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, device), impl
+        where = device or torch.device("cpu")  # there, the interpreter
+        return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, where), impl
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 

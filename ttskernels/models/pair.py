@@ -17,6 +17,7 @@ from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import FlopsOutput
+from ttskernels.models.device import check_device
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.models.model import Model, Weights, check_impl, make_decoder
 from ttskernels.ops.token_logprob import token_logprob
@@ -49,7 +50,6 @@ class PairModel:
     """
 
     head = None
-    reserves_pool = False
 
     def __init__(self, first: Model, second: Model):
         for name, model in (("first", first), ("second", second)):
@@ -63,9 +63,10 @@ class PairModel:
                     "in the second; pass the very reference model that the implicit PRM was trained against"
                 )
         self.first, self.second = first, second
-        if {first.device.type, second.device.type} != {"cpu"}:
-            raise ValueError(f"two models over one forest must be on the CPU, got {first.device} and {second.device}")
-        self.machine, self.queue = first.machine, first.queue
+        if first.device != second.device:
+            raise ValueError(f"two models over one forest must be on one device, got {first.device} and {second.device}")
+        second.share_queue(first)
+        self.machine, self.queue, self.reserves_pool = first.machine, first.queue, first.reserves_pool
         limit = min(first.config.max_positions, second.config.max_positions)
         self.config = replace(first.config, max_positions=limit)  # of one of them; the pool has both
 
@@ -120,16 +121,18 @@ def load_pair(
     device: str | torch.device = "cpu",
     weights: Weights = "auto",
 ) -> PairModel:
-    """Load two language models of one shape; arguments and errors as `load_model`. `device` must be "cpu"."""
-    if torch.device(device).type != "cpu":
-        raise ValueError(f'device must be "cpu" for two models over one forest (an implicit PRM), got {str(device)!r}')
+    """Load two language models of one shape; arguments and errors as `load_model`."""
+    where, impl = check_device(device, impl)
     check_impl(impl)
     checkpoints = [load_checkpoint(source, dtype) for source in (first, second)]
-    return PairModel(*(_language_model(c, s, impl, weights) for c, s in zip(checkpoints, (first, second), strict=True)))
+    models = [_language_model(c, s, impl, where, weights) for c, s in zip(checkpoints, (first, second), strict=True)]
+    return PairModel(*models)
 
 
-def _language_model(checkpoint: Checkpoint, source: str | os.PathLike, impl: str, weights: Weights) -> Model:
+def _language_model(
+    checkpoint: Checkpoint, source: str | os.PathLike, impl: str, device: torch.device, weights: Weights
+) -> Model:
     if not checkpoint.keeps_lm_head:
         raise ValueError(f"{source} has a score head; an implicit PRM is made of two plain language models")
-    # token_logprob reads the vocabulary head
-    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=False, weights=weights))
+    needed = impl == "triton"  # elsewhere token_logprob reads the plain vocabulary head, and the decoder needs no copy
+    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=needed, device=device, weights=weights))
