@@ -13,12 +13,8 @@ from typing import Any
 
 import torch
 
+from ttskernels._cache import cache_root
 from ttskernels.models.families import family_of
-
-
-def cache_root() -> Path:
-    """`TTSK_CACHE`, else `~/.cache/ttskernels`."""
-    return Path(os.environ.get("TTSK_CACHE") or Path.home() / ".cache" / "ttskernels").expanduser()
 
 
 def converted_folder(path: Path, dtype: torch.dtype) -> Path:
