@@ -1,0 +1,75 @@
+"""Tree attention at every instruction-set level of this CPU, against what that level can do at most.
+
+    python bench/isa_table.py --out bench/results/isa.json
+
+Shapes of workload W4: N branches of 128 tokens behind a prompt of 2,048, bf16. Each level is forced in turn, the levels
+interleaved within a round; medians over rounds. % of its own roofline: the sum over nodes of max(flops / the level's peak,
+KV bytes / read bandwidth) over our time, both measured by this run: the rate of the multiply-adds that the level uses on
+bf16 (FMA; vdpbf16ps at avx512_bf16) and reading 256 MiB. TTSK_MACHINE=default keeps the planner's constants out of it.
+"""
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TTSK_MACHINE", "default")
+
+import torch  # noqa: E402
+
+from ttskernels import _dispatch  # noqa: E402
+from ttskernels.__main__ import ISAS  # noqa: E402
+from ttskernels.ops.tree_attention import tree_attention  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent))
+from attention_table import roofline_seconds  # noqa: E402
+from bench_tree_attention import Case  # noqa: E402
+from conftest import peaks  # noqa: E402
+
+HEADS = [(28, 4, 128), (32, 8, 128), (14, 2, 64), (9, 3, 64)]
+SHAPES = [(n, *heads, 2048, 128) for heads in HEADS for n in (16, 64)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--isa", nargs="+", default=[isa for isa in ISAS if isa != "portable"])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    library = _dispatch.library()
+    library.ttsk_peak_dot_gflops.restype = ctypes.c_double
+    levels, read = {}, peaks()["read_gbps"]
+    for isa in args.isa:
+        if library.ttsk_set_isa(ISAS.index(isa)):
+            levels[isa] = {"fma_gflops": library.ttsk_peak_dot_gflops(), "read_gbps": read}
+            print(f"{isa}: peak {levels[isa]['fma_gflops']:.0f} GFLOP/s, read {read:.1f} GB/s")
+    torch.manual_seed(0)
+    records = []
+    print("| N, heads x dim | " + " | ".join(f"{isa}: % of its roofline, ms" for isa in levels) + " |")
+    print("|---" * (1 + len(levels)) + "|")
+    for shape in SHAPES:
+        case = Case(*shape, torch.bfloat16)
+        times: dict[str, list[float]] = {isa: [] for isa in levels}
+        for round_ in range(args.rounds + 1):
+            for isa in levels:
+                library.ttsk_set_isa(ISAS.index(isa))
+                tree_attention(case.q, case.k, case.v, case.plan, impl="cpu")
+                started = time.perf_counter()
+                tree_attention(case.q, case.k, case.v, case.plan, impl="cpu")
+                if round_:  # the first warms up
+                    times[isa].append(time.perf_counter() - started)
+        share = {i: 100 * roofline_seconds(shape, levels[i]) / statistics.median(t) for i, t in times.items()}
+        cells = [f"{share[isa]:.0f} %, {1e3 * statistics.median(times[isa]):.2f}" for isa in levels]
+        print(f"| {shape[0]}, {shape[1]}/{shape[2]} x {shape[3]} | " + " | ".join(cells) + " |", flush=True)
+        records.append({"shape": shape, "roofline_percent": share, "seconds": times})
+    if args.out:
+        record = {"bench": "isa_table", "levels": levels, "threads": library.ttsk_num_threads(), "shapes": records}
+        args.out.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
