@@ -73,8 +73,9 @@ def main() -> None:
         cells = [f"{record['roofline_percent'][isa]:.0f} %, {1e3 * median[isa]:.2f}" for isa in levels]
         print(f"| {n}, {q_heads}/{kv_heads} x {dim} | " + " | ".join(cells) + " |", flush=True)
     if args.out:
-        record = {"bench": "isa_table", "levels": levels, "read_gbps": read, "threads": library.ttsk_num_threads(), "shapes": records}
-        args.out.write_text(json.dumps(record, indent=1) + "\n")
+        threads = library.ttsk_num_threads()
+        out = {"bench": "isa_table", "levels": levels, "read_gbps": read, "threads": threads, "shapes": records}
+        args.out.write_text(json.dumps(out, indent=1) + "\n")
 
 
 if __name__ == "__main__":
