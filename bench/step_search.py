@@ -55,7 +55,7 @@ from ttsearch.verifiers.session import EngineVerifier  # noqa: E402
 from ttsearch.verifiers.text import Extension, PrmPath  # noqa: E402
 
 FIRST = 0x10000  # token id 0 as a character: beyond the surrogates and anything that looks like text
-ROWS = (648, 387)  # vocabulary rows of the PRM's "good" and "bad"
+ROWS = (648, 387)  # vocabulary rows of the PRM's "good" and "bad", modulo a smaller vocabulary
 
 
 def spell(ids) -> str:
@@ -168,7 +168,8 @@ def load(args) -> LocalBackend:
     if args.demo:
         return LocalBackend.load(policy_path(), verifier_path(), kv_bytes=args.kv_gib << 30)
     model = load_model(args.policy, torch.bfloat16)
-    prm = load_model(args.policy, torch.bfloat16, head=HeadSpec(rows=ROWS, squash="softmax", mix=(1.0, 0.0)))
+    rows = tuple(row % model.config.vocab for row in ROWS)
+    prm = load_model(args.policy, torch.bfloat16, head=HeadSpec(rows=rows, squash="softmax", mix=(1.0, 0.0)))
     text = IdPolicy(model.config.vocab, args.step_tokens, args.lengths == "ragged")
     engine = Engine(model, prm, next_state=torch.from_numpy(text.next_state), kv_bytes=args.kv_gib << 30)
     return LocalBackend(engine, text, EngineVerifier(engine, IdVerifier(), source=args.policy))
@@ -179,7 +180,7 @@ def problems(args, backend: LocalBackend) -> list[Problem]:
         return [Problem(p.prompt) for p in generate_problems("dev", args.problems, 0)[-args.problems :]]
     draw = torch.Generator().manual_seed(0)
     vocab = backend.engine.policy_model.config.vocab
-    rows = torch.randint(10, vocab - 10, (args.problems, args.prompt), generator=draw)
+    rows = torch.randint(2, vocab - 2, (args.problems, args.prompt), generator=draw)
     return [Problem(spell(row.tolist()), id=str(i)) for i, row in enumerate(rows)]
 
 
@@ -245,7 +246,8 @@ def main() -> None:
                 one = run(args, backend, clock, method, seed=0)
                 runs.setdefault(method, []).append(one)
                 parts = "  ".join(f"{name} {seconds:.2f}" for name, seconds in one["parts"].items())
-                print(f"{method:12} {one['seconds']:7.2f} s  {one['decoded']:,} decoded, {one['scored']:,} scored  {parts}", flush=True)
+                tokens = f"{one['decoded']:,} decoded, {one['scored']:,} scored"
+                print(f"{method:12} {one['seconds']:7.2f} s  {tokens}  {parts}", flush=True)
     table = {method: summary(each) for method, each in runs.items()}
     base = table.get("best_of_n", {}).get("median_seconds")
     for row in table.values():
