@@ -48,14 +48,15 @@ sys.path.insert(0, str(ROOT / "python"))
 from ttsearch.budget import Budget  # noqa: E402
 from ttsearch.demo import policy_path, verifier_path  # noqa: E402
 from ttsearch.demo.task import generate_problems  # noqa: E402
-from ttsearch.policies.local import LocalBackend  # noqa: E402
+from ttsearch.policies.local import AHEAD_ROWS, LocalBackend  # noqa: E402
+from ttsearch.policies.lookahead import SPECULATE  # noqa: E402
 from ttsearch.run import search  # noqa: E402
 from ttsearch.types import Problem  # noqa: E402
 from ttsearch.verifiers.session import EngineVerifier  # noqa: E402
 from ttsearch.verifiers.text import Extension, PrmPath  # noqa: E402
 
 FIRST = 0x10000  # token id 0 as a character: beyond the surrogates and anything that looks like text
-ROWS = (648, 387)  # vocabulary rows of the PRM's "good" and "bad"
+ROWS = (648, 387)  # vocabulary rows of the PRM's "good" and "bad", modulo a smaller vocabulary
 
 
 def spell(ids) -> str:
@@ -127,6 +128,7 @@ class Clock:
         self.seconds: dict[str, float] = {}
         self.calls: dict[str, int] = {}
         self._stack: list[float] = []
+        self._count(engine._policy)
         self._wrap(engine.policy_model, "decode", "decode")
         self._wrap(engine.policy_model, "forward", "decode")
         self._wrap(engine.verifier_model, "forward", "score")
@@ -136,6 +138,22 @@ class Clock:
         self._wrap(policy, "sample", "decode")
         self._wrap(batcher.Engine, "_turn", "python")
         self._wrap(batcher.Engine, "_drain", "idle")
+
+    def _count(self, runner) -> None:
+        """Decode iterations and rows: a forward with a sample is one."""
+        self.iterations = self.rows = 0
+        decode, drawn = runner.model.decode, policy.sample
+
+        def counted(ids, *args):
+            done = decode(ids, *args)
+            self.iterations, self.rows = self.iterations + done, self.rows + done * len(ids)
+            return done
+
+        def counted_sample(logits, rows, *args):
+            self.iterations, self.rows = self.iterations + 1, self.rows + len(rows)
+            return drawn(logits, rows, *args)
+
+        runner.model.decode, policy.sample = counted, counted_sample
 
     def _wrap(self, owner, name: str, part: str) -> None:
         function = getattr(owner, name)
@@ -156,7 +174,7 @@ class Clock:
         setattr(owner, name, timed)
 
     def take(self) -> dict[str, float]:
-        taken, self.seconds = self.seconds, {}
+        taken, self.seconds, self.iterations, self.rows = self.seconds, {}, 0, 0
         return taken
 
     def take_calls(self) -> dict[str, int]:
@@ -168,7 +186,8 @@ def load(args) -> LocalBackend:
     if args.demo:
         return LocalBackend.load(policy_path(), verifier_path(), kv_bytes=args.kv_gib << 30)
     model = load_model(args.policy, torch.bfloat16)
-    prm = load_model(args.policy, torch.bfloat16, head=HeadSpec(rows=ROWS, squash="softmax", mix=(1.0, 0.0)))
+    rows = tuple(row % model.config.vocab for row in ROWS)
+    prm = load_model(args.policy, torch.bfloat16, head=HeadSpec(rows=rows, squash="softmax", mix=(1.0, 0.0)))
     text = IdPolicy(model.config.vocab, args.step_tokens, args.lengths == "ragged")
     engine = Engine(model, prm, next_state=torch.from_numpy(text.next_state), kv_bytes=args.kv_gib << 30)
     return LocalBackend(engine, text, EngineVerifier(engine, IdVerifier(), source=args.policy))
@@ -179,11 +198,13 @@ def problems(args, backend: LocalBackend) -> list[Problem]:
         return [Problem(p.prompt) for p in generate_problems("dev", args.problems, 0)[-args.problems :]]
     draw = torch.Generator().manual_seed(0)
     vocab = backend.engine.policy_model.config.vocab
-    rows = torch.randint(10, vocab - 10, (args.problems, args.prompt), generator=draw)
+    rows = torch.randint(2, vocab - 2, (args.problems, args.prompt), generator=draw)
     return [Problem(spell(row.tolist()), id=str(i)) for i, row in enumerate(rows)]
 
 
-def run(args, backend: LocalBackend, clock: Clock, method: str, seed: int) -> dict:
+def run(args, backend: LocalBackend, clock: Clock, method: str, speculate: str, seed: int) -> dict:
+    backend.speculate = speculate
+    backend.engine.ahead_rows = backend.engine._policy.ahead_rows = 0 if speculate == "off" else AHEAD_ROWS
     longest = args.steps * args.step_tokens * (3 if args.lengths == "ragged" else 1)
     limits = {} if args.demo else dict(max_steps=args.steps, max_tokens=longest, max_step_tokens=longest)
     aggregate = "product" if args.demo else "last"
@@ -198,10 +219,11 @@ def run(args, backend: LocalBackend, clock: Clock, method: str, seed: int) -> di
     results = asyncio.run(everything())
     seconds = time.perf_counter() - started
     cost = sum((r.cost for r in results[1:]), results[0].cost)
-    parts = clock.take()
+    iterations, rows, parts = clock.iterations, clock.rows, clock.take()
     return {
         "seconds": seconds, "parts": parts, "calls": clock.take_calls(), "strategy_cpu_seconds": time.thread_time() - before,
         "decoded": cost.policy.tokens_decoded, "scored": cost.verifier.tokens_prefilled, "cost": asdict(cost),
+        "speculated": cost.policy.tokens_speculated, "iterations": iterations, "rows": rows,
         "paths": sum(len(r.candidates) for r in results),
     }  # fmt: skip
 
@@ -211,8 +233,8 @@ def summary(runs: list[dict]) -> dict:
     total = sum(seconds)
     names = sorted({name for r in runs for name in r["parts"]})
     return {
-        "median_seconds": statistics.median(seconds), "min_seconds": seconds[0], "max_seconds": seconds[-1],
-        "decoded": runs[0]["decoded"], "scored": runs[0]["scored"],
+        "rounds": len(runs), "median_seconds": statistics.median(seconds), "min_seconds": seconds[0], "max_seconds": seconds[-1],
+        **{name: statistics.median(r[name] for r in runs) for name in ("decoded", "scored", "speculated", "iterations", "rows")},
         "share": {name: sum(r["parts"].get(name, 0.0) for r in runs) / total for name in names},
     }  # fmt: skip
 
@@ -223,6 +245,7 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="the shipped models and their task instead")
     parser.add_argument("--methods", nargs="+", default=["best_of_n", "beam_search", "dvts"])
     parser.add_argument("--lengths", choices=("fixed", "ragged"), default="fixed")
+    parser.add_argument("--speculate", nargs="+", choices=SPECULATE, default=["likely"], help="each method with each of these")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--width", type=int, default=4)
@@ -230,6 +253,7 @@ def main() -> None:
     parser.add_argument("--step-tokens", type=int, default=32)
     parser.add_argument("--problems", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="number, and seed, of the first round: a run may be cut into parts")
     parser.add_argument("--kv-gib", type=int, default=4)
     parser.add_argument("--out", type=Path, help="results file; rounds are added to it")
     args = parser.parse_args()
@@ -237,22 +261,30 @@ def main() -> None:
         parser.error("pass --policy, or --demo")
     backend = load(args)
     clock = Clock(backend.engine)
-    runs: dict[str, list[dict]] = {}
+    record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {"runs": {}}
+    runs: dict[str, list[dict]] = record["runs"]
+    ways = [(method, how) for method in args.methods for how in (args.speculate if method != "best_of_n" else ["off"])]
+    warm = SimpleNamespace(**vars(args) | {"n": 4, "steps": 1, "step_tokens": 4})
     with backend:
-        for number in range(args.rounds):
-            turn = number % len(args.methods)
-            for method in args.methods[turn:] + args.methods[:turn]:
-                one = run(args, backend, clock, method, seed=0)
+        run(warm, backend, clock, "beam_search", "off", seed=1)
+        for number in range(args.first, args.first + args.rounds):
+            turn = number % len(ways)  # nobody is always first
+            for method, how in ways[turn:] + ways[:turn]:
+                one = run(args, backend, clock, method, how, seed=number)
+                method = f"{method} {how}" if len(args.speculate) > 1 and method != "best_of_n" else method
                 runs.setdefault(method, []).append(one)
                 parts = "  ".join(f"{name} {seconds:.2f}" for name, seconds in one["parts"].items())
-                print(f"{method:12} {one['seconds']:7.2f} s  {one['decoded']:,} decoded, {one['scored']:,} scored  {parts}", flush=True)
+                tokens = f"{one['decoded']:,} decoded, {one['scored']:,} scored"
+                print(f"{method:12} {one['seconds']:7.2f} s  {tokens}  {parts}", flush=True)
     table = {method: summary(each) for method, each in runs.items()}
-    base = table.get("best_of_n", {}).get("median_seconds")
-    for row in table.values():
-        row["times_best_of_n"] = base and row["median_seconds"] / base
+    base = runs.get("best_of_n")
+    for method, row in table.items():
+        if base:  # round by round: the two ran next to each other
+            ratios = sorted(a["seconds"] / b["seconds"] for a, b in zip(runs[method], base, strict=False))
+            row["times_best_of_n"] = [statistics.median(ratios), ratios[0], ratios[-1]]
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    record = {
-        "bench": "step_search", "args": {k: str(v) for k, v in vars(args).items()}, "summary": table, "runs": runs,
+    record |= {
+        "bench": "step_search", "args": {k: str(v) for k, v in vars(args).items()}, "summary": table,
         "isa": ttskernels.isa_name(), "threads": torch.get_num_threads(), "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(), "commit": head.stdout.strip(),
     }  # fmt: skip

@@ -171,14 +171,9 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
     STD_TORCH_CHECK(ValidOptions(options[r]), "params[", r, "] must be temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
                     "0 <= min_p <= 1");
   }
-  const int32_t* table = Data<const int32_t>(next_state);
-  int32_t last_state = -1;
-  for (int64_t i = 0; i < next_state.numel(); ++i) last_state = table[i] > last_state ? table[i] : last_state;
-  STD_TORCH_CHECK(last_state < next_state.size(0), "next_state leads to state ", last_state, ", it has ",
-                  next_state.size(0), " states");
   DecodeParams p{};
   p.plan = Data<int32_t>(plan), p.ids = Data<int32_t>(ids), p.keys = Data<const int64_t>(keys), p.options = options;
-  p.next_state = table, p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
+  p.next_state = Data<const int32_t>(next_state), p.num_states = next_state.size(0), p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
   p.logprobs = Data<float>(logprobs), p.rows = rows, p.max_iterations = tokens.size(0);
   int64_t iterations = 0, bad_row = -1;
   DecodeStop stop;
@@ -186,6 +181,8 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
     std::lock_guard<std::mutex> lock(entry->running);
     stop = decoder.Decode(pools, p, &iterations, &bad_row);
   }
+  STD_TORCH_CHECK(stop != DecodeStop::kBadState, "next_state leads to state ", bad_row < 0 ? 0 : state[bad_row], ", it has ",
+                  next_state.size(0), " states");
   STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of row ", bad_row, " are not finite after ", iterations,
                   " iterations; the weights or the KV cache are damaged");
   Tensor done = torch::stable::new_empty(ids, {}, ScalarType::Int);

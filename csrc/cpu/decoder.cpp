@@ -239,6 +239,10 @@ DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t*
       p.ids[r] = tokens[r];
       p.states[r] = p.next_state[p.states[r] * shape_.vocab + tokens[r]];
       ended |= p.states[r] < 0;
+      if (p.states[r] >= p.num_states) {
+        *bad_row = r;
+        return DecodeStop::kBadState;
+      }
     }
     if (ended) return DecodeStop::kRowEnded;
   }

@@ -1,8 +1,9 @@
 """Children started before anybody has asked for them. A cache below `Engine.branch`: a child is known by its parent, its
 ordinal and what it is decoded with, so one started early is the very child asked for later, token for token.
 
-They run only beside branches that were asked for, in rows that a small batch leaves nearly free, and they are the first
-to lose their pages. What is dropped is counted as speculated.
+They run only beside branches that were asked for, and they are the first to lose their pages. Those that are sure to be
+asked for join any batch: an iteration reads the weights once, so the fewer there are the better. Others fill a small batch
+up. What is dropped is counted as speculated.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Wish:
     path_key: tuple[int, ...]
     first: int
     count: int
+    sure: bool = False  # they will be asked for
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,13 @@ class Ahead:
         """Start nothing more for this group."""
         self._wishes.pop(group, None)
 
-    def candidates(self) -> Iterator[Branch]:
-        """Running children and new ones, in the order to be decoded; a new one is forked when it is drawn."""
+    def candidates(self, sure: bool) -> Iterator[Branch]:
+        """Running children and new ones of sure or of unsure wishes, in the order to be decoded; a new one is forked when it
+        is drawn."""
         for session, decoding, wishes in sorted(self._wishes.values(), key=lambda entry: entry[0].order):
             for wish in wishes:
+                if wish.sure != sure:
+                    continue
                 for ordinal in range(wish.first, wish.first + wish.count):
                     branch = self._children.get(wish.parent, {}).get((ordinal, decoding))
                     if branch is None:
@@ -76,7 +81,8 @@ class Ahead:
         return branch
 
     def claim(self, parent: Node) -> int:
-        """Somebody has asked to continue this node. How many of its tokens were computed for that beforehand."""
+        """Somebody asks to continue this node: nothing more is begun below it. How many of its tokens were computed for us."""
+        self._forget_parent(parent)
         computed = self._uncached.pop(parent, 0)
         return computed if parent.cached == len(parent.ids) else 0
 
@@ -110,22 +116,25 @@ class Ahead:
 
     def release(self, parent: Node) -> None:
         """Nobody will ask for children of this node any more."""
+        self._forget_parent(parent)
+        if parent in self._children:
+            self.drop(lambda branch: branch.parent is parent)
+
+    def _forget_parent(self, parent: Node) -> None:
         for group, (session, decoding, wishes) in list(self._wishes.items()):
             if any(wish.parent is parent for wish in wishes):
                 self.wish(group, session, decoding, [wish for wish in wishes if wish.parent is not parent])
-        if parent in self._children:
-            self.drop(lambda branch: branch.parent is parent)
 
     def _start(self, session: Session, decoding: Decoding, wish: Wish, ordinal: int) -> Branch:
         parent = wish.parent
         if parent not in self._children:
             self._children[parent] = {}
-            self._uncached[parent] = len(parent.ids) - parent.cached
+            self._uncached[parent] = 0 if parent.children else len(parent.ids) - parent.cached  # 0: asked for already
         child = self.forest.fork(parent, 1)[0]
         session.policy_nodes.add(child)
         branch = Branch(
             session, child, child_key(wish.key, ordinal), (*wish.path_key, ordinal), decoding.sampling,
-            decoding.max_step_tokens, decoding.max_length, 1, None, ahead=True, parent=parent,
+            decoding.max_step_tokens, decoding.max_length, 1, ahead=True, parent=parent,
         )  # fmt: skip
 
         def keep(end: StepEnd | BaseException) -> None:

@@ -15,12 +15,12 @@ from concurrent.futures import Future
 import torch
 
 from ttskernels.engine.ahead import Decoding, Wish
-from ttskernels.engine.keys import child_key
+from ttskernels.engine.checks import check_ids, check_model, check_prompt
 from ttskernels.engine.policy import PolicyRunner
 from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
 from ttskernels.engine.scorer import ScoreRunner
-from ttskernels.engine.work import Branch, Sampling, ScoreJob, Session, StepEnd
+from ttskernels.engine.work import Sampling, ScoreJob, Session, StepEnd
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.pool import PAGE_SIZE, ByteBudget
 
@@ -37,7 +37,8 @@ class Engine:
             may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
-        ahead_rows: rows of a decode iteration that children of `ahead` may fill up; 0: none is started.
+        ahead_rows: a decode iteration with fewer rows is filled up with children of `ahead` that will perhaps be asked for, and
+            scores do not wait for company; 0: nothing is begun ahead.
     Raises:
         ValueError: no model at all, a policy without its automaton, a verifier without a score head.
     """
@@ -99,8 +100,11 @@ class Engine:
         if prompt is None and verifier_prompt is None:
             raise ValueError("prompt and verifier_prompt are both None; a session needs one of them")
         # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
-        self._check_prompt("prompt", prompt, self.policy_model, 1, max_new_tokens)
-        self._check_prompt("verifier_prompt", verifier_prompt, self.verifier_model, 2, max_new_tokens)
+        policy_bytes = self._budget(self.policy_model, self.policy_forest)
+        verifier_bytes = self._budget(self.verifier_model, self.verifier_forest)
+        check_prompt("prompt", prompt, "policy", self.policy_model, len(prompt or ()) + max_new_tokens, 1, policy_bytes)
+        length = len(verifier_prompt or ()) + max_new_tokens
+        check_prompt("verifier_prompt", verifier_prompt, "verifier", self.verifier_model, length, 2, verifier_bytes)
         return self._call(lambda: self._open(prompt, verifier_prompt, beside)).result()
 
     def branch(
@@ -130,8 +134,9 @@ class Engine:
             try:
                 if parent.pos0 + len(parent.ids) >= max_length:
                     raise ValueError(f"the path has reached its limit of {max_length} tokens; it cannot be continued")
-                children = self._children(session, parent, key, ordinals, path_key, max_steps,
-                                          Decoding(sampling, max_step_tokens, max_length))  # fmt: skip
+                children = self._policy.children(
+                    session, parent, key, path_key, ordinals, Decoding(sampling, max_step_tokens, max_length), max_steps
+                )
             except Exception as error:
                 for ordinal in ordinals:
                     on_step(ordinal, error)
@@ -155,7 +160,7 @@ class Engine:
         max_length: int,
         group: object,
     ) -> None:
-        """Children that `branch` will probably be asked for, best first: start them where a batch has room (`ahead_rows`).
+        """Children that `branch` will be asked for, or perhaps, best first: begin them beside what is being decoded.
 
         The list takes the place of the group's last one. A child of it is the one that `branch` would begin, to the last
         bit; those of a parent that is released are dropped, and their tokens counted as speculated.
@@ -190,10 +195,10 @@ class Engine:
             A future of (the new node, one score for each of `reads`). The node holds a handle for the caller.
             It raises ValueError for a path too long for the model, and for hidden states or scores that are not finite.
         """
-        self._check_model("ids", self.verifier_model)
-        self._check_ids("ids", ids, self.verifier_model)
+        check_model("ids", self.verifier_model)
+        check_ids("ids", ids, self.verifier_model)
         if targets:
-            self._check_ids("targets", targets, self.verifier_model)
+            check_ids("targets", targets, self.verifier_model)
         check_reads(self.verifier_model, ids, reads, targets)
         result: Future = Future()
         job = ScoreJob(session, parent, list(ids), list(reads), result, list(targets or ()))
@@ -220,7 +225,7 @@ class Engine:
             A future of the node that ends the chain. It holds a handle for the caller.
         """
         if ids or keep is None:
-            self._check_ids("ids", ids, self.policy_model)
+            check_ids("ids", ids, self.policy_model)
 
         def run() -> Node:
             forest, above = self.policy_forest, parent
@@ -348,35 +353,6 @@ class Engine:
         for session in self._sessions:
             session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
 
-    def _children(
-        self,
-        session: Session,
-        parent: Node,
-        key: int,
-        ordinals: list[int],
-        path_key: tuple[int, ...],
-        max_steps: int,
-        decoding: Decoding,
-    ) -> list[Branch]:
-        """The children of a node that somebody asks for: those begun ahead, and new ones."""
-        forest, ahead = self.policy_forest, self._policy.ahead
-        length = parent.pos0 + len(parent.ids)
-        uncached = sum(len(n.ids) - n.cached for n in forest.path(parent)) + ahead.claim(parent)  # computed once, for all
-        begun = {o: branch for o in ordinals if max_steps == 1 and (branch := ahead.take(parent, o, decoding))}
-        new = iter(forest.fork(parent, len(ordinals) - len(begun)))
-        session.counters.policy_reused += len(ordinals) * length - uncached
-        children = []
-        for ordinal in ordinals:
-            if ordinal not in begun:
-                node = next(new)
-                session.policy_nodes.add(node)
-                begun[ordinal] = Branch(
-                    session, node, child_key(key, ordinal), (*path_key, ordinal), decoding.sampling,
-                    decoding.max_step_tokens, decoding.max_length, max_steps, None,
-                )  # fmt: skip
-            children.append(begun[ordinal])
-        return children
-
     def _open(self, prompt: list[int] | None, verifier_prompt: list[int] | None, beside: Session | None) -> Session:
         session = Session(next(self._orders) if beside is None else beside.order, None, None)
         if prompt is not None:
@@ -424,50 +400,12 @@ class Engine:
             if command is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(error)
 
-    # -- checks ------------------------------------------------------------------------------------------------------
-
     def _pages(self, model) -> int:
         """Pages of a model's pool: what the budget can pay. A pool on a GPU has its memory from the start, so that two of
         them must share it: for as many tokens each, as the verifier reads what the policy writes."""
         sharing = {self.policy_model, self.verifier_model} - {None} if model.reserves_pool else {model}
         return max(1, self.budget.total_bytes // (sum(m.kv_bytes_per_token for m in sharing) * PAGE_SIZE))
 
-    def _path_bytes(self, model, tokens: int) -> int:
-        """Pages of a path of `tokens` cut into steps: at worst one page a step is partly used."""
-        return (-(-tokens // PAGE_SIZE) + 1) * PAGE_SIZE * model.kv_bytes_per_token
-
-    def _check_prompt(self, name: str, ids: list[int] | None, model, times: int, max_new_tokens: int) -> None:
-        """One path of `times * (prompt + max_new_tokens)` tokens must fit into the model and, alone, into the budget."""
-        if ids is None:
-            return
-        self._check_model(name, model)
-        self._check_ids(name, ids, model)
-        length, limit = len(ids) + max_new_tokens, model.config.max_positions
-        if len(ids) >= limit:
-            side = "policy" if model is self.policy_model else "verifier"
-            raise ValueError(f"{name} has {len(ids)} tokens, the {side} allows {limit}; shorten it")
-        need = self._path_bytes(model, min(times * length, limit))
-        pool = (self.policy_forest if model is self.policy_model else self.verifier_forest).pool
-        have = self.budget.total_bytes
-        if model.reserves_pool:
-            have = pool.num_pages * pool.page_bytes
-        if need > have:
-            raise ValueError(
-                f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
-                f"{have:,}; raise kv_bytes or lower max_new_tokens"
-            )
-
-    @staticmethod
-    def _check_model(name: str, model) -> None:
-        if model is None:
-            raise ValueError(f"{name}: the engine was made without the model that reads them; pass it to Engine(...)")
-
-    @staticmethod
-    def _check_ids(name: str, ids: list[int], model) -> None:
-        if not ids:
-            raise ValueError(f"{name} must hold at least one token id, got none")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= model.config.vocab:
-            raise ValueError(
-                f"{name} must hold ids in 0 .. {model.config.vocab - 1}, got {low if low < 0 else high}; wrong tokenizer?"
-            )
+    def _budget(self, model, forest) -> int:
+        """Bytes that one path may take: what a pool on a GPU has for itself, elsewhere everything."""
+        return forest.pool.num_pages * forest.pool.page_bytes if model and model.reserves_pool else self.budget.total_bytes

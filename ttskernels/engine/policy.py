@@ -7,17 +7,17 @@ from collections.abc import Callable
 
 import torch
 
-from ttskernels.engine.ahead import Ahead
+from ttskernels.engine.ahead import Ahead, Decoding
 from ttskernels.engine.keys import as_int64, child_key
 from ttskernels.engine.residency import Residency, missing, uncached_rows
-from ttskernels.engine.work import Branch, StepEnd
+from ttskernels.engine.work import Branch, Session, StepEnd
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
-SHORT_ITERATIONS = 4  # the same while rows for children nobody has asked for are free
+SHORT_ITERATIONS = 4  # the same in a batch so small that scores may soon let more branches join it
 PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
 
 
@@ -37,7 +37,7 @@ class PolicyRunner:
         self.model, self.forest, self.residency, self.next_state = model, forest, residency, next_state.contiguous()
         self.heads = model.config.heads
         self.branches: list[Branch] = []  # asked for
-        self.ahead, self.ahead_rows = Ahead(forest), ahead_rows  # not asked for; rows of a batch they may fill up
+        self.ahead, self.ahead_rows = Ahead(forest), ahead_rows  # not asked for; see Engine
         self._crowded = False  # a branch that was asked for found no room in the last batch
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed
@@ -47,14 +47,38 @@ class PolicyRunner:
         """Nodes that the resident branches of problems older than `order` read."""
         return {n for b in self.branches if b.session.order < order and b.node.cached for n in self.forest.path(b.node)}
 
+    def children(
+        self,
+        session: Session,
+        parent: Node,
+        key: int,
+        path_key: tuple[int, ...],
+        ordinals: list[int],
+        decoding: Decoding,
+        max_steps: int,
+    ) -> list[Branch]:
+        """The children of a node that somebody asks for: those begun ahead, and new ones. They still have to be added."""
+        length = self.forest.length(parent)
+        uncached = sum(len(n.ids) - n.cached for n in self.forest.path(parent)) + self.ahead.claim(parent)  # once, for all
+        begun = {o: self.ahead.take(parent, o, decoding) for o in ordinals} if max_steps == 1 else {}
+        missing = [o for o in ordinals if begun.get(o) is None]
+        for ordinal, node in zip(missing, self.forest.fork(parent, len(missing)), strict=True):
+            session.policy_nodes.add(node)
+            begun[ordinal] = Branch(
+                session, node, child_key(key, ordinal), (*path_key, ordinal), decoding.sampling, decoding.max_step_tokens,
+                decoding.max_length, max_steps,
+            )  # fmt: skip
+        session.counters.policy_reused += len(ordinals) * length - uncached
+        return [begun[o] for o in ordinals]
+
     def add(self, branch: Branch) -> None:
         self.branches.append(branch)
         self._plan = None
 
     def wish(self, *wish) -> None:
         """See `Ahead.wish`."""
-        self.ahead.wish(*wish)
-        if len(self._running) < self.ahead_rows:
+        if self.ahead_rows:
+            self.ahead.wish(*wish)
             self._plan = None
 
     def drop(self, unwanted: Callable[[Branch], bool]) -> None:
@@ -114,22 +138,23 @@ class PolicyRunner:
                     admitted.append(branch)
             # A later branch's reserve may evict only what is not pinned, so every admitted path is still whole.
         self._crowded = len(admitted) < len(self.branches)
-        if admitted and not self._crowded and len(admitted) < self.ahead_rows:
+        if admitted and not self._crowded:
             admitted = [*admitted, *self._fill(self.ahead_rows - len(admitted))]
         for branch in admitted:
             branch.resident_epoch = self.residency.epoch
         return admitted
 
     def _fill(self, room: int) -> list[Branch]:
-        """Up to `room` branches that nobody has asked for yet, if they take no page from anybody."""
-        filled = []
-        for branch in self.ahead.candidates():
-            needs = self._needs(branch)
-            if needs and not self._try(list(needs.items())):
-                break
-            filled.append(branch)
-            if len(filled) == room:
-                break
+        """Branches that nobody has asked for yet, if they take no page from anybody: all that are sure to be, and others if
+        there is `room` in the batch."""
+        filled: list[Branch] = []
+        for sure in (True, False):
+            candidates = self.ahead.candidates(sure)
+            while (sure or len(filled) < room) and (branch := next(candidates, None)) is not None:
+                needs = self._needs(branch)
+                if needs and not self._try(list(needs.items())):
+                    return filled
+                filled.append(branch)
         return filled
 
     def _needs(self, branch: Branch) -> dict[Node, int]:

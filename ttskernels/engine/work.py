@@ -91,7 +91,7 @@ class Branch:
     max_step_tokens: int
     max_length: int  # of the whole path in tokens, prompt included
     steps_left: int  # 1: end with this step; more: go on with the next step by itself
-    on_step: Callable[[StepEnd | BaseException], None]
+    on_step: Callable[[StepEnd | BaseException], None] = lambda end: None
     whole: bool = False  # at that epoch: everything but the last token has its KV
     group: object = None  # what `Engine.cancel` names
     state: int = 0

@@ -34,7 +34,7 @@ struct KvPools {
 enum class DecoderOutput : int { kHidden = 0, kLogits = 1 };
 
 // Why Decode returned. Iterations that are done have their tokens, log-probabilities and states written.
-enum class DecodeStop : int { kRowEnded, kFull, kOutOfSlots, kBadLogits };
+enum class DecodeStop : int { kRowEnded, kFull, kOutOfSlots, kBadLogits, kBadState };
 
 struct DecodeParams {
   int32_t* plan;                // advanced between iterations
@@ -45,7 +45,7 @@ struct DecodeParams {
   int32_t* states;              // [rows] in, out
   int32_t* tokens;              // [max_iterations, rows]
   float* logprobs;              // [max_iterations, rows]
-  int64_t rows, max_iterations;
+  int64_t rows, max_iterations, num_states;
 };
 
 class Decoder {
@@ -68,7 +68,8 @@ class Decoder {
                const int32_t* out_rows, int64_t num_out, DecoderOutput output, float* out);
 
   // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop; with
-  // kBadLogits, bad_row is the first row whose logits are not finite. next_state holds states that exist or negatives.
+  // kBadLogits, bad_row is the first row whose logits are not finite; with kBadState, the first that next_state sends to a
+  // state it does not have.
   DecodeStop Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row);
 
  private:

@@ -35,7 +35,7 @@ from .lookahead import SPECULATE, Speculate, next_parents
 LIKELIHOOD = (
     "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
 )
-AHEAD_ROWS = 12  # of a decode iteration: below, it costs what reading the weights costs
+AHEAD_ROWS = 16  # of a decode iteration; bench/LOG.md, "step search", has how it was chosen
 
 
 @dataclass(eq=False)
@@ -263,6 +263,7 @@ class _Lookahead:
     def __init__(self, policy: LocalPolicy, chains: list[_Chain], limits: Limits, group: object):
         self._policy, self._limits, self._group, self._total = policy, limits, group, len(chains)
         self._done: list[SearchNode] = []
+        self._wished = False
         backend = policy._backend
         self.useful = backend.speculate != "off" and backend.has_verifier and policy._budget.aggregate is not None
 
@@ -271,15 +272,16 @@ class _Lookahead:
             return
         self._done.append(task.result())
         policy, limits = self._policy, self._limits
-        missing = self._total - len(self._done)
-        if missing >= policy._engine.ahead_rows:  # no row is free yet
-            return
         budget, wishes = policy._budget, []
-        if missing:
-            parents = next_parents(self._done, self._total, budget.width, budget.aggregate, policy._backend.speculate)
-            going_on = [node for node in parents if len(node.path_key) < limits.max_steps]
-            wishes = [Wish(n.handle.policy, n.handle.key, n.path_key, 0, budget.width) for n in going_on]
-        policy._engine.ahead(policy._session, wishes, **policy._decoding(limits), group=self._group)
+        if len(self._done) < self._total:
+            parents, sure = next_parents(self._done, self._total, budget.width, budget.aggregate, policy._backend.speculate)
+            for rank, node in enumerate(parents):
+                if len(node.path_key) < limits.max_steps:
+                    handle = node.handle
+                    wishes.append(Wish(handle.policy, handle.key, node.path_key, 0, budget.width, rank < sure))
+        if wishes or self._wished:
+            policy._engine.ahead(policy._session, wishes, **policy._decoding(limits), group=self._group)
+        self._wished = bool(wishes)
 
 
 class _Chain:
