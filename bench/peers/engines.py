@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -61,6 +62,11 @@ def variables(peer: str, threads: int) -> dict[str, str]:
 LIMIT_SECONDS = 900  # a call that takes longer has hung: its worker is killed
 
 
+def die_with_parent() -> None:
+    """A stopped worker would outlive a driver that was killed (Linux: prctl PR_SET_PDEATHSIG)."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+
+
 class WorkerError(RuntimeError):
     """A call that the worker could not answer."""
 
@@ -74,7 +80,7 @@ class Worker:
         self.engine, self.threads, self.log = engine, threads, log
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"), text=True, env=environment,
-            start_new_session=True,
+            start_new_session=True, preexec_fn=die_with_parent,
         )  # fmt: skip
 
     def load(self, model: str, context: int, cells: int, sequences: int, source: Path | None = None) -> dict:
@@ -110,6 +116,15 @@ class Worker:
         if "error" in answer:
             raise WorkerError(f"{self.engine.peer} {self.engine.precision} {name}: {answer['error']}")
         return answer
+
+    def cpu_seconds(self) -> float:
+        """CPU time of the worker, and of what it started."""
+        ticks = 0
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                fields = stat.read_text().rsplit(")", 1)[1].split()  # from the state on: group is the third
+                ticks += sum(map(int, fields[11:15])) if int(fields[2]) == self._process.pid else 0
+        return ticks / os.sysconf("SC_CLK_TCK")
 
     def _signal(self, number: int) -> None:
         if self._process.poll() is None:

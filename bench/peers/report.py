@@ -37,6 +37,7 @@ def rows_of(record: dict, workload: Workload, shape: Shape) -> list[dict]:
             "prefill_seconds": statistics.median(alone) if alone else None, "tokens_per_second": workload.decoded / median,
             "floor_percent": 100 * floor / median if floor and scored else None,
             "estimated": any(run.get("estimated") for run in mine),
+            "others_share": max((run["others_share"] for run in mine if "others_share" in run), default=None),
             "peak_kv_bytes": max((run["peak_kv_bytes"] for run in mine if "peak_kv_bytes" in run), default=None),
         })  # fmt: skip
     return sorted(rows, key=lambda row: row["seconds"])
@@ -57,6 +58,9 @@ def print_table(workload: Workload, rows: list[dict], failed: list[dict]) -> Non
             number(row["seconds"] / base if base else None, 2), number(row["floor_percent"], 0),
         ]  # fmt: skip
         print("| " + " | ".join(cells) + " |")
+    noisy = [row["side"] for row in rows if (row["others_share"] or 0) > 0.05]
+    if noisy:
+        print(f"others took more than 5 % of the cores during a call of: {', '.join(noisy)}")
     for each in failed:
         print(f"{each['side']} did not run: {each['error'][:200]}")
 

@@ -6,14 +6,14 @@
 
 `time` loads each side once and runs one side at a time (the others are stopped processes), in rounds that begin with another
 side each; every result is written at once, and a second call goes on where the first ended. A side of which one call took
-longer than --long seconds is not repeated. `--hold COMMAND` runs each timed call while `COMMAND sh -c ...` lives, for machines
-whose use is negotiated (`--hold "flock /tmp/bench.lock"`). README.md says what is fair here and what is not.
+longer than --long seconds is not repeated. `--hold COMMAND` times while `COMMAND sh -c ...` lives, for machines whose use is
+negotiated (`--hold "flock /tmp/bench.lock"`), and lets go of it every 100 seconds. README.md says what is fair here
+and what is not.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -41,7 +41,7 @@ class Results:
         self.path = path
         self.record = json.loads(path.read_text()) if path.exists() else {}
         self.record.setdefault("bench", "peers")
-        for name, empty in (("commands", []), ("sides", {}), ("runs", []), ("failed", [])):
+        for name, empty in (("commands", []), ("sides", {}), ("runs", []), ("failed", []), ("disturbed", [])):
             self.record.setdefault(name, empty)
 
     def has(self, workload: str, side: str, round_: int | None = None) -> list[dict]:
@@ -57,22 +57,48 @@ class Results:
         fresh.rename(self.path)
 
 
-@contextlib.contextmanager
-def held(command: str | None):
-    """Hold the machine: a child of `command` says when it has it, and gives it back when its stdin is closed."""
-    if not command:
-        yield
-        return
-    holder = subprocess.Popen(
-        [*shlex.split(command), "sh", "-c", "echo; cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        holder.stdout.readline()
-        yield
-    finally:
-        holder.stdin.close()
-        holder.wait()
-        holder.stdout.close()
+class Machine:
+    """Holds the machine for a few calls at a time: a child of `command` says when it has it, and gives it back at `give`."""
+
+    def __init__(self, command: str | None, seconds: float = 100.0):
+        self.command, self.seconds, self.holder = command, seconds, None
+
+    def take(self) -> None:
+        if self.command and not self.holder:
+            self.holder = subprocess.Popen(
+                [*shlex.split(self.command), "sh", "-c", "echo; cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            self.holder.stdout.readline()
+            self.since = time.perf_counter()
+
+    def give(self, after: float = 0.0) -> None:
+        """Give it back if it was held for longer than `after` seconds."""
+        if self.holder and time.perf_counter() - self.since >= after:
+            self.holder.stdin.close()
+            self.holder.wait()
+            self.holder.stdout.close()
+            self.holder = None
+
+
+def busy_seconds() -> float:
+    """CPU seconds of everything on this machine, since it was started."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
+    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")  # user, nice, system; interrupts and steal
+
+
+def others_share(run, workers: list[Worker]) -> tuple[dict, float]:
+    """What `run()` gives, and the share of all cores that processes other than `workers` took meanwhile."""
+    started, busy, own = time.perf_counter(), busy_seconds(), sum(worker.cpu_seconds() for worker in workers)
+    found = run()
+    own = sum(worker.cpu_seconds() for worker in workers) - own
+    return found, max(0.0, busy_seconds() - busy - own) / (time.perf_counter() - started) / os.cpu_count()
+
+
+def wait_for_quiet(share: float, patience: float = 120.0) -> None:
+    """Wait until everything else takes less than `share` of the cores, or as long as `patience` seconds."""
+    end = time.perf_counter() + patience
+    while others_share(lambda: time.sleep(1), [])[1] > share and time.perf_counter() < end:
+        pass
 
 
 class Side:
@@ -129,20 +155,29 @@ def search_side(name: str, workload: Workload, policy: Worker, reward: Worker, w
 
 
 class Cast:
-    """Starts workers, each once a workload."""
+    """Starts workers, each once and with room for the largest of `workloads`, which have one model."""
 
-    def __init__(self, args, results: Results):
-        self.args, self.results, self.workers = args, results, {}
+    def __init__(self, args, results: Results, workloads: list[Workload]):
+        self.args, self.results, self.workloads, self.workers = args, results, workloads, {}
+        self.refused: dict[str, WorkerError] = {}
 
-    def worker(self, name: str, workload: Workload, role: str = "policy") -> Worker:
+    def worker(self, name: str, role: str = "policy") -> Worker:
+        if name in self.refused:
+            raise self.refused[name]
         if (name, role) not in self.workers:
             engine = engine_named(name)
             log = self.args.out.parent / "logs" / f"{name.replace(' ', '-')}-{role}.log"
             log.parent.mkdir(parents=True, exist_ok=True)
-            print(f"loading {name} for {workload.name}", flush=True)
-            worker = self.workers[name, role] = Worker(engine, self.args.threads, log)
-            about = worker.load(workload.model, workload.context, workload.cells, workload.samples, self.args.source)
-            self.results.record["sides"][name] = about
+            print(f"loading {name}", flush=True)
+            worker = Worker(engine, self.args.threads, log)
+            largest = [max(getattr(w, field) for w in self.workloads) for field in ("context", "cells", "samples")]
+            try:
+                self.results.record["sides"][name] = worker.load(self.workloads[0].model, *largest, self.args.source)
+            except WorkerError as error:
+                worker.close()
+                self.refused[name] = error
+                raise
+            self.workers[name, role] = worker
         return self.workers[name, role]
 
     def close(self) -> None:
@@ -169,48 +204,54 @@ def names_of(workload: Workload, args) -> list[str]:
 def make_side(name: str, workload: Workload, cast: Cast) -> Side:
     if workload.kind == "strategies":
         engine, strategy = name.rsplit(" ", 1)
-        return strategy_side(name, workload, cast.worker(engine, workload), strategy)
+        return strategy_side(name, workload, cast.worker(engine), strategy)
     if workload.kind == "search" and " / " not in name:
-        return strategy_side(name, workload, cast.worker(name, workload), "beam_search")
+        return strategy_side(name, workload, cast.worker(name), "beam_search")
     if workload.kind == "search":
         policy, reward, how = name.split(" / ")
         if how not in ("whole", "steps"):
             raise SystemExit(f'a search must read "POLICY / REWARD MODEL / whole or steps", got {name!r}')
-        workers = cast.worker(policy, workload), cast.worker(reward, workload, "reward")
+        workers = cast.worker(policy), cast.worker(reward, "reward")
         return search_side(name, workload, *workers, how == "whole")
-    return samples_side(name, workload, cast.worker(name, workload))
+    return samples_side(name, workload, cast.worker(name))
 
 
-def time_workload(workload: Workload, args, results: Results) -> None:
-    cast = Cast(args, results)
-    try:
-        sides = []
-        for name in names_of(workload, args):
-            if all(results.has(workload.name, name, r) for r in range(args.rounds)) or too_long(results, workload, name, args):
+def time_workload(workload: Workload, args, results: Results, cast: Cast, machine: Machine) -> None:
+    sides = []
+    for name in names_of(workload, args):
+        if too_long(results, workload, name, args) or len(results.has(workload.name, name)) >= args.rounds:
+            continue
+        try:
+            sides.append(make_side(name, workload, cast))
+            sides[-1].warm()
+        except WorkerError as error:
+            fail(results, workload, name, error)
+    if sides:
+        measure_peaks(args, results, machine)
+    for round_ in range(args.rounds):
+        turn = round_ % max(len(sides), 1)
+        for side in sides[turn:] + sides[:turn]:
+            if results.has(workload.name, side.name, round_) or too_long(results, workload, side.name, args):
                 continue
+            machine.take()
             try:
-                side = make_side(name, workload, cast)
-                side.warm()
-                sides.append(side)
+                for _ in range(args.tries):
+                    wait_for_quiet(args.disturbed)
+                    found, others = others_share(lambda s=side, r=round_: s.run(r), list(side.workers.values()))
+                    if others <= args.disturbed:
+                        break
+                    print(f"{workload.name} {side.name}: others took {100 * others:.0f} % of the cores; again", flush=True)
+                    results.record["disturbed"].append([workload.name, side.name, round_, found["seconds"], others])
             except WorkerError as error:
-                fail(results, workload, name, error)
-        for round_ in range(args.rounds):
-            turn = round_ % max(len(sides), 1)
-            for side in sides[turn:] + sides[:turn]:
-                if results.has(workload.name, side.name, round_) or too_long(results, workload, side.name, args):
-                    continue
-                try:
-                    with held(args.hold):
-                        found = side.run(round_)
-                except WorkerError as error:
-                    fail(results, workload, side.name, error)
-                    continue
-                run = {"workload": workload.name, "side": side.name, "round": round_, "bits": side.bits, **found}
-                results.record["runs"].append({**run, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
-                results.save()
-                print(f"{workload.name} round {round_} {side.name:44} {found['seconds']:8.2f} s", flush=True)
-    finally:
-        cast.close()
+                fail(results, workload, side.name, error)
+                continue
+            found["others_share"] = others
+            run = {"workload": workload.name, "side": side.name, "round": round_, "bits": side.bits, **found}
+            results.record["runs"].append({**run, "at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())})
+            results.save()
+            print(f"{workload.name} round {round_} {side.name:44} {found['seconds']:8.2f} s", flush=True)
+            machine.give(after=machine.seconds)
+    machine.give()
 
 
 def too_long(results: Results, workload: Workload, name: str, args) -> bool:
@@ -225,18 +266,25 @@ def fail(results: Results, workload: Workload, name: str, error: Exception) -> N
 
 
 def describe(args, results: Results) -> None:
-    """Machine, commit, command; peaks once, by our own worker."""
+    """Machine, commit, command."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
     record = results.record
     record |= {"machine": cpu or platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
     record["commit"] = head.stdout.strip() or "unknown"
     record["commands"].append(shlex.join(["python", "bench/peers/run.py", *sys.argv[1:]]))
-    if "peaks" not in record:
-        worker = Worker(Engine("ours", "bf16", "hf"), args.threads, Path(os.devnull))
-        with held(args.hold):
-            record["peaks"] = worker.call("peaks")
-        worker.close()
+    results.save()
+
+
+def measure_peaks(args, results: Results, machine: Machine) -> None:
+    """What the machine can do, once a file."""
+    if "peaks" in results.record:
+        return
+    worker = Worker(Engine("ours", "bf16", "hf"), args.threads, Path(os.devnull))
+    machine.take()
+    wait_for_quiet(args.disturbed)
+    results.record["peaks"] = worker.call("peaks")
+    worker.close()
     results.save()
 
 
@@ -249,6 +297,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--long", type=float, default=60.0, help="seconds of a call above which it is not repeated")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--disturbed", type=float, default=0.05, help="share of the cores that others may take during a call")
+    parser.add_argument("--tries", type=int, default=2, help="how often a disturbed call is made before it counts as it is")
     parser.add_argument("--hold", help="command that holds the machine while its argument runs")
     parser.add_argument("--source", type=Path, help="dry run: this small Hugging Face folder, at sizes that take seconds")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / f"peers-{time.strftime('%Y-%m-%d')}.json")
@@ -256,9 +306,17 @@ def main() -> None:
     args = parser.parse_args()
     results = Results(args.out)
     if args.what == "time":
+        machine = Machine(args.hold)
         describe(args, results)
-        for name in args.workloads:
-            time_workload(tiny(WORKLOADS[name]) if args.source else WORKLOADS[name], args, results)
+        wanted = [tiny(WORKLOADS[name]) if args.source else WORKLOADS[name] for name in args.workloads]
+        for model in dict.fromkeys(workload.model for workload in wanted):
+            cast = Cast(args, results, [workload for workload in wanted if workload.model == model])
+            try:
+                for workload in cast.workloads:
+                    time_workload(workload, args, results, cast, machine)
+            finally:
+                machine.give()
+                cast.close()
     done = {run["workload"] for run in results.record["runs"]}
     workloads = {name: tiny(w) if args.source else w for name, w in WORKLOADS.items() if name in done}
     shapes = {model: Shape.read(get(model, "hf", args.source)) for model in {w.model for w in workloads.values()}}

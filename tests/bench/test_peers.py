@@ -21,6 +21,7 @@ import engines  # noqa: E402
 import floor  # noqa: E402
 import gguf_export  # noqa: E402
 import report  # noqa: E402
+import run as driver  # noqa: E402
 import search  # noqa: E402
 from engines import Engine, Worker, WorkerError  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
@@ -252,6 +253,27 @@ def test_report(capsys, tmp_path):
     assert out.index("W0") < out.index("W1") and (tmp_path / "sweep.png").stat().st_size > 1000
 
 
+def test_share_of_others(monkeypatch):
+    """Ten seconds on `cpu_count` cores: all were busy 12 s, of which the worker took 9."""
+    clock, busy, own = iter([100.0, 110.0]), iter([50.0, 62.0]), iter([1.0, 10.0])
+    monkeypatch.setattr(driver.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(driver, "busy_seconds", lambda: next(busy))
+    monkeypatch.setattr(driver.os, "cpu_count", lambda: 2)
+
+    class Busy:
+        def cpu_seconds(self):
+            return next(own)
+
+    assert driver.others_share(lambda: {"seconds": 9.5}, [Busy()]) == ({"seconds": 9.5}, 3 / 10 / 2)
+
+
+def test_cpu_seconds_are_the_workers(echo):
+    before = echo.cpu_seconds()
+    assert 0 < before < driver.busy_seconds()
+    echo.call("generate", **ASK, seed=1)
+    assert echo.cpu_seconds() >= before
+
+
 @pytest.mark.slow
 def test_dry_run(tmp_path, monkeypatch):
     """Two real workers, every kind of workload; then a second call that finds all of it done."""
@@ -263,7 +285,7 @@ def test_dry_run(tmp_path, monkeypatch):
     peer = "transformers shared"
     command = [sys.executable, str(PEERS / "run.py"), "time", "--source", str(DEMO), "--rounds", "1"]
     command += ["--workloads", "W0", "W1", "W3", "--engines", "ours bf16", peer, "--out", str(tmp_path / "out.json")]
-    command += ["--searches", f"{peer} / {peer} / steps", f"{peer} / {peer} / whole", "--hold", "env"]
+    command += ["--searches", f"{peer} / {peer} / steps", f"{peer} / {peer} / whole", "--hold", "env", "--disturbed", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     record = json.loads((tmp_path / "out.json").read_text())
