@@ -50,7 +50,7 @@ serve(Echo())
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
     (tmp_path / "echo_worker.py").write_text(ECHO.format(peers=str(PEERS)))
-    monkeypatch.setattr(engines, "HERE", tmp_path)
+    monkeypatch.setattr(roster, "HERE", tmp_path)
     worker = Worker(Engine("echo", "bf16", "hf"), 1, tmp_path / "log", python=Path(sys.executable))
     yield worker
     worker.close()
