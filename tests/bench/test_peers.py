@@ -20,6 +20,7 @@ sys.path.insert(0, str(PEERS))
 import floor  # noqa: E402
 import gguf_export  # noqa: E402
 import report  # noqa: E402
+import roster  # noqa: E402
 import run as driver  # noqa: E402
 import search  # noqa: E402
 from roster import Engine, Worker, WorkerError  # noqa: E402
@@ -129,7 +130,7 @@ SHAPE = floor.Shape(hidden=4, layers=2, q_heads=2, kv_heads=1, head_dim=3, inter
 
 
 def test_floor_is_the_engines_own_count():
-    """With bytes for free it is flops over peak, and the flops are those of `DecoderConfig.flops_per_token`."""
+    """With bytes for free it is flops over peak, and the flops are those of `DecoderConfig.flops`."""
     from ttskernels.models.config import DecoderConfig
 
     config = DecoderConfig(
@@ -139,8 +140,8 @@ def test_floor_is_the_engines_own_count():
     )  # fmt: skip
     rates = floor.Rates(1.0, 1.0, float("inf"))
     work = Workload("x", "x", prompt=6, samples=3, tokens=4)
-    flops = sum(config.flops_per_token(i + 1, None) for i in range(6)) + 2 * 4 * 7  # one row of logits
-    flops += 3 * sum(config.flops_per_token(6 + t) for t in (1, 2, 3))
+    flops = sum(config.flops(i, 1, "hidden") for i in range(6)) + 2 * 4 * 7  # one row of logits
+    flops += 3 * sum(config.flops(5 + t) for t in (1, 2, 3))
     assert floor.job_seconds(work, SHAPE, rates) == pytest.approx(flops / 1e9)
 
 
