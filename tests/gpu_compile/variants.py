@@ -98,7 +98,7 @@ def small_ops(arch: str) -> list[Variant]:
         ("decode_advance", decode_advance.decode_advance_kernel,
          {"sampled": "*i32", "logprobs": "*fp32", "next_state": "*i32", "plan": "*i32", "ids": "*i32", "positions": "*i32",
           "slots": "*i32", "draw_positions": "*i32", "states": "*i32", "iterations": "*i32", "report": "*i32",
-          "vocab": "i32", "capacity": "i32!"}, {"BAD": decode_advance.BAD_LOGITS, "RING": 4, "BLOCK": 512}, 4, ()),
+          "vocab": "i32", "capacity": "i32!"}, {"BAD": -(1 << 30), "RING": 4, "BLOCK": 512}, 4, ()),
         ("step_score-head", step_score.head_kernel,
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
           "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
