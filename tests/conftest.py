@@ -1,11 +1,13 @@
 """Shared fixtures: seeded runs, poisoned allocations, instruction-set levels."""
 
 import os
+import platform
 import signal
 import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning teams starve each other on a busy machine
+os.environ.setdefault("TTSK_MACHINE", "default")  # plans that do not depend on what was measured here
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from ttskernels import _dispatch  # noqa: E402
 
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
+X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ def impl(request):
     return request.param
 
 
-@pytest.fixture(params=ISAS)
+@pytest.fixture(params=[isa for isa in ISAS if X86 == isa.startswith("avx") or isa == "portable"])
 def isa(request, cpu_extension):
     """Run a test once per instruction-set level this CPU has."""
     lib, before = _dispatch.library(), _dispatch.isa_name()

@@ -25,6 +25,10 @@ def test_the_table_has_every_family():
     assert sorted(named) == sorted([*FAMILIES, *GENERATIVE])
 
 
+def test_lines_fit():
+    assert [line for line in TEXT.splitlines() if len(line) > 120] == []
+
+
 @pytest.mark.parametrize("number", range(len(PYTHON)))
 def test_snippet_runs(number, capsys):
     names = {}

@@ -1,6 +1,7 @@
 """`python -m ttskernels`: which implementations can run here, and why the others cannot.
 
 `python -m ttskernels model ...`: what a decode iteration costs at least on a GPU (roofline.py).
+`python -m ttskernels machine`: measure the planner's constants of this CPU again, and keep them.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import torch
 
 import ttskernels
 from ttskernels import _dispatch
+from ttskernels.kv import cpu_machine
 
 SETTINGS = {
-    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_bf16: force an instruction-set level",
+    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_vnni | avx512_bf16 | neon: force an instruction-set level",
     "TTSK_NUM_THREADS": "threads of the CPU kernels",
     "TTSK_DISABLE_CPP": "1: run on the reference implementation",
-    "TTSK_CACHE": "folder of converted GGUF checkpoints",
+    "TTSK_CACHE": "folder of converted GGUF checkpoints and of the planner's constants",
+    "TTSK_MACHINE": "default, or a file with the planner's constants; else they are measured once",
 }
-ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
 
 
 def report() -> list[tuple[str, str]]:
@@ -44,9 +47,8 @@ def report() -> list[tuple[str, str]]:
         supported = [isa for i, isa in enumerate(ISAS) if library.ttsk_isa_supported(i)]
         lines.append(("instruction set", f"{_dispatch.isa_name()} in use; this CPU has {', '.join(supported)}"))
         lines.append(("threads", str(library.ttsk_num_threads())))
-        lines.append(("planner", "C++"))
-    else:
-        lines.append(("planner", "NumPy"))
+    lines.append(("planner", "C++" if _dispatch.load_extension() is None else "NumPy"))
+    lines.append(("planner costs", cpu_machine.describe()))
     lines += [(name, f"{os.environ.get(name) or 'not set'}  ({what})") for name, what in SETTINGS.items()]
     return lines
 
@@ -64,6 +66,12 @@ def main() -> int:
         from ttskernels.roofline import main as model
 
         return model(sys.argv[2:])
+    if sys.argv[1:2] == ["machine"]:
+        if (reason := _dispatch.load_extension()) is not None:
+            print(f"nothing to measure: {reason}", file=sys.stderr)
+            return 1
+        print(f"{cpu_machine.numbers(cpu_machine.measure_and_keep())} ({cpu_machine.machine_file()})")
+        return 0
     for name, state in report():
         print(f"{name:16} {state}")
     return 0

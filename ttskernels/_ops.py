@@ -19,16 +19,19 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@_define("linear_pack(Tensor weight) -> Tensor")
-def _(weight: Tensor) -> Tensor:
+@_define("linear_pack(Tensor weight, int form=0) -> Tensor")
+def _(weight: Tensor, form: int = 0) -> Tensor:
     n, k = weight.shape
+    if form:  # blocks of 64 columns and 64 inputs, with a float32 scale a column
+        size = ((n + 63) // 64) * ((k + 63) // 64) * 64 * (4 + 64 * (2 if form == 1 else 1))
+        return weight.new_empty(size, dtype=torch.uint8)
     panels, pairs = (n + 63) // 64, (k + 1) // 2
     size = panels * (pairs * 2 if weight.dtype == torch.bfloat16 else k) * 64 * weight.element_size()
     return weight.new_empty(size, dtype=torch.uint8)
 
 
-@_define("linear(Tensor x, Tensor packed, int out_features, Tensor? bias) -> Tensor")
-def _(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None) -> Tensor:
+@_define("linear(Tensor x, Tensor packed, int out_features, Tensor? bias, int form=0) -> Tensor")
+def _(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, form: int = 0) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
 
 

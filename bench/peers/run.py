@@ -24,10 +24,10 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from engines import ENGINES, Engine, Worker, WorkerError
 from floor import Shape
 from models import HERE, ROOT, get
 from report import report
+from roster import ENGINES, Engine, Worker, WorkerError
 from search import beam_search
 from workloads import WORKLOADS, Workload
 

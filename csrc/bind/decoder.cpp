@@ -29,7 +29,7 @@ std::shared_ptr<Entry> Find(int64_t handle) {
   return found->second;
 }
 
-constexpr int kConfigInts = 9, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
+constexpr int kConfigInts = 10, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
 
 int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, const Tensor& inv_freq,
                  std::vector<std::optional<Tensor>> weights) {
@@ -37,12 +37,14 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
                   " integers and ", kConstants, " constants, got ", config.size(), " and ", constants.size());
   for (int i = 0; i < 7; ++i) STD_TORCH_CHECK(config[i] > 0, "config[", i, "] must be positive, got ", config[i]);
   STD_TORCH_CHECK(config[3] % config[4] == 0 && config[5] % 16 == 0 && config[5] <= 256 && config[7] >= 0 &&
-                      config[8] >= 0 && config[8] <= 2,
-                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256, window >= 0 and a "
-                  "dtype 0..2, got ", config[3], ", ", config[4], ", ", config[5], ", ", config[7], ", ", config[8]);
+                      config[8] >= 0 && config[8] <= 2 && config[9] >= 0 && config[9] <= 2,
+                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256, window >= 0, a "
+                  "dtype 0..2 and a form 0..2, got ", config[3], ", ", config[4], ", ", config[5], ", ", config[7], ", ", config[8],
+                  ", ", config[9]);
   DecoderShape s{};
   s.vocab = config[0], s.hidden = config[1], s.layers = config[2], s.q_heads = config[3], s.kv_heads = config[4];
   s.head_dim = config[5], s.intermediate = config[6], s.window = config[7], s.dtype = static_cast<DType>(config[8]);
+  s.form = static_cast<LinearForm>(config[9]);
   s.rms_eps = static_cast<float>(constants[0]), s.rope_scale = static_cast<float>(constants[1]);
   s.scale = static_cast<float>(constants[2]), s.softcap = static_cast<float>(constants[3]);
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kModelWeights + kLayerWeights * s.layers, "weights must be ",
@@ -169,14 +171,9 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
     STD_TORCH_CHECK(ValidOptions(options[r]), "params[", r, "] must be temperature >= 0, top_k >= 0, 0 < top_p <= 1, "
                     "0 <= min_p <= 1");
   }
-  const int32_t* table = Data<const int32_t>(next_state);
-  int32_t last_state = -1;
-  for (int64_t i = 0; i < next_state.numel(); ++i) last_state = table[i] > last_state ? table[i] : last_state;
-  STD_TORCH_CHECK(last_state < next_state.size(0), "next_state leads to state ", last_state, ", it has ",
-                  next_state.size(0), " states");
   DecodeParams p{};
   p.plan = Data<int32_t>(plan), p.ids = Data<int32_t>(ids), p.keys = Data<const int64_t>(keys), p.options = options;
-  p.next_state = table, p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
+  p.next_state = Data<const int32_t>(next_state), p.num_states = next_state.size(0), p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
   p.logprobs = Data<float>(logprobs), p.rows = rows, p.max_iterations = tokens.size(0);
   int64_t iterations = 0, bad_row = -1;
   DecodeStop stop;
@@ -184,6 +181,8 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
     std::lock_guard<std::mutex> lock(entry->running);
     stop = decoder.Decode(pools, p, &iterations, &bad_row);
   }
+  STD_TORCH_CHECK(stop != DecodeStop::kBadState, "next_state leads to state ", bad_row < 0 ? 0 : state[bad_row], ", it has ",
+                  next_state.size(0), " states");
   STD_TORCH_CHECK(stop != DecodeStop::kBadLogits, "logits of row ", bad_row, " are not finite after ", iterations,
                   " iterations; the weights or the KV cache are damaged");
   Tensor done = torch::stable::new_empty(ids, {}, ScalarType::Int);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "element.h"
 #include "ttskernels/linear.h"
 #include "ttskernels/plan.h"
 #include "ttskernels/rms_norm.h"
@@ -12,21 +13,6 @@
 
 namespace ttsk {
 namespace {
-
-float BitsAsFloat(uint32_t bits) {
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
-
-float ElementAsFloat(const void* data, int64_t i, DType dtype) {
-  if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
-  const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  if (dtype == DType::kBFloat16) return BitsAsFloat(static_cast<uint32_t>(bits) << 16);
-  _Float16 half;
-  std::memcpy(&half, &bits, 2);
-  return static_cast<float>(half);
-}
 
 void RowAsFloat(const char* table, int64_t row, int64_t dim, DType dtype, float* out) {
   const char* source = table + row * dim * SizeOf(dtype);
@@ -62,35 +48,35 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
   const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim, wide_q = WholePanels(q);
-  const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t), 0); };
+  const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t, shape.form), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
   embed_ = Copy(embed, shape.vocab * h, t);
   final_norm_ = Copy(final_norm, h, t);
   if (lm_head != nullptr) {
-    lm_head_ = pack(shape.vocab, h);
-    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data());
+    lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, HeadForm()), 0);
+    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), HeadForm());
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
     layer.input_norm = Copy(w.input_norm, h, t), layer.post_norm = Copy(w.post_norm, h, t);
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
     layer.qkv = pack(wide_q + 2 * kv, h);
-    LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data());
-    LinearPack(w.k, kv, h, h, t, whole(wide_q, kv), layer.qkv.data());
-    LinearPack(w.v, kv, h, h, t, whole(wide_q + kv, kv), layer.qkv.data());
+    LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data(), shape.form);
+    LinearPack(w.k, kv, h, h, t, whole(wide_q, kv), layer.qkv.data(), shape.form);
+    LinearPack(w.v, kv, h, h, t, whole(wide_q + kv, kv), layer.qkv.data(), shape.form);
     const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
     AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
     layer.qkv_bias.resize(biased ? wide_q : 0);
     AppendBias(layer.qkv_bias, w.k_bias, kv, t, biased);
     AppendBias(layer.qkv_bias, w.v_bias, kv, t, biased);
     layer.o = pack(h, q);
-    LinearPack(w.o, h, q, q, t, whole(0, h), layer.o.data());
+    LinearPack(w.o, h, q, q, t, whole(0, h), layer.o.data(), shape.form);
     AppendBias(layer.o_bias, w.o_bias, h, t, w.o_bias != nullptr);
     // Panels of 32 gate and 32 up columns (kSwiGlu); an intermediate size that is no multiple of 32 is padded with zeros.
     const int64_t padded = (inner + 31) / 32 * 32;
     layer.gate_up = pack(2 * padded, h);
-    LinearPack(w.gate, inner, h, h, t, {0, 32, 64}, layer.gate_up.data());
-    LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data());
+    LinearPack(w.gate, inner, h, h, t, {0, 32, 64}, layer.gate_up.data(), shape.form);
+    LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data(), shape.form);
     // `down` reads the padded activations: its extra columns are zero.
     layer.down = pack(h, padded);
     Bytes wide(h * padded * SizeOf(t), 0);
@@ -98,7 +84,7 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
       std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down) + r * inner * SizeOf(t),
                   inner * SizeOf(t));
     }
-    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data());
+    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data(), shape.form);
     layers_.push_back(std::move(layer));
   }
   shape_.intermediate = (inner + 31) / 32 * 32;
@@ -135,13 +121,14 @@ void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) c
 }
 
 void Decoder::Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
-                      int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu) {
+                      int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form) {
   LinearParams p{};
   p.x = x, p.packed = packed.data(), p.bias = bias.empty() ? nullptr : bias.data(), p.y = y;
   p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(rows, k));
   p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = swiglu ? n / 2 : n;
   p.x_dtype = p.weight_dtype = shape_.dtype, p.y_dtype = y_dtype;
   p.epilogue = swiglu ? LinearEpilogue::kSwiGlu : add ? LinearEpilogue::kAdd : LinearEpilogue::kStore;
+  p.form = form;
   TTSK_SELECT(Linear)(p);
 }
 
@@ -173,11 +160,12 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     char* v_pages = static_cast<char*>(pools.v) + l * pools.v_layer_bytes;
     const auto project = [&](int64_t first, int64_t n) {  // columns of q, k, v
       LinearParams p{};
-      p.x = normed, p.packed = layer.qkv.data() + LinearPackedBytes(first, h, s.dtype), p.y = qkv + first;
+      p.x = normed, p.packed = layer.qkv.data() + LinearPackedBytes(first, h, s.dtype, s.form), p.y = qkv + first;
       p.bias = layer.qkv_bias.empty() ? nullptr : layer.qkv_bias.data() + first;
       p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(live, h));
       p.rows = live, p.n = n, p.k = h, p.x_stride = h, p.y_stride = qkv_dim;
       p.x_dtype = p.weight_dtype = s.dtype, p.y_dtype = DType::kFloat32, p.epilogue = LinearEpilogue::kStore;
+      p.form = s.form;
       TTSK_SELECT(Linear)(p);
     };
     const auto rope = [&](int64_t q_heads, int64_t kv_heads) {
@@ -218,17 +206,17 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
     TTSK_SELECT(TreeAttention)(attention);
 
-    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false);
+    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false, s.form);
     Norm(x, layer.post_norm, live, normed);
-    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true);
-    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false);
+    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true, s.form);
+    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.form);
   }
   if (output == DecoderOutput::kHidden) {
     std::memcpy(out, x, num_out * h * 4);
     return;
   }
   Norm(x, final_norm_, num_out, normed);
-  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false);
+  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, HeadForm());
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {
@@ -251,6 +239,10 @@ DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t*
       p.ids[r] = tokens[r];
       p.states[r] = p.next_state[p.states[r] * shape_.vocab + tokens[r]];
       ended |= p.states[r] < 0;
+      if (p.states[r] >= p.num_states) {
+        *bad_row = r;
+        return DecodeStop::kBadState;
+      }
     }
     if (ended) return DecodeStop::kRowEnded;
   }

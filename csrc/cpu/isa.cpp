@@ -8,27 +8,28 @@
 namespace ttsk {
 namespace {
 
-constexpr const char* kNames[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+constexpr const char* kNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"};
 
 Isa BestForThisCpu() {
 #if defined(__x86_64__)
   // AMD Zen 4: vdpbf16ps has twice the flop rate of fp32 FMA. Intel (Sapphire Rapids): half of it.
   if (__builtin_cpu_is("amd") && CpuSupports(Isa::kAvx512Bf16)) return Isa::kAvx512Bf16;
+  if (CpuSupports(Isa::kAvx512Vnni)) return Isa::kAvx512Vnni;
   if (CpuSupports(Isa::kAvx512)) return Isa::kAvx512;
   if (CpuSupports(Isa::kAvx2)) return Isa::kAvx2;
 #endif
-  return Isa::kPortable;
+  return CpuSupports(Isa::kNeon) ? Isa::kNeon : Isa::kPortable;
 }
 
 Isa FromEnvironment() {
   const char* wanted = std::getenv("TTSK_CPU_ISA");
   if (wanted == nullptr || *wanted == 0 || std::strcmp(wanted, "auto") == 0) return BestForThisCpu();
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < kNumIsas; ++i) {
     if (std::strcmp(wanted, kNames[i]) == 0 && CpuSupports(static_cast<Isa>(i))) return static_cast<Isa>(i);
   }
   const Isa best = BestForThisCpu();
   std::fprintf(stderr,
-               "ttskernels: TTSK_CPU_ISA=%s is not one of portable, avx2, avx512, avx512_bf16 that this CPU supports; "
+               "ttskernels: TTSK_CPU_ISA=%s is not one of portable, avx2, avx512, avx512_vnni, avx512_bf16, neon that this CPU supports; "
                "using %s\n",
                wanted, IsaName(best));
   return best;
@@ -48,7 +49,11 @@ bool CpuSupports(Isa isa) {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) return avx512;
-  if (isa == Isa::kAvx512Bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
+  if (isa == Isa::kAvx512Vnni) return vnni;
+  if (isa == Isa::kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+#elif defined(__aarch64__)
+  if (isa == Isa::kNeon) return true;  // part of the architecture
 #endif
   return isa == Isa::kPortable;
 }
@@ -69,10 +74,10 @@ extern "C" {
 __attribute__((visibility("default"))) const char* ttsk_isa_name() { return ttsk::IsaName(ttsk::ActiveIsa()); }
 // 1 if this CPU has `level`.
 __attribute__((visibility("default"))) int ttsk_isa_supported(int level) {
-  return level >= 0 && level < 4 && ttsk::CpuSupports(static_cast<ttsk::Isa>(level));
+  return level >= 0 && level < ttsk::kNumIsas && ttsk::CpuSupports(static_cast<ttsk::Isa>(level));
 }
-// 1 if `level` (0 portable .. 3 avx512_bf16) is now in use, 0 if this CPU lacks it.
+// 1 if `level` (0 portable .. 5 neon) is now in use, 0 if this CPU lacks it.
 __attribute__((visibility("default"))) int ttsk_set_isa(int level) {
-  return level >= 0 && level < 4 && ttsk::SetIsa(static_cast<ttsk::Isa>(level));
+  return level >= 0 && level < ttsk::kNumIsas && ttsk::SetIsa(static_cast<ttsk::Isa>(level));
 }
 }

@@ -2,8 +2,11 @@
 #include "ttskernels/linear.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <vector>
 
+#include "element.h"
 #include "ttskernels/threads.h"
 
 namespace ttsk {
@@ -25,21 +28,62 @@ void PackRows(const void* weight, int64_t n, int64_t k, int64_t row_stride, cons
   }
 }
 
+// One group of a row: `count` values at `in`, to column c of a packed block of T.
+template <typename T>
+void PackGroup(const float* in, int64_t count, int64_t c, uint8_t* block) {
+  constexpr float kMost = sizeof(T) == 2 ? kMostWord : kMostByte;
+  float most = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
+  float* scales = reinterpret_cast<float*>(block);
+  T* out = reinterpret_cast<T*>(block + kPanelColumns * 4);
+  scales[c] = !finite ? NAN : most < kLeastScaled ? 0.0f : most / kMost;
+  const float up = scales[c] > 0.0f ? kMost / most : 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    out[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<T>(finite ? std::nearbyint(in[i] * up) : 0.0f);
+  }
+}
+
+template <typename T>
+void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
+               void* packed) {
+  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(sizeof(T));
+#pragma omp parallel for num_threads(NumThreads()) schedule(static, 64) if (n * k > 65536)
+  for (int64_t i = 0; i < n; ++i) {
+    const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
+    uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
+    float wide[kFixedGroup];
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t count = std::min(kFixedGroup, k - g * kFixedGroup);
+      for (int64_t j = 0; j < count; ++j) wide[j] = ElementAsFloat(weight, i * row_stride + g * kFixedGroup + j, dtype);
+      PackGroup<T>(wide, count, column % kPanelColumns, panel + g * block);
+    }
+  }
+}
+
 }  // namespace
 
-int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype) {
+int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form) {
+  if (form != LinearForm::kFloat) {
+    const int64_t blocks = (n + kPanelColumns - 1) / kPanelColumns * ((k + kFixedGroup - 1) / kFixedGroup);
+    return blocks * FixedBlockBytes(form == LinearForm::kInt16 ? 2 : 1);
+  }
   const int64_t f = PackFactor(dtype);
   return (n + kPanelColumns - 1) / kPanelColumns * kPanelColumns * ((k + f - 1) / f * f) * SizeOf(dtype);
 }
 
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
-                void* packed) {
+                void* packed, LinearForm form) {
+  if (form == LinearForm::kInt16) return PackFixed<int16_t>(weight, n, k, row_stride, dtype, columns, packed);
+  if (form == LinearForm::kInt8) return PackFixed<int8_t>(weight, n, k, row_stride, dtype, columns, packed);
   if (dtype == DType::kFloat32) return PackRows<float, float>(weight, n, k, row_stride, columns, packed);
   if (dtype == DType::kFloat16) return PackRows<uint16_t, uint16_t>(weight, n, k, row_stride, columns, packed);
   PackRows<uint16_t, uint32_t>(weight, n, k, row_stride, columns, packed);
 }
 
-// The x rows of one chunk as float32 (or bf16 pairs), k rounded up to a whole pair.
-int64_t LinearWorkspaceBytes(int64_t rows, int64_t k) { return std::min<int64_t>(rows, 384) * ((k + 1) / 2 * 2) * 4 + 64; }
+// The x rows of one chunk as float32 (or bf16 pairs, or int16 with scales), k rounded up to a whole group.
+int64_t LinearWorkspaceBytes(int64_t rows, int64_t k) {
+  return std::min<int64_t>(rows, 384) * ((k + kFixedGroup - 1) / kFixedGroup * kFixedGroup) * 4 + 64;
+}
 
 }  // namespace ttsk

@@ -4,6 +4,8 @@ extern "C" {
 
 __attribute__((visibility("default"))) double ttsk_peak_fma_gflops() { return TTSK_SELECT(PeakFmaGflops)(); }
 
+__attribute__((visibility("default"))) double ttsk_peak_dot_gflops() { return TTSK_SELECT(PeakDotGflops)(); }
+
 __attribute__((visibility("default"))) double ttsk_read_gb_per_second(const float* data, int64_t count) {
   return TTSK_SELECT(ReadGbPerSecond)(data, count);
 }

@@ -11,6 +11,8 @@
 #include "vec_avx512.h"
 #elif defined(__AVX2__)
 #include "vec_avx2.h"
+#elif defined(TTSK_NEON)
+#include "vec_neon.h"
 #else
 #include "vec_portable.h"
 #endif

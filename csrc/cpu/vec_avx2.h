@@ -98,4 +98,35 @@ inline Vec Odd(Pairs a) {
   return {_mm256_castsi256_ps(_mm256_and_si256(a.lo, mask)), _mm256_castsi256_ps(_mm256_and_si256(a.hi, mask))};
 }
 
+struct Ints { __m256i lo, hi; };
+struct Words { __m256i lo, hi; };
+inline Ints ZeroInts() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Vec ToFloat(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
+inline Words LoadWords(const int16_t* p) {
+  const __m256i* q = reinterpret_cast<const __m256i*>(p);
+  return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+}
+inline Words BroadcastWords(const int16_t* pair) {
+  const __m256i a = _mm256_set1_epi32(*reinterpret_cast<const int32_t*>(pair));
+  return {a, a};
+}
+inline Ints DotWords(Ints acc, Words a, Words b) {
+  return {_mm256_add_epi32(acc.lo, _mm256_madd_epi16(a.lo, b.lo)),
+          _mm256_add_epi32(acc.hi, _mm256_madd_epi16(a.hi, b.hi))};
+}
+inline void StoreRounded(int16_t* p, Vec a) {
+  const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
+}
+inline void WidenBytes(const int8_t* from, int16_t* to) {
+  const __m128i* p = reinterpret_cast<const __m128i*>(from);
+  __m256i* out = reinterpret_cast<__m256i*>(to);
+  _mm256_storeu_si256(out, _mm256_cvtepi8_epi16(_mm_loadu_si128(p)));
+  _mm256_storeu_si256(out + 1, _mm256_cvtepi8_epi16(_mm_loadu_si128(p + 1)));
+}
+inline Vec Abs(Vec a) {
+  const __m256 sign = _mm256_set1_ps(-0.0f);
+  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+}
+
 }  // namespace ttsk::TTSK_ISA

@@ -73,4 +73,30 @@ inline Vec DotPairs(Vec acc, Pairs a, Pairs b) {
 inline Pairs BroadcastPair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
 #endif
 
+// Sixteen int32 lanes, and sixteen pairs of int16: the unit of fixed-point weights and rows.
+struct Ints { __m512i v; };
+struct Words { __m512i v; };
+inline Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+inline Vec ToFloat(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
+inline Words LoadWords(const int16_t* p) { return {_mm512_loadu_si512(p)}; }
+inline Words BroadcastWords(const int16_t* pair) { return {_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(pair))}; }
+// acc + even * even + odd * odd, exact as long as it fits.
+inline Ints DotWords(Ints acc, Words a, Words b) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));  // gcc 12 copies the sums around the intrinsic
+  return acc;
+#else
+  return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
+#endif
+}
+// Sixteen values below 2^15 to int16, to nearest even.
+inline void StoreRounded(int16_t* p, Vec a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
+}
+// Thirty-two int8 to int16.
+inline void WidenBytes(const int8_t* from, int16_t* to) {
+  _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+}
+inline Vec Abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+
 }  // namespace ttsk::TTSK_ISA

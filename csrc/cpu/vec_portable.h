@@ -83,6 +83,32 @@ inline Pairs LoadPairs(const void* p) {
 }
 inline Vec Even(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] << 16)) }
 inline Vec Odd(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] & 0xffff0000u)) }
+inline Vec Abs(Vec a) { TTSK_LANES(std::fabs(a.v[i])) }
+
+struct Ints { int32_t v[16]; };
+struct Words { int16_t v[32]; };
+inline Ints ZeroInts() { return {}; }
+inline Vec ToFloat(Ints a) { TTSK_LANES(static_cast<float>(a.v[i])) }
+inline Words LoadWords(const int16_t* p) {
+  Words r;
+  std::memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+inline Words BroadcastWords(const int16_t* pair) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.v[i] = pair[i % 2];
+  return r;
+}
+inline Ints DotWords(Ints acc, Words a, Words b) {
+  for (int i = 0; i < 16; ++i) acc.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+  return acc;
+}
+inline void StoreRounded(int16_t* p, Vec a) {
+  for (int i = 0; i < 16; ++i) p[i] = static_cast<int16_t>(std::nearbyint(a.v[i]));
+}
+inline void WidenBytes(const int8_t* from, int16_t* to) {
+  for (int i = 0; i < 32; ++i) to[i] = from[i];
+}
 #undef TTSK_LANES
 
 }  // namespace ttsk::TTSK_ISA

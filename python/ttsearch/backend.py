@@ -14,6 +14,7 @@ def load_backend(
     *,
     prm_family: str | None = None,
     prm_reference: str | Path | None = None,
+    prm_base: str | Path | None = None,
     prompt_style: str | None = None,
     kv_gib: float | None = None,
     **options: Any,
@@ -27,9 +28,10 @@ def load_backend(
         prm_family: what the verifier reads, or writes: one of `ttsearch.verifiers.FAMILIES` or `GENERATIVE`, or a .json
             or .py file that describes another. None: seen in the checkpoint.
         prm_reference: of an implicit PRM, the model that it was trained from.
+        prm_base: of a verifier that is an adapter, or weights without a config.json (PQM), the model it was trained on.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
-        options: handed to the engine (`dtype`, `impl`, `device`).
+        options: handed to the engine (`dtype`, `impl`, `device`, `weights`).
     """
     if kv_gib is not None and not kv_gib > 0:
         raise ValueError(f"kv_gib must be > 0, got {kv_gib}")
@@ -47,8 +49,8 @@ def load_backend(
             f"the local engine is not here ({error}); pass backend=..., or reinstall ttskernels"
         ) from error
     return LocalBackend.load(
-        policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style,
-        kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
+        policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
+        prompt_style=prompt_style, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
     )  # fmt: skip
 
 

@@ -41,6 +41,9 @@ PrmFamily = Annotated[
 PrmReference = Annotated[
     str | None, typer.Option(help="Of an implicit PRM, the model that it was trained from: checkpoint folder or hub id.")
 ]
+PrmBase = Annotated[
+    str | None, typer.Option(help="Of an adapter or PQM, the model it was trained on [default: what its config names].")
+]
 PromptStyle = Annotated[
     str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
 ]
@@ -58,6 +61,8 @@ MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
+Weights = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps matrices; int8 is the smallest.")]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -92,6 +97,7 @@ def solve(
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     prompt_style: PromptStyle = None,
     problem_file: Annotated[
         str | None, typer.Option(help="JSONL file or hub dataset: solve its problems.")
@@ -108,6 +114,8 @@ def solve(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    device: Device = "cpu",
+    weights: Weights = "auto",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,8 +139,9 @@ def solve(
         )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
-        )
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
+        )  # fmt: skip
         records, interrupted = [], False
         try:
             for item in problems:
@@ -226,6 +235,7 @@ def evaluate(
     verifier: Verifier = None,
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     prompt_style: PromptStyle = None,
     limit: Limit = None,
     seed: Seed = 0,
@@ -239,6 +249,8 @@ def evaluate(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    device: Device = "cpu",
+    weights: Weights = "auto",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
         "runs/evaluate"
@@ -268,8 +280,9 @@ def evaluate(
         )
         problems = load_problems(problem_file, limit)
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
-        )
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
+        )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:
             err.print(
@@ -301,10 +314,13 @@ def score(
     results: Annotated[Path, typer.Option(help="Results file; run again to continue.")],
     prm_family: PrmFamily = None,
     prm_reference: PrmReference = None,
+    prm_base: PrmBase = None,
     separator: Annotated[str, typer.Option(help="Cuts a solution's text into steps; \\n is a newline.")] = r"\n\n",
     limit: Limit = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32, of weights and KV.")] = "bf16",
     kv_gib: KvGib = None,
+    device: Device = "cpu",
+    weights: Weights = "auto",
     concurrency: Concurrency = 4,
     as_json: AsJson = False,
 ) -> None:
@@ -317,7 +333,10 @@ def score(
     with friendly_errors():
         problems, solutions = load_solutions(solutions_file, limit)
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
-        loaded = load_verifier(verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference)
+        loaded = load_verifier(
+            verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device,
+            weights=weights,
+        )
         try:
             with progress_bar("solutions", err) as progress:
                 scored = score_steps(

@@ -8,13 +8,13 @@ from pathlib import Path
 from .gguf_tokenizer import TOKENIZER_FILES, save_gguf_tokenizer
 
 
-def load_tokenizer(source: str | Path):
+def load_tokenizer(source: str | Path, base: str | Path | None = None):
     """Tokenizer of `source`; one inside a GGUF file is converted once and kept beside the converted weights.
 
-    An adapter without tokenizer files has its base model's.
+    A checkpoint without tokenizer files has that of `base`, an adapter that of the base model which its config names.
 
     Raises:
-        ValueError: the folder has no tokenizer files and no .gguf to read one from.
+        ValueError: no tokenizer files, no .gguf to read one from, and no base.
     """
     from transformers import AutoTokenizer
 
@@ -31,11 +31,18 @@ def load_tokenizer(source: str | Path):
             save_gguf_tokenizer(gguf, folder)
         return AutoTokenizer.from_pretrained(folder)
     adapter = path / "adapter_config.json"
-    if adapter.is_file() and not has_files and (base := json.loads(adapter.read_text())["base_model_name_or_path"]):
+    if adapter.is_file() and not has_files and base is None:
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    if path.is_dir() and not has_files and base:
         return load_tokenizer(base)
     if path.is_dir() and not has_files:
-        raise ValueError(f"{path} has no tokenizer files (tokenizer.json, ...); copy them from the original checkpoint")
+        raise ValueError(
+            f"{path} has no tokenizer files (tokenizer.json, ...); copy them from the original checkpoint, or pass as base the "
+            "model that a verifier was trained on"
+        )
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except (OSError, ValueError) as error:
+        if base is not None and not path.is_dir():
+            return load_tokenizer(base)
         raise ValueError(f"cannot load a tokenizer from {source}: {error}") from error

@@ -1,23 +1,149 @@
-"""`make gpu` is ready: every part runs through the interpreter at its smallest size."""
+"""`make gpu` is ready: every part runs through the interpreter at its smallest size; trees and rivals' inputs are right."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "bench" / "gpu.py"
+BENCH = Path(__file__).parents[2] / "bench"
+PARTS = ["tests", "attention", "decode", "prm"]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import gpu_attention
+    import gpu_measure
+    import gpu_trees
+
+    return SimpleNamespace(trees=gpu_trees, attention=gpu_attention, measure=gpu_measure)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: run `make gpu` itself")
-@pytest.mark.parametrize("part", ["tests", "attention", "decode", "prm"])
+@pytest.mark.slow
+@pytest.mark.parametrize("part", PARTS)
 def test_dry_run(part, tmp_path):
-    command = [sys.executable, str(SCRIPT), part, "--tiny", "--out", str(tmp_path)]
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+    if not (BENCH / f"gpu_{part}.py").exists():
+        pytest.skip(f"bench/gpu_{part}.py is not there")
+    command = [sys.executable, str(BENCH / "gpu.py"), part, "--tiny", "--out", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
-    if part != "tests":
-        results = json.loads((tmp_path / f"gpu-{part}-dry-run.json").read_text())
-        assert results["cases"] and results["device"].startswith("none")
+    assert done.returncode == 0, done.stdout[-1500:] + done.stderr[-2000:]
+    results = json.loads((tmp_path / f"gpu-{part}-dry-run.json").read_text())
+    assert results["cases"] and results["device"].startswith("none")
+    assert not any("failed" in row for row in results["cases"].values())
+    assert (tmp_path / f"gpu-{part}-dry-run.md").read_text().count("\n|") == 2 + len(results["cases"])
+
+
+def test_unfinished_cases_come_first_and_failures_are_kept(bench, tmp_path, capsys):
+    ran = []
+
+    def case(name):
+        def run():
+            ran.append(name)
+            if name == "b":
+                raise RuntimeError("broken")
+            return {"value": 1.5, "tree": {}}
+
+        return run
+
+    def rows(minutes, commit="x"):
+        return bench.measure.Rows(tmp_path / "r.json", {"commit": commit}, minutes, "Title")
+
+    rows(1).run({name: case(name) for name in "ab"})
+    late = rows(0)
+    late.run({name: case(name) for name in "abc"})
+    assert late.left_out == ["c", "a", "b"] and ran == ["a", "b"]
+    again = rows(1)
+    again.run({name: case(name) for name in "abc"})
+    assert ran == ["a", "b", "c", "a", "b"] and again.failed == ["b"]
+    assert again.done["b"] == {"failed": "RuntimeError: broken"}
+    assert rows(1, commit="y").done == {}, "results of another commit do not count"
+
+
+def test_published_trees(bench):
+    t = bench.trees
+    assert (len(t.FASTTREE), len(t.PAT)) == (15, 20)
+    tree = t.of_text("1,4,16,512 1024,256,128,32")
+    assert [len(level) for level in tree.levels] == [1, 4, 16, 512]
+    assert {len(tree.slots(leaf)) for leaf in tree.leaves} == {1024 + 256 + 128 + 32}
+    for text in t.FASTTREE + t.PAT:
+        nodes = list(map(int, text.split()[0].split(",")))
+        assert [len(level) for level in t.of_text(text).levels] == nodes
+
+
+@pytest.mark.parametrize("strategy", ["beam", "dvts", "best_of_n"])
+def test_search_trees(bench, strategy):
+    from ttskernels.kv import HeadShape
+
+    tree = bench.trees.search_tree(strategy, 16, 100, steps=4)
+    assert len(tree.leaves) == 16 and len(tree.levels) == (2 if strategy == "best_of_n" else 5)
+    paths = [tree.slots(leaf) for leaf in tree.leaves]
+    assert all(len(set(path)) == len(path) for path in paths)
+    heads = HeadShape(8, 2, 64, 64, 2)
+    shared, flat = tree.plan(heads), tree.plan(heads, flat=True)
+    assert shared.stats().flat_tokens == flat.stats().flat_tokens == sum(map(len, paths))
+    assert shared.stats().unique_tokens == len(set().union(*paths))
+    assert sorted(shared.row_pos) == sorted(flat.row_pos) == sorted(len(path) - 1 for path in paths)
+
+
+class Cascade:
+    """FlashInfer's wrapper, by dense attention: what it is given must mean the same tree."""
+
+    def __init__(self, levels, workspace, layout):
+        assert layout == "NHD" and workspace.dtype == torch.uint8
+        self.levels = levels
+
+    def plan(self, rows, pages, ids, last, q_heads, kv_heads, dim, page_size, q_data_type):
+        assert len(rows) == len(pages) == len(ids) == len(last) == self.levels
+        self.seen = [[] for _ in range(rows[0][-1])]
+        for level in range(self.levels):
+            for node in range(len(rows[level]) - 1):
+                part = ids[level][pages[level][node] : pages[level][node + 1]].tolist()
+                slots = [p * page_size + i for p in part for i in range(page_size)]
+                slots = slots[: len(slots) - page_size + int(last[level][node])]
+                for row in range(rows[level][node], rows[level][node + 1]):
+                    self.seen[row] += slots
+
+    def run(self, q, kv):
+        k, v = (pool.flatten(0, 1) for pool in kv)
+        out = [
+            torch.nn.functional.scaled_dot_product_attention(
+                q[row, :, None].float(), k[s].transpose(0, 1).float(), v[s].transpose(0, 1).float(), enable_gqa=True
+            )[:, 0]
+            for row, s in enumerate(self.seen)
+        ]
+        return torch.stack(out)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: FlashInfer itself runs")
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_rivals_get_the_same_tree(bench, monkeypatch):
+    """SDPA, FlexAttention and the cascade all agree with the reference on a ragged search tree."""
+    from ttskernels.kv import HeadShape
+    from ttskernels.ops.tree_attention import tree_attention
+
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(MultiLevelCascadeAttentionWrapper=Cascade))
+    tree, a = bench.trees.search_tree("beam", 8, 37, steps=3), bench.attention
+    q = torch.randn(1, len(tree.leaves), 4, 64, dtype=torch.float16)
+    k, v = (torch.randn(1, tree.first_page[-1], 16, 2, 64, dtype=torch.float16) for _ in range(2))
+    plan = tree.plan(HeadShape(4, 2, 64, 64, 2))
+    expected = tree_attention(q[0], k[0], v[0], plan, impl="reference").float()
+    for rival in (a.sdpa, a.flex_attention, a.flashinfer_cascade):
+        assert rival(tree, q, k, v, expected) == {}
+        with pytest.raises(RuntimeError, match="its result differs from ours by"):
+            rival(tree, q, k, v, expected + 0.1)
+
+
+def test_a_missing_or_broken_rival_says_why(bench):
+    def broken():
+        raise ModuleNotFoundError("No module named 'flashinfer'")
+
+    assert bench.measure.attempt(broken) == "ModuleNotFoundError: No module named 'flashinfer'"

@@ -17,13 +17,12 @@ DEMO = REPOSITORY / "python" / "ttsearch" / "demo" / "models" / "policy-base"
 sys.path.insert(0, str(REPOSITORY / "tests" / "support"))
 sys.path.insert(0, str(PEERS))
 
-import engines  # noqa: E402
 import floor  # noqa: E402
 import gguf_export  # noqa: E402
 import report  # noqa: E402
 import run as driver  # noqa: E402
 import search  # noqa: E402
-from engines import Engine, Worker, WorkerError  # noqa: E402
+from roster import Engine, Worker, WorkerError  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from workloads import WORKLOADS, Workload  # noqa: E402
 
@@ -51,7 +50,7 @@ serve(Echo())
 @pytest.fixture
 def echo(tmp_path, monkeypatch):
     (tmp_path / "echo_worker.py").write_text(ECHO.format(peers=str(PEERS)))
-    monkeypatch.setattr(engines, "HERE", tmp_path)
+    monkeypatch.setattr(roster, "HERE", tmp_path)
     worker = Worker(Engine("echo", "bf16", "hf"), 1, tmp_path / "log", python=Path(sys.executable))
     yield worker
     worker.close()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from engines import END, STEP, Search, make_engine, run_together
+from engines import END, STEP, Search, make_engine, run_together, stop_table
 from tiny_models import write_tiny
 
 from ttskernels.engine.batcher import Engine
@@ -65,6 +65,28 @@ def test_a_quarter_of_the_memory_changes_nothing_but_time(folders, cpu_extension
     assert run_together(together) == expected
     assert tight.budget.peak_bytes <= peak // 4
     assert sum(s.session.counters.policy_recomputed + s.session.counters.verifier_recomputed for s in together) > 0
+    assert leaked(tight) == 0
+    tight.shutdown()
+
+
+def test_pools_that_have_their_memory_from_the_start_share_the_budget(folders, cpu_extension):
+    """As on a GPU: both together are no larger than the budget, and pressure in one evicts nothing of the other."""
+    policy, verifier = (load_model(folder, torch.float32) for folder in folders)
+    policy.reserves_pool = verifier.reserves_pool = True
+    searches = dict(width=4, keep=3, depth=4)
+    roomy = Engine(policy, verifier, next_state=stop_table(), kv_bytes=1 << 28)
+    expected = [Search(roomy, p, seed=5, **searches).run() for p in prompts(8)]
+    page_bytes = sum(f.pool.page_bytes for f in (roomy.policy_forest, roomy.verifier_forest))
+    roomy.shutdown()
+    tight = Engine(policy, verifier, next_state=stop_table(), kv_bytes=16 * page_bytes)
+    pools = [tight.policy_forest.pool, tight.verifier_forest.pool]
+    assert sum(p.k.nbytes + p.v.nbytes for p in pools) <= tight.budget.total_bytes
+    assert pools[0].num_pages == pools[1].num_pages
+    together = [Search(tight, p, seed=5, **searches) for p in prompts(8)]
+    assert run_together(together) == expected
+    assert sum(s.session.counters.policy_recomputed + s.session.counters.verifier_recomputed for s in together) > 0
+    with pytest.raises(ValueError, match="raise kv_bytes or lower max_new_tokens"):
+        tight.open(PROMPT, PROMPT, max_new_tokens=250 - len(PROMPT))
     assert leaked(tight) == 0
     tight.shutdown()
 

@@ -4,7 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from ttskernels._triton import page_copy, path_aggregate, rms_norm, rope_append, sample, silu_mul, step_score
+from ttskernels._triton import (
+    decode_advance,
+    page_copy,
+    path_aggregate,
+    rms_norm,
+    rope_append,
+    sample,
+    silu_mul,
+    step_score,
+    token_logprob,
+)
 from ttskernels._triton import tree_attention as attention
 from ttskernels._triton.tiles import Tiles, lookup
 
@@ -38,6 +48,8 @@ class Variant:
 
 
 MATRIX_OPS = {"sm_80": ("HMMA",), "sm_89": ("HMMA",), "sm_90": ("HMMA",), "sm_100": ("HMMA",), "gfx942": ("v_mfma",)}
+
+WIDE_OPS = MATRIX_OPS | {"sm_90": ("HGMMA",), "sm_100": ("UTC",)}  # tiles of 64 rows and more
 
 
 def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, sinks=False, tiles=None, ci=False):
@@ -83,6 +95,10 @@ def small_ops(arch: str) -> list[Variant]:
          {"k_pool": "*bf16", "v_pool": "*bf16", "pairs": "*i32"}
          | i32(("k_layer", "k_page", "k_slot", "k_head", "v_layer", "v_page", "v_slot", "v_head"), "i32!"),
          {"K_DIM": 128, "V_DIM": 128, "KV_HEADS": 8, "BLOCK": 1024}, 4, ()),
+        ("decode_advance", decode_advance.decode_advance_kernel,
+         {"sampled": "*i32", "logprobs": "*fp32", "next_state": "*i32", "plan": "*i32", "ids": "*i32", "positions": "*i32",
+          "slots": "*i32", "draw_positions": "*i32", "states": "*i32", "iterations": "*i32", "report": "*i32",
+          "vocab": "i32", "capacity": "i32!"}, {"BAD": decode_advance.BAD_LOGITS, "RING": 4, "BLOCK": 512}, 4, ()),
         ("step_score-head", step_score.head_kernel,
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
           "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
@@ -91,6 +107,20 @@ def small_ops(arch: str) -> list[Variant]:
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*fp32",
           "n": "i32", "inner": "i32!", "eps": "fp32", "hidden_row": "i32!"},
          {"DIM": 3584, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, 4, MATRIX_OPS[arch]),
+    ]  # fmt: skip
+    for n in (16, 64, 1024):
+        m, n_block, k, warps, stages = token_logprob.choose_blocks(n, 2, arch)
+        made.append((f"token_logprob-run-{m}x{n_block}", token_logprob.run_kernel,
+                     {"x": "*bf16", "lm_head": "*bf16", "ids": "*i32", "partial": "*fp32", "n": "i32", "vocab": "i32",
+                      "head_row": "i32!"},
+                     {"DIM": 3584, "BLOCK_M": m, "BLOCK_N": n_block, "BLOCK_K": k, "STAGES": stages}, warps,
+                     WIDE_OPS[arch] if m >= 64 else MATRIX_OPS[arch]))  # fmt: skip
+    made += [
+        ("token_logprob-gather", token_logprob.gather_norm_kernel,
+         {"hidden": "*fp32", "rows": "*i32", "norm_weight": "*bf16", "x": "*bf16", "eps": "fp32", "hidden_row": "i32!"},
+         {"DIM": 3584}, 8, ()),
+        ("token_logprob-merge", token_logprob.merge_kernel,
+         {"partial": "*fp32", "logprobs": "*fp32", "n": "i32", "runs": "i32"}, {"BLOCK": 512}, 4, ()),
     ]  # fmt: skip
     for norm in (False, True):
         strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")

@@ -52,11 +52,16 @@ def test_flops_and_bytes():
     config = decoder_config(raw(), torch.bfloat16)
     queries, keys, hidden, inner, layers, vocab = 4 * 64, 2 * 64, 64, 96, 2, 131
     weights = layers * (hidden * (2 * queries + 2 * keys) + 3 * hidden * inner)
-    assert config.flops_per_token(10) == 2 * (weights + hidden * vocab + layers * 2 * queries * 10)
-    assert config.flops_per_token(10, output="hidden") == 2 * (weights + layers * 2 * queries * 10)
+    assert config.flops(9) == 2 * (weights + hidden * vocab + layers * 2 * queries * 10)
+    assert config.flops(9, output="hidden") == 2 * (weights + layers * 2 * queries * 10)
+    unread = hidden * (2 * queries) + 3 * hidden * inner + 2 * queries * 10
+    assert config.flops(9, output="kv") == config.flops(9, output="hidden") - 2 * unread
     assert config.kv_bytes_per_token == layers * 2 * keys * 2
     window = decoder_config(raw("mistral_window"), torch.bfloat16)
-    assert window.flops_per_token(100) == window.flops_per_token(9)
+    assert window.flops(100) == window.flops(8) > window.flops(7)
+    for counted in (config, window):
+        for output in ("logits", "hidden", "kv"):
+            assert counted.flops(3, 20, output) == sum(counted.flops(3 + i, 1, output) for i in range(20))
 
 
 @pytest.mark.parametrize(

@@ -118,14 +118,14 @@ def test_pool_and_costs(model):
     budget = ByteBudget(1 << 20)
     pool = model.new_pool(4, budget)
     assert pool.page_bytes == 16 * model.kv_bytes_per_token and pool.budget is budget
-    assert model.flops_per_token(10) == model.config.flops_per_token(10)
+    assert model.flops(9) == model.config.flops(9)
 
 
 def test_verifier_has_no_vocabulary_head(impl, tmp_path):
     write_tiny(tmp_path, "qwen2", kind="ForTokenClassification")
     model = load_model(tmp_path, torch.float32, impl)
     assert model.head is not None and model.lm_head is None
-    assert model.flops_per_token(10) == model.config.flops_per_token(10, output="hidden")
+    assert model.flops(9) == model.config.flops(9, output="hidden")
     tree = Tree(model)
     root = tree.forest.add(None, [1, 2])
     with pytest.raises(ValueError, match="output must be 'hidden': this model was loaded with a score head and no vocab"):

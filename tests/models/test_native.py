@@ -242,8 +242,8 @@ def test_broken_calls_raise(native):
         forward(*args(loop)[:3], torch.zeros_like(loop.plan.buffer), loop.ids, rows, 0, hidden)
     with pytest.raises(RuntimeError, match="pools must"):
         forward(args(loop)[0], loop.tree.pool.k[:1], loop.tree.pool.v[:1], *args(loop)[3:], rows, 0, hidden)
-    loop.next_state[1, 5] = 2
-    with pytest.raises(RuntimeError, match="next_state"):
+    loop.next_state[:] = 2
+    with pytest.raises(RuntimeError, match="next_state leads to state 2, it has 2 states"):
         decode(*decode_args(loop))
     loop = Loop(model)
     loop.states[1] = 2

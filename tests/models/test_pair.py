@@ -35,7 +35,7 @@ def test_each_model_runs_as_if_alone(folders, dtype, cpu_extension):
     alone = [hidden_of(load_model(folder, dtype), [0, 5, 36]) for folder in (first, second)]
     assert torch.equal(hidden_of(pair, [0, 5, 36]), torch.cat(alone, 1))
     assert pair.kv_bytes_per_token == 2 * load_model(first, dtype).kv_bytes_per_token
-    assert pair.flops_per_token(9) == 2 * load_model(first, dtype).config.flops_per_token(9, "hidden")
+    assert pair.flops(8, 3) == 2 * load_model(first, dtype).config.flops(8, 3, "hidden")
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])

@@ -4,7 +4,7 @@ from budget import assert_within_budget, to_float64
 
 from ttskernels import _dispatch
 from ttskernels._reference import linear as reference
-from ttskernels.ops.linear import linear, linear_pack
+from ttskernels.ops.linear import FORMS, linear, linear_pack
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -33,11 +33,12 @@ def test_linear(isa, rows, n, k, dtype):
     assert_within_budget(linear(x, linear_pack(weight, impl="cpu"), bias), exact, low)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [257, 576])
-def test_row_alone_equals_row_in_any_batch(isa, k, dtype):
+def test_row_alone_equals_row_in_any_batch(isa, k, dtype, form):
     x, weight, bias = make(397, 150, k, dtype)
-    packed, lib = linear_pack(weight, impl="cpu"), _dispatch.library()
+    packed, lib = linear_pack(weight, form=form, impl="cpu"), _dispatch.library()
     threads = lib.ttsk_num_threads()
     try:
         lib.ttsk_set_num_threads(1)
@@ -51,6 +52,67 @@ def test_row_alone_equals_row_in_any_batch(isa, k, dtype):
         lib.ttsk_set_num_threads(threads)
 
 
+FIXED_SHAPES = [(0, 64, 8), (1, 1, 1), (1, 64, 576), (3, 65, 17), (16, 130, 129), (61, 100, 300), (401, 70, 65)]
+
+
+def outliers(rows, k, dtype):
+    """Rows as models have them: a few inputs a hundred times larger than the rest."""
+    return (torch.randn(rows, k) * torch.randn(k).mul(1.5).exp()).to(dtype)
+
+
+@pytest.mark.parametrize("form", ["int16", "int8"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, n, k", FIXED_SHAPES)
+def test_fixed_point_equals_its_definition(isa, rows, n, k, dtype, form):
+    _, weight, bias = make(rows, n, k, dtype, bias=n != 100)
+    x = outliers(rows, k, dtype)
+    expected = reference.linear_fixed(x, weight, bias, form).float()
+    got = linear(x, linear_pack(weight, form=form, impl="cpu"), bias).float()
+    # Sums of groups are exact; what may differ is the rounding of a few float32 additions, and so of the result.
+    scale = expected.abs().amax(1, keepdim=True) if rows else 1.0
+    assert ((got - expected).abs() <= scale * (2e-6 + torch.finfo(dtype).eps)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows, n, k", FIXED_SHAPES[2:])
+def test_int16_is_as_accurate_as_bf16_arithmetic(isa, rows, n, k, dtype):
+    x, (_, weight, bias) = outliers(rows, k, dtype), make(rows, n, k, dtype)
+    exact = reference.linear(*to_float64(x, weight, bias))
+    low = torch.nn.functional.linear(x.bfloat16(), weight.bfloat16(), bias.bfloat16())
+    assert_within_budget(linear(x, linear_pack(weight, form="int16", impl="cpu"), bias), exact, low)
+
+
+@pytest.mark.parametrize("most", [4095, 127])
+def test_fixed_groups_are_within_half_a_scale(most):
+    x = torch.randn(5, 150) * torch.tensor([1.0, 1e-3, 1e30, 0.0, 1e-38])[:, None]
+    values, scales = reference.fixed_groups(x, most)
+    assert values.abs().max() <= most and (values == values.round()).all()
+    wide = (values * scales[..., None]).flatten(1)[:, :150]
+    error = (wide - x).abs().nan_to_num(torch.inf)
+    assert (error[:3] <= 0.5001 * scales[:3].repeat_interleave(64, 1)[:, :150]).all()
+    assert (wide[3:] == 0).all()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("form", ["int16", "int8"])
+def test_what_is_not_finite_stays_visible(isa, form, bad):
+    x, weight, _ = make(4, 70, 130, torch.float32)
+    x[1, 129] = bad
+    weight[65, 3] = bad
+    y = linear(x, linear_pack(weight, form=form, impl="cpu"))
+    expected = torch.zeros(4, 70, dtype=torch.bool)
+    expected[1], expected[:, 65] = True, True
+    assert torch.equal(y.isnan(), expected)
+
+
+def test_largest_products_fit(isa):
+    """A group of 64 of the largest integers on both sides, with one sign: the sum just fits in int32."""
+    x, weight = torch.full((7, 64), 3.0), torch.full((64, 64), -2.0)
+    for form in ("int16", "int8"):
+        y = linear(x, linear_pack(weight, form=form, impl="cpu"))
+        torch.testing.assert_close(y, torch.full((7, 64), -384.0), rtol=1e-6, atol=0)
+
+
 def test_strided_weight_and_x(cpu_extension):
     x, weight, _ = make(5, 16, 24, torch.float32)
     expected = x[:, ::2] @ weight[:, ::2].T
@@ -62,6 +124,10 @@ def test_linear_opcheck(cpu_extension):
     torch.library.opcheck(torch.ops.ttskernels.linear_pack.default, (weight,))
     packed = torch.ops.ttskernels.linear_pack(weight)
     torch.library.opcheck(torch.ops.ttskernels.linear.default, (x, packed, 20, bias.float()))
+    for form in (1, 2):
+        torch.library.opcheck(torch.ops.ttskernels.linear_pack.default, (weight, form))
+        packed = torch.ops.ttskernels.linear_pack(weight, form)
+        torch.library.opcheck(torch.ops.ttskernels.linear.default, (x, packed, 20, None, form))
 
 
 def test_reference_against_torch():
@@ -83,6 +149,10 @@ def test_linear_invalid(cpu_extension):
         linear_pack(weight[:0])
     with pytest.raises(ValueError, match="pass impl='reference'"):
         linear_pack(weight.double(), impl="cpu")
+    with pytest.raises(ValueError, match="form must be one of"):
+        linear_pack(weight, form="int4")
+    with pytest.raises(RuntimeError, match="form must be 0"):
+        torch.ops.ttskernels.linear_pack(weight, 3)
     with pytest.raises(ValueError, match="device"):
         linear(x.to("meta"), packed)
     with pytest.raises(RuntimeError, match="packed must have"):

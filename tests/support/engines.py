@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import queue
+import random
 from concurrent.futures import Future
 
 import torch
 
+from ttskernels.engine.ahead import Wish
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, StepEnd
@@ -21,15 +23,25 @@ def stop_table(vocab: int = 131) -> torch.Tensor:
     return table
 
 
-def make_engine(policy_folder, verifier_folder=None, dtype=torch.float32, impl="auto", kv_bytes=1 << 28) -> Engine:
+def make_engine(
+    policy_folder, verifier_folder=None, dtype=torch.float32, impl="auto", kv_bytes=1 << 28, ahead_rows=0
+) -> Engine:
     verifier = load_model(verifier_folder, dtype, impl) if verifier_folder else None
-    return Engine(load_model(policy_folder, dtype, impl), verifier, next_state=stop_table(), kv_bytes=kv_bytes)
+    policy = load_model(policy_folder, dtype, impl)
+    return Engine(policy, verifier, next_state=stop_table(), kv_bytes=kv_bytes, ahead_rows=ahead_rows)
 
 
 class Search:
-    """Grow `width` children of the `keep` best leaves for `depth` steps; remembers ids and scores by path key."""
+    """Grow `width` children of the `keep` best leaves for `depth` steps; remembers ids and scores by path key.
 
-    def __init__(self, engine: Engine, prompt: list[int], seed: int, *, width=4, keep=2, depth=3, step_tokens=12):
+    `guess`: draws which leaves, in which order and with how many children, are wished to be continued ahead.
+    """
+
+    def __init__(
+        self, engine: Engine, prompt: list[int], seed: int, *, width=4, keep=2, depth=3, step_tokens=12,
+        guess: random.Random | None = None, sure_share: float = 0.3,
+    ):  # fmt: skip
+        self.guess, self.sure_share = guess, sure_share
         self.engine, self.prompt, self.seed = engine, prompt, seed
         self.width, self.keep, self.depth, self.step_tokens = width, keep, depth, step_tokens
         self.tree: dict[tuple[int, ...], tuple[tuple[int, ...], str, float]] = {}
@@ -60,6 +72,8 @@ class Search:
             ids = list(end.ids)
             job = self.engine.score(self.session, parents[path_key[:-1]], ids, [len(ids) - 1])
             ends.append((path_key, end, job))
+            if self.guess is not None:
+                self.wish([(path_key, end) for path_key, end, _ in ends if not end.finished])
         scored = []
         for path_key, end, job in sorted(ends, key=lambda e: e[0]):
             node, scores = job.result(timeout=60)
@@ -75,6 +89,17 @@ class Search:
             verifier=[s[3] for s in drop] + [leaf[2] for leaf in old],
         )
         self.leaves = [(path_key, end.node, node, end.key) for _, path_key, end, node in keep]
+
+    def wish(self, open_ends: list[tuple[tuple[int, ...], StepEnd]]) -> None:
+        chosen = self.guess.sample(open_ends, self.guess.randint(0, len(open_ends)))
+        wishes = [
+            Wish(end.node, end.key, path, 0, self.guess.randint(1, self.width + 1), self.guess.random() < self.sure_share)
+            for path, end in chosen
+        ]
+        max_step_tokens = self.step_tokens - (self.guess.random() < 0.1)  # of another step: never the child asked for
+        self.engine.ahead(
+            self.session, wishes, sampling=Sampling(1.0), max_step_tokens=max_step_tokens, max_length=10**6, group=self
+        )
 
     def run(self) -> dict:
         return run_together([self])[0]

@@ -5,9 +5,11 @@ import os
 import threading
 
 import pytest
+import torch
 import ttsearch.backend
 from scripted import ScriptedBackend
 from ttsearch.cli import DEMO_PROMPT, app
+from ttsearch.demo import verifier_path
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -43,7 +45,20 @@ def test_solve_shows_tree_answer_and_one_line_of_cost(backend):
     output = run("solve", "1+1?", "--n", "8", "--kv-gib", "1").stdout
     assert "1:1+1=2" in output and "Answer: " in output and "8 paths voted" in output
     assert output.rstrip().splitlines()[-1].count("tokens decoded") == 1 and "peak KV" in output
-    assert backend.loaded == [(None, None, {"prm_family": None, "prm_reference": None, "prompt_style": None, "kv_gib": 1.0})]
+    unset = dict.fromkeys(("prm_family", "prm_reference", "prm_base", "prompt_style"))
+    assert backend.loaded == [(None, None, {**unset, "kv_gib": 1.0, "device": "cpu", "weights": "auto"})]
+
+
+def test_a_device_that_is_not_there_is_said_so(tmp_path):
+    """The real backend, up to the point where a GPU would be needed."""
+    for device, reason in (("cuda", "no GPU is visible to torch"), ("tpu", 'device must be "cpu" or "cuda"')):
+        if device == "cuda" and torch.cuda.is_available():
+            continue
+        assert reason in run("solve", "1+1?", "--device", device, code=2).stderr.replace("\n", " ")
+        solutions = tmp_path / "s.jsonl"
+        solutions.write_text('{"problem": "1+1?", "solutions": ["2"]}\n')
+        args = ("score", str(solutions), "--verifier", str(verifier_path()), "--results", str(tmp_path / "r.jsonl"))
+        assert reason in run(*args, "--device", device, code=2).stderr.replace("\n", " ")
 
 
 def test_solve_json_is_one_document(backend):

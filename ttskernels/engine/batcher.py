@@ -14,12 +14,13 @@ from concurrent.futures import Future
 
 import torch
 
-from ttskernels.engine.keys import child_key
+from ttskernels.engine.ahead import Decoding, Wish
+from ttskernels.engine.checks import check_ids, check_model, check_prompt
 from ttskernels.engine.policy import PolicyRunner
 from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
 from ttskernels.engine.scorer import ScoreRunner
-from ttskernels.engine.work import Branch, Sampling, ScoreJob, Session, StepEnd
+from ttskernels.engine.work import Sampling, ScoreJob, Session, StepEnd
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.pool import PAGE_SIZE, ByteBudget
 
@@ -36,14 +37,24 @@ class Engine:
             may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
+        ahead_rows: a decode iteration with fewer rows is filled up with children of `ahead` that will perhaps be asked for, and
+            scores do not wait for company; 0: nothing is begun ahead.
     Raises:
         ValueError: no model at all, a policy without its automaton, a verifier without a score head.
     """
 
-    def __init__(self, policy=None, verifier=None, *, next_state: torch.Tensor | None = None, kv_bytes: int = 4 << 30):
+    def __init__(
+        self,
+        policy=None,
+        verifier=None,
+        *,
+        next_state: torch.Tensor | None = None,
+        kv_bytes: int = 4 << 30,
+        ahead_rows: int = 0,
+    ):
         if policy is None and verifier is None:
             raise ValueError("Engine needs a policy, a verifier or both, got neither")
-        self.policy_model, self.verifier_model = policy, verifier
+        self.policy_model, self.verifier_model, self.ahead_rows = policy, verifier, ahead_rows
         self.budget = ByteBudget(kv_bytes)
         self._sessions: list[Session] = []
         self._orders = itertools.count()
@@ -52,8 +63,9 @@ class Engine:
         if policy is not None:
             self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
             residency.forests.append((self.policy_forest, lambda session: session.policy_nodes))
-            self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state)
+            self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state, ahead_rows)
             residency.busy_before = self._policy.busy_before
+            residency.spare_nodes = self._policy.ahead.spare_nodes
         if verifier is not None and verifier is policy:
             self.verifier_forest = self.policy_forest
         elif verifier is not None:
@@ -88,8 +100,11 @@ class Engine:
         if prompt is None and verifier_prompt is None:
             raise ValueError("prompt and verifier_prompt are both None; a session needs one of them")
         # The verifier's tokens of a path are about the policy's; its own pages may be evicted between batches.
-        self._check_prompt("prompt", prompt, self.policy_model, 1, max_new_tokens)
-        self._check_prompt("verifier_prompt", verifier_prompt, self.verifier_model, 2, max_new_tokens)
+        policy_bytes = self._budget(self.policy_model, self.policy_forest)
+        verifier_bytes = self._budget(self.verifier_model, self.verifier_forest)
+        check_prompt("prompt", prompt, "policy", self.policy_model, len(prompt or ()) + max_new_tokens, 1, policy_bytes)
+        length = len(verifier_prompt or ()) + max_new_tokens
+        check_prompt("verifier_prompt", verifier_prompt, "verifier", self.verifier_model, length, 2, verifier_bytes)
         return self._call(lambda: self._open(prompt, verifier_prompt, beside)).result()
 
     def branch(
@@ -119,22 +134,45 @@ class Engine:
             try:
                 if parent.pos0 + len(parent.ids) >= max_length:
                     raise ValueError(f"the path has reached its limit of {max_length} tokens; it cannot be continued")
-                children = self.policy_forest.fork(parent, len(ordinals))
+                children = self._policy.children(
+                    session, parent, key, path_key, ordinals, Decoding(sampling, max_step_tokens, max_length), max_steps
+                )
             except Exception as error:
                 for ordinal in ordinals:
                     on_step(ordinal, error)
                 return
-            length = parent.pos0 + len(parent.ids)
-            uncached = sum(len(n.ids) - n.cached for n in self.policy_forest.path(parent))  # computed once, for all
-            session.counters.policy_reused += len(children) * length - uncached
-            for ordinal, child in zip(ordinals, children, strict=True):
-                session.policy_nodes.add(child)
-                self._policy.add(
-                    Branch(session, child, child_key(key, ordinal), (*path_key, ordinal), sampling, max_step_tokens,
-                           max_length, max_steps, lambda end, o=ordinal: on_step(o, end), group)
-                )  # fmt: skip
+            for ordinal, branch in zip(ordinals, children, strict=True):
+                branch.group, branch.on_step = group, lambda end, o=ordinal: on_step(o, end)
+                if branch.end is not None:
+                    branch.on_step(branch.end)
+                else:
+                    self._policy.add(branch)
 
         self._call(start)
+
+    def ahead(
+        self,
+        session: Session,
+        wishes: Iterable[Wish],
+        *,
+        sampling: Sampling,
+        max_step_tokens: int,
+        max_length: int,
+        group: object,
+    ) -> None:
+        """Children that `branch` will be asked for, or perhaps, best first: begin them beside what is being decoded.
+
+        The list takes the place of the group's last one. A child of it is the one that `branch` would begin, to the last
+        bit; those of a parent that is released are dropped, and their tokens counted as speculated.
+        """
+        decoding = Decoding(sampling, max_step_tokens, min(max_length, self.policy_model.config.max_positions))
+        wishes = list(wishes)
+
+        def run() -> None:
+            if not session.closed:
+                self._policy.wish(group, session, decoding, [w for w in wishes if not w.parent.released])
+
+        self._call(run)
 
     def score(
         self,
@@ -157,10 +195,10 @@ class Engine:
             A future of (the new node, one score for each of `reads`). The node holds a handle for the caller.
             It raises ValueError for a path too long for the model, and for hidden states or scores that are not finite.
         """
-        self._check_model("ids", self.verifier_model)
-        self._check_ids("ids", ids, self.verifier_model)
+        check_model("ids", self.verifier_model)
+        check_ids("ids", ids, self.verifier_model)
         if targets:
-            self._check_ids("targets", targets, self.verifier_model)
+            check_ids("targets", targets, self.verifier_model)
         check_reads(self.verifier_model, ids, reads, targets)
         result: Future = Future()
         job = ScoreJob(session, parent, list(ids), list(reads), result, list(targets or ()))
@@ -187,7 +225,7 @@ class Engine:
             A future of the node that ends the chain. It holds a handle for the caller.
         """
         if ids or keep is None:
-            self._check_ids("ids", ids, self.policy_model)
+            check_ids("ids", ids, self.policy_model)
 
         def run() -> Node:
             forest, above = self.policy_forest, parent
@@ -208,7 +246,12 @@ class Engine:
 
     def cancel(self, group: object) -> None:
         """Drop the branches of a group; steps already reported stay with the caller."""
-        self._call(lambda: self._policy.drop(lambda branch: branch.group is group))
+
+        def run() -> None:
+            self._policy.drop(lambda branch: branch.group is group)
+            self._policy.ahead.forget(group)
+
+        self._call(run)
 
     def release(self, session: Session, *, policy: Iterable[Node] = (), verifier: Iterable[Node] = ()) -> None:
         """Give back handles that branch ends and score jobs returned."""
@@ -219,6 +262,8 @@ class Engine:
                 return
             for node in policy:
                 self.policy_forest.release(node)
+                if node.refs == 0:
+                    self._policy.ahead.release(node)
             for node in verifier:
                 self.verifier_forest.release(node)
 
@@ -283,7 +328,8 @@ class Engine:
         decoding = policy is not None and bool(policy.branches)
         if scorer is not None and scorer.jobs:
             self._patience -= 1
-            if not decoding or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
+            short = decoding and len(policy.branches) < policy.ahead_rows  # scores say what may be started ahead
+            if not decoding or short or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
                 self._patience = SCORE_PATIENCE
                 if scorer.step():
                     self._note_peak()
@@ -297,7 +343,10 @@ class Engine:
             policy.abort(error)
             worked = True
         self._note_peak()
-        return worked or bool(scorer is not None and scorer.jobs)
+        if scorer is None:
+            return worked
+        scorer.collect(wait=not decoding)
+        return worked or bool(scorer.jobs or scorer.running)
 
     def _note_peak(self) -> None:
         used = self.budget.used_bytes
@@ -322,6 +371,7 @@ class Engine:
             return
         if self._policy is not None:
             self._policy.drop(lambda branch: branch.session is session)
+            self._policy.ahead.close(session)
         if self._scorer is not None:
             self._scorer.drop(session)
             self._sweep(self.verifier_forest, session.verifier_nodes)
@@ -341,6 +391,8 @@ class Engine:
         if self._policy is not None:
             self._policy.abort(error)
         if self._scorer is not None:
+            for job in (job for batch in self._scorer.running for job in batch.jobs):
+                job.result.set_exception(error)
             for job in self._scorer.jobs:
                 if job.result.set_running_or_notify_cancel():
                     job.result.set_exception(error)
@@ -348,43 +400,12 @@ class Engine:
             if command is not None and command[1].set_running_or_notify_cancel():
                 command[1].set_exception(error)
 
-    # -- checks ------------------------------------------------------------------------------------------------------
-
     def _pages(self, model) -> int:
-        return max(1, self.budget.total_bytes // (model.kv_bytes_per_token * PAGE_SIZE))
+        """Pages of a model's pool: what the budget can pay. A pool on a GPU has its memory from the start, so that two of
+        them must share it: for as many tokens each, as the verifier reads what the policy writes."""
+        sharing = {self.policy_model, self.verifier_model} - {None} if model.reserves_pool else {model}
+        return max(1, self.budget.total_bytes // (sum(m.kv_bytes_per_token for m in sharing) * PAGE_SIZE))
 
-    def _path_bytes(self, model, tokens: int) -> int:
-        """Pages of a path of `tokens` cut into steps: at worst one page a step is partly used."""
-        return (-(-tokens // PAGE_SIZE) + 1) * PAGE_SIZE * model.kv_bytes_per_token
-
-    def _check_prompt(self, name: str, ids: list[int] | None, model, times: int, max_new_tokens: int) -> None:
-        """One path of `times * (prompt + max_new_tokens)` tokens must fit into the model and, alone, into the budget."""
-        if ids is None:
-            return
-        self._check_model(name, model)
-        self._check_ids(name, ids, model)
-        length, limit = len(ids) + max_new_tokens, model.config.max_positions
-        if len(ids) >= limit:
-            side = "policy" if model is self.policy_model else "verifier"
-            raise ValueError(f"{name} has {len(ids)} tokens, the {side} allows {limit}; shorten it")
-        need = self._path_bytes(model, min(times * length, limit))
-        if need > self.budget.total_bytes:
-            raise ValueError(
-                f"kv_bytes: one path of {length} tokens needs {need:,} bytes of KV, the budget is "
-                f"{self.budget.total_bytes:,}; raise kv_bytes or lower max_new_tokens"
-            )
-
-    @staticmethod
-    def _check_model(name: str, model) -> None:
-        if model is None:
-            raise ValueError(f"{name}: the engine was made without the model that reads them; pass it to Engine(...)")
-
-    @staticmethod
-    def _check_ids(name: str, ids: list[int], model) -> None:
-        if not ids:
-            raise ValueError(f"{name} must hold at least one token id, got none")
-        low, high = min(ids), max(ids)
-        if low < 0 or high >= model.config.vocab:
-            raise ValueError(
-                f"{name} must hold ids in 0 .. {model.config.vocab - 1}, got {low if low < 0 else high}; wrong tokenizer?"
-            )
+    def _budget(self, model, forest) -> int:
+        """Bytes that one path may take: what a pool on a GPU has for itself, elsewhere everything."""
+        return forest.pool.num_pages * forest.pool.page_bytes if model and model.reserves_pool else self.budget.total_bytes

@@ -7,23 +7,26 @@ from collections.abc import Callable
 
 import torch
 
+from ttskernels.engine.ahead import Ahead, Decoding
 from ttskernels.engine.keys import as_int64, child_key
 from ttskernels.engine.residency import Residency, missing, uncached_rows
-from ttskernels.engine.work import Branch, StepEnd
+from ttskernels.engine.work import Branch, Session, StepEnd
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
-from ttskernels.ops.sample import sample
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
+SHORT_ITERATIONS = 4  # the same in a batch so small that scores may soon let more branches join it
 PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
 
 
 class PolicyRunner:
     """Holds the policy, its forest and pool, and the branches that are under way."""
 
-    def __init__(self, model, forest: Forest, residency: Residency, next_state: torch.Tensor | None):
+    def __init__(
+        self, model, forest: Forest, residency: Residency, next_state: torch.Tensor | None, ahead_rows: int = 0
+    ):
         if next_state is None:
             raise ValueError("next_state is None; a policy needs the stop automaton of its tokenizer")
         if next_state.dtype != torch.int32 or next_state.ndim != 2 or next_state.shape[1] != model.config.vocab:
@@ -33,7 +36,9 @@ class PolicyRunner:
             )
         self.model, self.forest, self.residency, self.next_state = model, forest, residency, next_state.contiguous()
         self.heads = model.config.heads
-        self.branches: list[Branch] = []
+        self.branches: list[Branch] = []  # asked for
+        self.ahead, self.ahead_rows = Ahead(forest), ahead_rows  # not asked for; see Engine
+        self._crowded = False  # a branch that was asked for found no room in the last batch
         self._running: list[Branch] = []  # resident, with exactly one uncached token each
         self._plan = None  # of self._running, while nothing changed
         self._plan_epoch = -1
@@ -42,18 +47,51 @@ class PolicyRunner:
         """Nodes that the resident branches of problems older than `order` read."""
         return {n for b in self.branches if b.session.order < order and b.node.cached for n in self.forest.path(b.node)}
 
+    def children(
+        self,
+        session: Session,
+        parent: Node,
+        key: int,
+        path_key: tuple[int, ...],
+        ordinals: list[int],
+        decoding: Decoding,
+        max_steps: int,
+    ) -> list[Branch]:
+        """The children of a node that somebody asks for: those begun ahead, and new ones. They still have to be added."""
+        length = self.forest.length(parent)
+        uncached = sum(len(n.ids) - n.cached for n in self.forest.path(parent)) + self.ahead.claim(parent)  # once, for all
+        begun = {o: self.ahead.take(parent, o, decoding) for o in ordinals} if max_steps == 1 else {}
+        missing = [o for o in ordinals if begun.get(o) is None]
+        for ordinal, node in zip(missing, self.forest.fork(parent, len(missing)), strict=True):
+            session.policy_nodes.add(node)
+            begun[ordinal] = Branch(
+                session, node, child_key(key, ordinal), (*path_key, ordinal), decoding.sampling, decoding.max_step_tokens,
+                decoding.max_length, max_steps,
+            )  # fmt: skip
+        session.counters.policy_reused += len(ordinals) * length - uncached
+        return [begun[o] for o in ordinals]
+
     def add(self, branch: Branch) -> None:
         self.branches.append(branch)
+        self._plan = None
+
+    def wish(self, *wish) -> None:
+        """See `Ahead.wish`."""
+        if self.ahead_rows:
+            self.ahead.wish(*wish)
+            self._plan = None
 
     def drop(self, unwanted: Callable[[Branch], bool]) -> None:
         """Forget branches and give back their leaves."""
         for branch in [b for b in self.branches if unwanted(b)]:
             self.branches.remove(branch)
             self.forest.release(branch.node)
+        self.ahead.drop(unwanted)
         self._plan = None
 
     def abort(self, error: BaseException) -> None:
         """End every branch with `error`."""
+        self.ahead.drop(lambda branch: True)
         for branch in list(self.branches):
             self._fail(branch, error)
 
@@ -71,7 +109,7 @@ class PolicyRunner:
         if all(b.whole and b.node.cached == len(b.node.ids) - 1 for b in admitted):
             self._running, self._plan_epoch = admitted, self.residency.epoch
             rows = [(b.node, len(b.node.ids) - 1, 1) for b in admitted]
-            self._plan = build_plan(self.forest, rows, self.heads)
+            self._plan = build_plan(self.forest, rows, self.heads, machine=self.model.machine)
             return self._decode()
         return self._mixed(admitted)
 
@@ -79,7 +117,7 @@ class PolicyRunner:
 
     def _plan_has_room(self) -> bool:
         whole = self._plan_epoch == self.residency.epoch  # scoring evicts too
-        return whole and len(self._running) == len(self.branches) and all(self._room(b) > 0 for b in self._running)
+        return whole and not self._crowded and all(self._room(b) > 0 for b in self._running)
 
     def _admit(self) -> list[Branch]:
         """Branches whose whole path is (or now became) resident, oldest problem first, with a slot for the next token."""
@@ -99,9 +137,25 @@ class PolicyRunner:
                     pinned.update(path)
                     admitted.append(branch)
             # A later branch's reserve may evict only what is not pinned, so every admitted path is still whole.
+        self._crowded = len(admitted) < len(self.branches)
+        if admitted and not self._crowded:
+            admitted = [*admitted, *self._fill(self.ahead_rows - len(admitted))]
         for branch in admitted:
             branch.resident_epoch = self.residency.epoch
         return admitted
+
+    def _fill(self, room: int) -> list[Branch]:
+        """Branches that nobody has asked for yet, if they take no page from anybody: all that are sure to be, and others if
+        there is `room` in the batch."""
+        filled: list[Branch] = []
+        for sure in (True, False):
+            candidates = self.ahead.candidates(sure)
+            while (sure or len(filled) < room) and (branch := next(candidates, None)) is not None:
+                needs = self._needs(branch)
+                if needs and not self._try(list(needs.items())):
+                    return filled
+                filled.append(branch)
+        return filled
 
     def _needs(self, branch: Branch) -> dict[Node, int]:
         node = branch.node
@@ -132,14 +186,14 @@ class PolicyRunner:
         sources = {s: i for i, s in enumerate(dict.fromkeys(b.source for b in ready))}
         ids = torch.tensor([t for node, first, n in rows for t in node.ids[first : first + n]], dtype=torch.int32)
         out_rows = torch.tensor([last_row[s] for s in sources], dtype=torch.int32)
-        plan = build_plan(self.forest, rows, self.heads)
+        plan = build_plan(self.forest, rows, self.heads, machine=self.model.machine)
         logits = self.model.forward(ids, plan, self.forest.pool, out_rows, output="logits")
         decoding = {b.node for b in branches if b.node.ids}
         total = sum(n for _, _, n in rows)
         seconds = time.perf_counter() - started
         for node, first, n in rows:
             counters = node.owner.counters
-            counters.policy_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.policy_flops += self.model.flops(node.pos0 + first, n, "kv")
             if node in decoding and n == 1:
                 counters.decode_seconds += seconds / total
             else:
@@ -149,6 +203,9 @@ class PolicyRunner:
                 counters.prefill_seconds += seconds * n / total
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
+        for source in sources:  # the last layer and the head run for these alone
+            read = source.pos0 + len(source.ids) - 1
+            source.owner.counters.policy_flops += self.model.flops(read) - self.model.flops(read, 1, "kv")
         if ready:
             self._sample(ready, logits, torch.tensor([sources[b.source] for b in ready], dtype=torch.int32))
         return True
@@ -156,7 +213,7 @@ class PolicyRunner:
     def _sample(self, branches: list[Branch], logits: torch.Tensor, rows: torch.Tensor) -> None:
         """One token for each branch from row `rows[i]` of the logits."""
         positions = torch.tensor([b.node.pos0 + len(b.node.ids) for b in branches], dtype=torch.int32)
-        tokens, logprobs = sample(logits, rows, self._keys(branches), positions, self._params(branches))
+        tokens, logprobs = self.model.sample(logits, rows, self._keys(branches), positions, self._params(branches))
         for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
             branch.whole = True
             state = int(self.next_state[branch.state, token])
@@ -166,7 +223,8 @@ class PolicyRunner:
         """Up to MAX_ITERATIONS tokens for every running branch in one call; stops when one ends its step."""
         started = time.perf_counter()
         branches = self._running
-        iterations = min(MAX_ITERATIONS, *(self._room(b) for b in branches))
+        most = MAX_ITERATIONS if len(branches) >= self.ahead_rows else SHORT_ITERATIONS
+        iterations = min(most, *(self._room(b) for b in branches))
         tokens = torch.empty(iterations, len(branches), dtype=torch.int32)
         logprobs = torch.empty(iterations, len(branches), dtype=torch.float32)
         ids = torch.tensor([b.node.ids[-1] for b in branches], dtype=torch.int32)
@@ -180,11 +238,12 @@ class PolicyRunner:
         seconds = (time.perf_counter() - started) / len(branches)
         for branch, column, chance, state in zip(branches, columns, chances, states.tolist(), strict=True):
             node, counters = branch.node, branch.session.counters
+            taken = column.index(-1) if column[-1] < 0 else done  # on a GPU a row that has ended waits for others
             counters.decode_seconds += seconds
-            counters.policy_flops += done * self.model.flops_per_token(node.pos0 + len(node.ids) + done / 2)
-            node.cached += done
+            counters.policy_flops += self.model.flops(node.pos0 + len(node.ids) - 1, taken)
+            node.cached += taken
             node.seen = node.cached
-            self._extend(branch, column, chance, state)
+            self._extend(branch, column[:taken], chance[:taken], state)
         return True
 
     def _room(self, branch: Branch) -> int:
@@ -228,7 +287,7 @@ class PolicyRunner:
             branch.node, branch.key, branch.state, branch.logprob = child, child_key(branch.key, 0), 0, 0.0
             branch.path_key = (*branch.path_key, 0)
             branch.steps_left -= 1
-        else:
+        elif not branch.ahead:
             self.branches.remove(branch)
         branch.on_step(end)
 

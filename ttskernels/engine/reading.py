@@ -36,25 +36,39 @@ def check_reads(model, ids: list[int], reads: list[int], targets: list[int] | No
 
 
 def read_scores(model, hidden: Tensor, targets: list[int]) -> Tensor:
-    """`[n]` float32 of hidden states `[n, dim]` in one fused pass; NaN for a state that is not finite.
+    """`[n]` float32 of hidden states `[n, dim]`, on their device, in one fused pass; NaN for a state that is not finite.
 
     `targets`: for a `PairModel`, the `n` tokens whose log-ratio is read.
     """
+    if hidden.device.type != "cpu":  # asking which are finite would wait for the device; there the op gives NaN itself
+        rows = torch.arange(len(hidden), dtype=torch.int32, device=hidden.device)
+        if isinstance(model, PairModel):
+            return model.log_ratio(hidden, rows, model.queue.put(torch.tensor(targets, dtype=torch.int32)))
+        return _head_scores(model, hidden, rows)
     scores = torch.full((len(hidden),), float("nan"))
     rows = hidden.isfinite().all(1).nonzero()[:, 0].int()
     if not len(rows):
         return scores
     if isinstance(model, PairModel):
         scores[rows] = model.log_ratio(hidden, rows, torch.tensor(targets, dtype=torch.int32)[rows])
-        return scores
-    head = model.head
-    scores[rows] = step_score(
-        hidden, rows, head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
-        norm_weight=model.norm, eps=model.config.rms_eps, squash=head.squash, mix=head.mix,
-    )  # fmt: skip
+    else:
+        scores[rows] = _head_scores(model, hidden, rows)
     return scores
 
 
-def flops_of_read(model) -> float:
-    """Floating-point operations of one read: the vocabulary heads of a `PairModel`; a score head counts for nothing."""
-    return 2.0 * 2 * model.config.hidden * model.config.vocab if isinstance(model, PairModel) else 0.0
+def _head_scores(model, hidden: Tensor, rows: Tensor) -> Tensor:
+    head = model.head
+    return step_score(
+        hidden, rows, head.weight, bias=head.bias, inner_weight=head.inner_weight, inner_bias=head.inner_bias,
+        norm_weight=model.norm, eps=model.config.rms_eps, squash=head.squash, mix=head.mix,
+    )  # fmt: skip
+
+
+def flops_of_read(model, position: int) -> float:
+    """Floating-point operations that a read at a position adds to its row: the last layer, and the head (of a `PairModel`
+    both vocabulary heads)."""
+    if isinstance(model, PairModel):
+        head = 2 * model.config.hidden * model.config.vocab
+    else:
+        head = sum(part.numel() for part in (model.head.weight, model.head.inner_weight) if part is not None)
+    return 2.0 * head + model.flops(position, 1, "hidden") - model.flops(position, 1, "kv")

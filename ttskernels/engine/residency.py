@@ -18,6 +18,7 @@ class Residency:
         self.sessions = sessions
         self.epoch = 0  # evictions so far: a path that was whole at this epoch is still whole
         self.forests: list[tuple[Forest, Callable[[Session], set[Node]]]] = []  # and a session's nodes in each
+        self.spare_nodes: Callable[[], list[Node]] = list  # of the first forest; nobody needs them yet, so they go first
         self.busy_before: Callable[[int], set[Node]] = lambda order: set()  # nodes of decoding problems older than one
 
     def reserve(self, forest: Forest, needs: dict[Node, int], pinned: set[Node], session: Session) -> bool:
@@ -31,12 +32,22 @@ class Residency:
                 forest.reserve(list(needs), list(needs.values()))
                 return True
             except OutOfPagesError:
-                if not self._evict_one(pinned | self.busy_before(session.order)):
+                if not self._evict_one(pinned | self.busy_before(session.order), forest):
                     return False
 
-    def _evict_one(self, pinned: set[Node]) -> bool:
+    def _evict_one(self, pinned: set[Node], needy: Forest) -> bool:
+        held = [n for n in self.spare_nodes() if n.pages and n not in pinned]
+        if held:
+            self.forests[0][0].evict(max(held, key=lambda n: n.pos0))
+            self.epoch += 1
+            return True
+        pool = needy.pool
+        own_bytes = (pool.num_pages - pool.used_pages) * pool.page_bytes
+        full = own_bytes <= pool.budget.free_bytes  # the pool is short, not the budget: others cannot help
         for session in sorted(self.sessions, key=lambda s: s.order, reverse=True):
             for forest, nodes_of in self.forests:
+                if full and forest is not needy:
+                    continue
                 nodes = nodes_of(session)
                 nodes.difference_update([n for n in nodes if n.released])
                 held = [n for n in nodes if n.pages and n not in pinned]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,7 @@ from ttskernels.engine.work import ScoreJob, Session
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
+from ttskernels.models.device_queue import Fetch
 
 BATCH_ROWS = 2048  # query rows of one forward
 NOT_FINITE = (
@@ -21,14 +23,25 @@ NOT_FINITE = (
 )
 
 
+@dataclass(eq=False)
+class Batch:
+    """Jobs whose forwards are under way: on a GPU, beside whatever else runs there."""
+
+    jobs: list[ScoreJob]
+    reused: dict[Node, int]  # verifier tokens that a job's chain had already
+    scores: Fetch
+    started: float
+
+
 class ScoreRunner:
-    """Holds the verifier, its forest and pool, and the jobs that wait."""
+    """Holds the verifier, its forest and pool, the jobs that wait, and the batches under way."""
 
     def __init__(self, model, forest: Forest, residency: Residency):
         check_readable(model)
         self.model, self.forest, self.residency = model, forest, residency
         self.heads = model.config.heads
         self.jobs: list[ScoreJob] = []
+        self.running: list[Batch] = []
 
     @property
     def waiting_rows(self) -> int:
@@ -50,13 +63,14 @@ class ScoreRunner:
         self.jobs.append(job)
 
     def drop(self, session: Session) -> None:
-        """Cancel a session's waiting jobs."""
+        """Cancel a session's waiting jobs, after those that are under way."""
+        self.collect(wait=True)
         for job in [j for j in self.jobs if j.session is session]:
             job.result.cancel()
             self._forget(job)
 
     def step(self) -> bool:
-        """Score one batch of jobs, oldest problem first. False: nothing waits, or nothing fits now."""
+        """Start one batch of jobs, oldest problem first; off a GPU it is done on return. False: nothing waits, or fits now."""
         for job in [job for job in self.jobs if job.result.cancelled()]:
             self._forget(job)
         jobs, pinned, rows = [], set(), 0
@@ -77,19 +91,28 @@ class ScoreRunner:
         if not jobs:
             return True
         try:
-            scores = self._run(jobs)
+            with self.model.queue.current(join=False):  # the policy goes on meanwhile
+                self.running.append(self._run(jobs))
         except Exception as error:  # a bad checkpoint or bad ids: the callers of these jobs hear of it, others go on
-            for job in jobs:
-                self._give_up(job)
-                job.result.set_exception(error)
-            return True
-        for job, score in zip(jobs, scores, strict=True):
-            if score is None:
-                self._give_up(job)
-                job.result.set_exception(ValueError(NOT_FINITE))
-            else:
-                job.result.set_result((job.node, score))
+            self._fail(jobs, error)
+        self.collect()
         return True
+
+    def collect(self, wait: bool = False) -> None:
+        """Give the callers of finished batches their scores; with `wait`, of every batch."""
+        while self.running and (wait or self.running[0].scores.ready()):
+            batch = self.running.pop(0)
+            try:
+                scores = batch.scores.wait().tolist()
+            except Exception as error:
+                self._fail(batch.jobs, error)
+            else:
+                self._finish(batch, scores)
+
+    def _fail(self, jobs: list[ScoreJob], error: Exception) -> None:
+        for job in jobs:
+            self._give_up(job)
+            job.result.set_exception(error)
 
     def fail_first(self) -> None:
         """Nothing else is running and the oldest job does not fit: tell its caller."""
@@ -143,8 +166,7 @@ class ScoreRunner:
         self.forest.release(job.node)
         job.node = None
 
-    def _run(self, jobs: list[ScoreJob]) -> list[list[float] | None]:
-        """The scores of each job; None where they are not finite."""
+    def _run(self, jobs: list[ScoreJob]) -> Batch:
         started = time.perf_counter()
         sources = [job.node for job in jobs]
         reused, seen = {}, set()
@@ -156,17 +178,24 @@ class ScoreRunner:
         while len(hidden) < len(jobs):  # a prefix longer than a batch takes several forwards
             self._forward(jobs, [s for s in sources if s not in hidden], hidden)
         targets = [target for job in jobs for target in job.targets]
-        scores = read_scores(self.model, torch.cat([hidden[job.node] for job in jobs]), targets).tolist()
-        seconds = (time.perf_counter() - started) / len(jobs)
-        result, at = [], 0
-        for job in jobs:
-            job.session.counters.score_seconds += seconds
-            job.session.counters.verifier_reused += reused[job.node]
-            job.session.counters.verifier_flops += len(job.reads) * flops_of_read(self.model)
+        scores = read_scores(self.model, torch.cat([hidden[job.node] for job in jobs]), targets)
+        return Batch(jobs, reused, self.model.queue.fetch(scores), started)
+
+    def _finish(self, batch: Batch, scores: list[float]) -> None:
+        """`scores` of all jobs' reads, one after the other, to each its own."""
+        seconds, at = (time.perf_counter() - batch.started) / len(batch.jobs), 0
+        for job in batch.jobs:
+            counters = job.session.counters
+            counters.score_seconds += seconds
+            counters.verifier_reused += batch.reused[job.node]
+            counters.verifier_flops += sum(flops_of_read(self.model, job.node.pos0 + r) for r in job.reads)
             mine = scores[at : at + len(job.reads)]
-            result.append(mine if all(map(math.isfinite, mine)) else None)
             at += len(job.reads)
-        return result
+            if all(map(math.isfinite, mine)):
+                job.result.set_result((job.node, mine))
+            else:
+                self._give_up(job)
+                job.result.set_exception(ValueError(NOT_FINITE))
 
     def _forward(self, jobs: list[ScoreJob], sources: list[Node], hidden: dict[Node, torch.Tensor]) -> None:
         rows, last_row = uncached_rows(self.forest, sources, BATCH_ROWS, whole=True)
@@ -187,14 +216,14 @@ class ScoreRunner:
             for read in job.reads
         ]
         ids = torch.tensor([t for node, first, n in rows for t in node.ids[first : first + n]], dtype=torch.int32)
-        plan = build_plan(self.forest, rows, self.heads)
+        plan = build_plan(self.forest, rows, self.heads, machine=self.model.machine)
         out = self.model.forward(ids, plan, self.forest.pool, torch.tensor(reads, dtype=torch.int32), output="hidden")
         for node, first, n in rows:
             counters = node.owner.counters
             new = max(0, first + n - max(node.seen, first))
             counters.verifier_prefilled += new
             counters.verifier_recomputed += n - new
-            counters.verifier_flops += n * self.model.flops_per_token(node.pos0 + first + (n + 1) / 2)
+            counters.verifier_flops += self.model.flops(node.pos0 + first, n, "kv")
             node.cached = max(node.cached, first + n)
             node.seen = max(node.seen, node.cached)
         at = 0

@@ -32,6 +32,7 @@ class Counters:
     policy_decoded: int = 0
     policy_reused: int = 0
     policy_recomputed: int = 0
+    policy_speculated: int = 0  # decoded before anybody asked and dropped; not among policy_decoded
     verifier_prefilled: int = 0
     verifier_reused: int = 0
     verifier_recomputed: int = 0
@@ -90,12 +91,15 @@ class Branch:
     max_step_tokens: int
     max_length: int  # of the whole path in tokens, prompt included
     steps_left: int  # 1: end with this step; more: go on with the next step by itself
-    on_step: Callable[[StepEnd | BaseException], None]
+    on_step: Callable[[StepEnd | BaseException], None] = lambda end: None
     whole: bool = False  # at that epoch: everything but the last token has its KV
     group: object = None  # what `Engine.cancel` names
     state: int = 0
     logprob: float = 0.0
     resident_epoch: int = -1  # of Residency, when the whole path was last known to be in memory
+    ahead: bool = False  # nobody has asked for it yet: see ahead.py
+    parent: Node | None = None  # of one that is ahead
+    end: StepEnd | None = None  # of one that has ended before it was asked for
 
     @property
     def priority(self) -> tuple:

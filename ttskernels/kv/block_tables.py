@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import ArrayLike
 
-from ttskernels.kv.plan import CPU, Plan, _build, _library, _resolve
+from ttskernels.kv.plan import Plan, _build, _library, _resolve
 from ttskernels.kv.plan_layout import HeadShape, Machine
 
 
@@ -16,7 +16,7 @@ def plan_from_block_tables(
     heads: HeadShape,
     *,
     query_lens: ArrayLike | None = None,
-    machine: Machine = CPU,
+    machine: Machine | None = None,
     reuse: Plan | None = None,
     impl: str = "auto",
 ) -> Plan:

@@ -16,6 +16,7 @@ class DevicePlan:
         self._plan = plan
         self._host = plan.buffer.pin_memory() if torch.device(device).type == "cuda" else plan.buffer.clone()
         self.buffer = torch.empty_like(plan.buffer, device=device)
+        self._copied = None
         self.upload(plan)
 
     def upload(self, plan: Plan) -> None:
@@ -27,8 +28,12 @@ class DevicePlan:
         if plan.buffer.shape != self.buffer.shape or plan.header[at.CAP_ROWS :] != self._plan.header[at.CAP_ROWS :]:
             raise ValueError("plan must have the capacities of the one that was uploaded first; call plan.to(device)")
         self._plan = plan
+        if self._copied is not None:
+            self._copied.synchronize()  # the last copy may still be reading
         self._host.copy_(plan.buffer)
         self.buffer.copy_(self._host, non_blocking=True)
+        if self.buffer.is_cuda:
+            self._copied = torch.cuda.current_stream(self.buffer.device).record_event()
 
     @property
     def header(self) -> list[int]:

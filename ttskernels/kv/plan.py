@@ -17,6 +17,7 @@ import torch
 from ttskernels import _dispatch
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv import plan_reference
+from ttskernels.kv.cpu_machine import cpu_machine
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan_layout import (
     HeadShape,
@@ -28,8 +29,6 @@ from ttskernels.kv.plan_layout import (
     section_offsets,
 )
 from ttskernels.kv.pool import PAGE_SIZE
-
-CPU = Machine()
 
 
 class Plan:
@@ -127,7 +126,7 @@ def build_plan(
     rows: Sequence[tuple[Node, int, int]],
     heads: HeadShape,
     *,
-    machine: Machine = CPU,
+    machine: Machine | None = None,
     reuse: Plan | None = None,
     impl: str = "auto",
 ) -> Plan:
@@ -136,6 +135,7 @@ def build_plan(
     Args:
         rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count].
             Slots for them must be reserved. Every token without KV on a path must have a row here.
+        machine: cost constants; None: this CPU's, see `cpu_machine`.
         reuse: a plan whose buffer is written again if the new plan fits it (same address: graph-safe).
         impl: "cpu" (C++), "reference" (NumPy) or "auto".
     Raises:
@@ -214,7 +214,7 @@ def plan_from_parents(
     first_offset: Sequence[int] | None = None,
     cached: Sequence[int] | None = None,
     page_size: int = PAGE_SIZE,
-    machine: Machine = CPU,
+    machine: Machine | None = None,
     reuse: Plan | None = None,
     impl: str = "auto",
 ) -> Plan:
@@ -299,7 +299,8 @@ def _check_tree(a: dict[str, np.ndarray], page_size: int) -> None:
         )
 
 
-def _build(packed: np.ndarray, heads: HeadShape, machine: Machine, reuse: Plan | None, impl: str) -> Plan:
+def _build(packed: np.ndarray, heads: HeadShape, machine: Machine | None, reuse: Plan | None, impl: str) -> Plan:
+    machine = machine or cpu_machine()
     build = _build_cpu if _resolve(impl) == "cpu" else _build_reference
     plan = build(packed, cost_constants(heads, machine), reuse)
     plan._source = (packed, heads, machine)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ttskernels.kv.plan_layout import HeadShape
 
+FlopsOutput = Literal["logits", "hidden", "kv"]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -47,17 +48,22 @@ class DecoderConfig:
     def kv_bytes_per_token(self) -> int:
         return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
 
-    def flops_per_token(self, context: int, output: str | None = "logits") -> float:
-        """Floating-point operations (2 per multiply-add) of one token that sees `context` tokens, itself included.
+    def flops(self, first: int, rows: int = 1, output: FlopsOutput = "logits") -> float:
+        """Floating-point operations (2 per multiply-add) of the matrix products of `rows` tokens in a row.
 
         Args:
-            output: "logits" counts the vocabulary head; "hidden" or None does not.
+            first: position of the first one; a token sees all before it, and itself.
+            output: "logits" counts the vocabulary head, "hidden" all layers, and "kv" what a row costs that nobody reads:
+                of the last layer its key and value alone.
         """
         queries, keys = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        seen = min(context, self.window) if self.window else context
-        projections = self.hidden * (2 * queries + 2 * keys) + 3 * self.hidden * self.intermediate
+        whole = min(rows, max(0, self.window - first)) if self.window else rows  # rows that see everything before them
+        seen = whole * first + whole * (whole + 1) // 2 + (rows - whole) * self.window
+        values = 2 * self.hidden * keys
+        rest = 2 * self.hidden * queries + 3 * self.hidden * self.intermediate
+        layers = self.layers - (output == "kv")
         head = self.hidden * self.vocab if output == "logits" else 0
-        return 2.0 * (self.layers * (projections + 2 * queries * seen) + head)
+        return 2.0 * (rows * (self.layers * values + layers * rest + head) + layers * 2 * queries * seen)
 
 
 def rope_frequencies(config: Any) -> tuple[Tensor, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
-from ttskernels.ops.linear import linear, linear_pack
+from ttskernels.ops.linear import Form, linear, linear_pack
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
@@ -46,13 +46,13 @@ class Decoder(Protocol):
 class PythonDecoder:
     """Runs layer by layer through `ops`; every op gets the same `impl`."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True):
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True, form: Form = "float"):
         self.config, self.impl = config, impl
         self.embed = weights["model.embed_tokens.weight"]
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
         if lm_head:
             matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
-        self.packed = {name: linear_pack(tensor, impl=impl) for name, tensor in matrices.items()}
+        self.packed = {name: linear_pack(tensor, form=form, impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
     def forward(

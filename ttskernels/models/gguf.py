@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -13,12 +12,8 @@ from typing import Any
 
 import torch
 
+from ttskernels._cache import cache_root
 from ttskernels.models.families import family_of
-
-
-def cache_root() -> Path:
-    """`TTSK_CACHE`, else `~/.cache/ttskernels`."""
-    return Path(os.environ.get("TTSK_CACHE") or Path.home() / ".cache" / "ttskernels").expanduser()
 
 
 def converted_folder(path: Path, dtype: torch.dtype) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -60,6 +60,11 @@ class ScoreHead:
     inner_bias: Tensor | None = None
     squash: str = "softmax"
     mix: Tensor | None = None  # [labels] float32; None: one label
+
+    def to(self, device: torch.device) -> ScoreHead:
+        """The same head with its weights on `device`."""
+        parts = {f.name: getattr(self, f.name) for f in fields(self)}
+        return ScoreHead(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in parts.items()})
 
 
 def language_model_head(spec: HeadSpec, lm_head: Tensor) -> ScoreHead:

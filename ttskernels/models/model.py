@@ -10,43 +10,62 @@ from torch import Tensor
 
 from ttskernels import _dispatch
 from ttskernels.errors import UnavailableError
-from ttskernels.kv.plan import Plan
-from ttskernels.kv.plan_layout import HeadShape
+from ttskernels.kv.plan import CPU, Plan
+from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
-from ttskernels.models.config import DecoderConfig
+from ttskernels.models.config import DecoderConfig, FlopsOutput
 from ttskernels.models.decoder import Decoder, PythonDecoder
+from ttskernels.models.device import check_device, device_machine
+from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.ops.sample import check_params
+from ttskernels.ops.linear import FORMS
+from ttskernels.ops.sample import check_params, sample
 
 Output = Literal["logits", "hidden"]
+Weights = Literal["auto", "float", "int16", "int8"]
 
 
 class Model:
     """A policy (`head` is None) or a process reward model over plans and a page pool.
 
     `norm` is the final norm's weight in float32, which `step_score` applies to `output="hidden"`. `lm_head` holds the
-    vocabulary rows `[vocab, hidden]`, or None if the model was loaded without: then nothing keeps them.
+    vocabulary rows `[vocab, hidden]`, or None if the model was loaded without: then nothing keeps them. On a GPU all are
+    there, and what `forward` returns is, too; everything that is passed in stays on the host.
+
+    `queue` orders the model's work on its device; `machine` is what plans for it are built with.
     """
 
     def __init__(self, checkpoint: Checkpoint, decoder: Decoder, impl: str):
         self.config: DecoderConfig = checkpoint.config
-        self.head: ScoreHead | None = checkpoint.head
         self.impl = impl
         self._decoder = decoder
-        self.norm = checkpoint.weights["model.norm.weight"].float()
+        self.queue = getattr(decoder, "queue", None) or DeviceQueue(torch.device("cpu"))
+        self.device = self.queue.device
+        self.machine: Machine = device_machine(self.device, self.heads) if impl == "triton" else CPU
+        self.reserves_pool = self.device.type == "cuda"  # memory of a pool is taken when it is made, not when it is written
+        self.head: ScoreHead | None = None if checkpoint.head is None else checkpoint.head.to(self.device)
+        self.norm = checkpoint.weights["model.norm.weight"].to(self.device, torch.float32)
         self.lm_head: Tensor | None = None
         if checkpoint.keeps_lm_head:
             embed = checkpoint.weights["model.embed_tokens.weight"]
             self.lm_head = checkpoint.weights.get("lm_head.weight", embed)
+            if impl == "triton":
+                self.lm_head = decoder.head  # the copy on the device
+
+    def share_queue(self, other: Model) -> None:
+        """Run in one order with `other`, whose results this model's are used with."""
+        self.queue = other.queue
+        if self.impl == "triton":
+            self._decoder.queue = other.queue
 
     @property
     def kv_bytes_per_token(self) -> int:
         return self.config.kv_bytes_per_token
 
-    def flops_per_token(self, context: int, output: str | None = "logits") -> float:
-        """See `DecoderConfig.flops_per_token`; the vocabulary head counts only if the model has one."""
-        return self.config.flops_per_token(context, output if self.lm_head is not None else None)
+    def flops(self, first: int, rows: int = 1, output: FlopsOutput = "logits") -> float:
+        """See `DecoderConfig.flops`; the vocabulary head counts only if the model has one."""
+        return self.config.flops(first, rows, "hidden" if output == "logits" and self.lm_head is None else output)
 
     @property
     def heads(self) -> HeadShape:
@@ -60,8 +79,10 @@ class Model:
         `budget` may be shared with another model's pool.
         """
         c = self.config
-        strided = self.impl == "triton"
-        return PagePool(models * c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget, strided=strided)
+        return PagePool(
+            models * c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget,
+            device=self.device, strided=self.impl == "triton",
+        )  # fmt: skip
 
     def forward(
         self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: Output = "logits"
@@ -73,7 +94,7 @@ class Model:
             out_rows: `[n]` int32, rows whose result is wanted; the last layer and the head run for these alone.
             output: "logits", or "hidden" before the final norm.
         Returns:
-            `[n, vocab]` or `[n, hidden]` float32.
+            `[n, vocab]` or `[n, hidden]` float32, on the model's device.
         Raises:
             ValueError: a shape or dtype mismatch, an id outside the vocabulary, a position past `max_positions`.
         """
@@ -87,7 +108,8 @@ class Model:
         self._check_rows(ids, plan, pool)
         _check_index("out_rows", out_rows, plan.num_rows)
         every = len(out_rows) == plan.num_rows and bool((out_rows.diff() == 1).all())
-        out_plan = None if every else plan.of_rows(out_rows.numpy())
+        whole = every or plan.num_rows <= getattr(self._decoder, "captured_rows", 0)
+        out_plan = None if whole else plan.of_rows(out_rows.numpy())
         return self._decoder.forward(ids, plan, pool, out_plan, out_rows, output)
 
     def decode(
@@ -108,6 +130,9 @@ class Model:
         `logprobs` and `ids`, and sets `states = next_state[states, token]`. It stops after an iteration in which a
         state turned negative, when a row has no reserved slot for its new token, at `max_positions`, or when `tokens`
         is full. On return the last sampled tokens are in `ids`; their KV is not in the pool yet.
+
+        On a GPU the other rows go on for a few iterations when a row has ended. Its `tokens` are -1 from then on, and
+        its state and its entry of `ids` stay what they were.
 
         Args:
             ids, states: `[rows]` int32, updated.
@@ -138,6 +163,21 @@ class Model:
             ids, plan, pool, keys, params, next_state, states, tokens[:limit], logprobs[:limit]
         )
 
+    def sample(self, logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """Op `sample` over logits that `forward` returned; the other arguments and the results are on the host.
+
+        Raises:
+            ValueError: as op `sample`, and logits that are not finite.
+        """
+        check_params(params)
+        with self.queue.current():
+            drawn = sample(logits, *(self.queue.put(t) for t in (rows, keys, positions, params)))
+            tokens, logprobs = (fetch.wait() for fetch in [self.queue.fetch(t) for t in drawn])
+        if bool((tokens < 0).any()):
+            bad = int((tokens < 0).nonzero()[0])
+            raise ValueError(f"logits must be finite, row {int(rows[bad])} has a NaN or an infinite value")
+        return tokens, logprobs
+
     def _check_rows(self, ids: Tensor, plan: Plan, pool: PagePool) -> int:
         """Refuse what would read out of bounds; returns the largest position of a row."""
         c = self.config
@@ -167,6 +207,8 @@ def load_model(
     *,
     keep_lm_head: bool = False,
     base: str | os.PathLike | None = None,
+    device: str | torch.device = "cpu",
+    weights: Weights = "auto",
 ) -> Model:
     """Load a policy or process reward model.
 
@@ -174,21 +216,26 @@ def load_model(
         source: checkpoint folder (safetensors or pytorch_model.bin; or a LoRA adapter, which is merged into its base),
             hub id `owner/name`, `.gguf` file or a folder with one.
         dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype.
-        impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch.
+        impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch; "triton" is the GPU's.
         head: how scores are read. None: as the checkpoint's own kind says; a plain language model has no head. Rows or
             the mean of the vocabulary make a head of a plain language model, whose vocabulary head is then not kept.
         keep_lm_head: keep it nevertheless: the model is a policy, too.
         base: the base model of an adapter (None: the one its adapter_config.json names), or of a checkpoint that is
             published without a config.json (PQM; only the base's config.json is read).
+        device: "cpu", or "cuda" (`impl` "auto" or "triton") for weights, KV and every kernel on a GPU.
+        weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
+            as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes, at a small loss
+            of accuracy (bench/int8_accuracy.py measures it). "auto": "int16" for bf16 models where it is the faster one.
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
         ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
             message names which.
-        UnavailableError: `impl` cannot run here.
+        UnavailableError: `impl` or `device` cannot run here.
     """
+    where, impl = check_device(device, impl)
     check_impl(impl)
     checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
-    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head))
+    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head, device=where, weights=weights))
 
 
 def check_impl(impl: str) -> None:
@@ -199,14 +246,33 @@ def check_impl(impl: str) -> None:
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
 
 
-def make_decoder(checkpoint: Checkpoint, impl: str, lm_head: bool) -> tuple[Decoder, str]:
+def make_decoder(
+    checkpoint: Checkpoint,
+    impl: str,
+    lm_head: bool,
+    device: torch.device | None = None,
+    weights: Weights = "auto",
+) -> tuple[Decoder, str]:
     """The decoder that runs a checkpoint, and its implementation; without `lm_head` it gives hidden states alone."""
+    if weights not in ("auto", *FORMS):
+        raise ValueError(f"weights must be one of {('auto', *FORMS)}, got {weights!r}")
+    if impl == "triton":
+        if weights not in ("auto", "float"):
+            raise ValueError(f'weights must be "auto" or "float" on a GPU, got {weights!r}')
+        from ttskernels.models.device_decoder import DeviceDecoder
+
+        where = device or torch.device("cpu")  # there, the interpreter
+        return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, where), impl
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
-        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head=lm_head), "cpu"
+        if weights == "auto":
+            vnni = _dispatch.isa_name() == "avx512_vnni"  # avx512_bf16 is in use where its own dot product is as fast
+            weights = "int16" if vnni and checkpoint.config.dtype == torch.bfloat16 else "float"
+        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, weights), "cpu"
     resolved = "reference" if impl == "auto" else impl
-    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head=lm_head), resolved
+    form = "float" if weights == "auto" else weights
+    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, form), resolved
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

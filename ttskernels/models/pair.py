@@ -16,8 +16,10 @@ from ttskernels import _dispatch
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import ByteBudget, PagePool
+from ttskernels.models.config import FlopsOutput
+from ttskernels.models.device import check_device
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.models.model import Model, check_impl, make_decoder
+from ttskernels.models.model import Model, Weights, check_impl, make_decoder
 from ttskernels.ops.token_logprob import token_logprob
 
 SHAPE = ("vocab", "layers", "hidden", "q_heads", "kv_heads", "head_dim", "dtype")
@@ -61,6 +63,10 @@ class PairModel:
                     "in the second; pass the very reference model that the implicit PRM was trained against"
                 )
         self.first, self.second = first, second
+        if first.device != second.device:
+            raise ValueError(f"two models over one forest must be on one device, got {first.device} and {second.device}")
+        second.share_queue(first)
+        self.machine, self.queue, self.reserves_pool = first.machine, first.queue, first.reserves_pool
         limit = min(first.config.max_positions, second.config.max_positions)
         self.config = replace(first.config, max_positions=limit)  # of one of them; the pool has both
 
@@ -72,9 +78,9 @@ class PairModel:
     def heads(self) -> HeadShape:
         return self.config.heads
 
-    def flops_per_token(self, context: int, output: str | None = None) -> float:
-        """Of both; see `DecoderConfig.flops_per_token`."""
-        return sum(model.config.flops_per_token(context, output) for model in (self.first, self.second))
+    def flops(self, first: int, rows: int = 1, output: FlopsOutput = "hidden") -> float:
+        """Of both; see `DecoderConfig.flops`."""
+        return sum(model.config.flops(first, rows, output) for model in (self.first, self.second))
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         return self.first.new_pool(num_pages, budget, models=2)
@@ -111,13 +117,22 @@ def load_pair(
     second: str | os.PathLike,
     dtype: torch.dtype = torch.bfloat16,
     impl: _dispatch.Impl = "auto",
+    *,
+    device: str | torch.device = "cpu",
+    weights: Weights = "auto",
 ) -> PairModel:
     """Load two language models of one shape; arguments and errors as `load_model`."""
+    where, impl = check_device(device, impl)
     check_impl(impl)
-    return PairModel(*(_language_model(load_checkpoint(source, dtype), source, impl) for source in (first, second)))
+    checkpoints = [load_checkpoint(source, dtype) for source in (first, second)]
+    models = [_language_model(c, s, impl, where, weights) for c, s in zip(checkpoints, (first, second), strict=True)]
+    return PairModel(*models)
 
 
-def _language_model(checkpoint: Checkpoint, source: str | os.PathLike, impl: str) -> Model:
+def _language_model(
+    checkpoint: Checkpoint, source: str | os.PathLike, impl: str, device: torch.device, weights: Weights
+) -> Model:
     if not checkpoint.keeps_lm_head:
         raise ValueError(f"{source} has a score head; an implicit PRM is made of two plain language models")
-    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=False))  # token_logprob reads the vocabulary head
+    needed = impl == "triton"  # elsewhere token_logprob reads the plain vocabulary head, and the decoder needs no copy
+    return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=needed, device=device, weights=weights))

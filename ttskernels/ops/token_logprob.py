@@ -30,7 +30,8 @@ def token_logprob(
         norm_weight: `[dim]` of the final norm; None if `hidden` is normed already.
         impl: of a plain `lm_head`; a packed one runs in the implementation it was packed for.
     Returns:
-        `[n]` float32, natural log; a row's value has the same bits in any batch. Empty `rows` gives an empty tensor.
+        `[n]` float32, natural log; on the CPU a row's value has the same bits in any batch. Empty `rows` gives an empty
+        tensor. On a GPU rows and ids are not checked (that would synchronise), and a row without a finite value is NaN.
     Raises:
         ValueError: shape or dtype mismatch, a row outside `hidden`, an id outside the vocabulary, or hidden states that
             are not finite.
@@ -45,23 +46,24 @@ def token_logprob(
     weight = lm_head.data if packed else lm_head
     if weight.device != hidden.device:
         raise ValueError(f"lm_head must be on hidden's device {hidden.device}, got {weight.device}")
-    if chosen == "cpu":
+    if chosen != "reference":
         for name, dtype in (("hidden", hidden.dtype), ("lm_head", lm_head.dtype)):
             if dtype not in DTYPES:
                 raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype}; pass impl='reference'")
+        hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
+        weight = weight.contiguous() if weight.ndim == 2 and weight.stride(1) != 1 else weight
+        rows, ids = rows.contiguous(), ids.contiguous()
+    if chosen == "cpu":
         norm = None if norm_weight is None else norm_weight.float().contiguous()
-        logprobs = torch.ops.ttskernels.token_logprob(
-            hidden if hidden.stride(1) == 1 else hidden.contiguous(),
-            rows.contiguous(),
-            norm,
-            eps,
-            weight if packed or weight.stride(1) == 1 else weight.contiguous(),
-            vocab,
-            lm_head.dtype,
-            ids.contiguous(),
-        )
+        logprobs = torch.ops.ttskernels.token_logprob(hidden, rows, norm, eps, weight, vocab, lm_head.dtype, ids)
+    elif chosen == "triton":
+        from ttskernels._triton.token_logprob import token_logprob as launch
+
+        logprobs = launch(hidden, rows, None if norm_weight is None else norm_weight.contiguous(), eps, weight, ids)
     else:
         logprobs = reference.token_logprob(hidden, rows, norm_weight, eps, weight, ids)
+    if hidden.device.type != "cpu":
+        return logprobs
     finite = logprobs.isfinite()
     if not finite.all():
         i = int(finite.logical_not().nonzero()[0])
@@ -88,7 +90,7 @@ def _check(hidden: Tensor, rows: Tensor, ids: Tensor, norm_weight: Tensor | None
             raise ValueError(
                 f"{name} must be int32 [n], got {index.dtype} {tuple(index.shape)}; pass {name}.to(torch.int32)"
             )
-        if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
+        if index.device.type == "cpu" and index.numel() and not 0 <= int(index.min()) <= int(index.max()) < size:
             raise ValueError(f"{name} must be in 0..{size - 1}, got {int(index.min())}..{int(index.max())}")
     if len(rows) != len(ids):
         raise ValueError(f"ids must have one id per row, got {len(ids)} for {len(rows)} rows")

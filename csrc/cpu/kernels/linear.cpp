@@ -2,7 +2,7 @@
 
 #include <atomic>
 
-#include "linear_micro.h"
+#include "linear_fixed.h"
 #include "ttskernels/threads.h"
 
 namespace ttsk::TTSK_ISA {
@@ -66,7 +66,21 @@ struct Job {
   bool dot;              // bf16 dot products on pairs (avx512_bf16 level, bf16 x)
   int64_t x_stride;      // of the converted rows
   int64_t step_count, panel_bytes;
+  FixedRows fixed;       // of the converted rows, for fixed-point weights
 };
+
+bool IsFixed(const LinearParams& p) { return p.form != LinearForm::kFloat; }
+
+void FixRowOf(const Job& job, int64_t row, int64_t chunk_row) {
+  const LinearParams& p = *job.p;
+  int16_t* values = const_cast<int16_t*>(job.fixed.values) + chunk_row * job.fixed.groups * kFixedGroup;
+  float* scales = const_cast<float*>(job.fixed.scales) + chunk_row * job.fixed.groups;
+  const float most = p.form == LinearForm::kInt16 ? kMostRowOfWords : kMostRowOfBytes;
+  const int64_t first = row * p.x_stride;
+  if (p.x_dtype == DType::kFloat32) return FixRow(static_cast<const float*>(p.x) + first, p.k, most, values, scales);
+  if (p.x_dtype == DType::kFloat16) return FixRow(static_cast<const Fp16*>(p.x) + first, p.k, most, values, scales);
+  FixRow(static_cast<const Bf16*>(p.x) + first, p.k, most, values, scales);
+}
 
 void ConvertRow(const Job& job, int64_t row, float* out) {
   const LinearParams& p = *job.p;
@@ -83,11 +97,13 @@ void ConvertRow(const Job& job, int64_t row, float* out) {
   }
 }
 
-void RunTask(const Job& job, const float* x, int64_t row, int rows, int64_t panel) {
+void RunTask(const Job& job, const float* x, int64_t row, int64_t chunk_row, int rows, int64_t panel) {
   alignas(64) float acc[kBlockRows * kPanel];
   const LinearParams& p = *job.p;
   const uint8_t* w = static_cast<const uint8_t*>(p.packed) + panel * job.panel_bytes;
-  MultiplyPanel(p.weight_dtype, job.dot, x, job.x_stride, w, rows, job.step_count, acc);
+  if (p.form == LinearForm::kInt16) MultiplyFixed<int16_t>(job.fixed, chunk_row, rows, w, acc);
+  else if (p.form == LinearForm::kInt8) MultiplyFixed<int8_t>(job.fixed, chunk_row, rows, w, acc);
+  else MultiplyPanel(p.weight_dtype, job.dot, x, job.x_stride, w, rows, job.step_count, acc);
   if (p.y_dtype == DType::kFloat32) return Epilogue<float>(p, acc, row, rows, panel);
   if (p.y_dtype == DType::kFloat16) return Epilogue<Fp16>(p, acc, row, rows, panel);
   Epilogue<Bf16>(p, acc, row, rows, panel);
@@ -98,12 +114,17 @@ void RunTask(const Job& job, const float* x, int64_t row, int rows, int64_t pane
 void Linear(const LinearParams& p) {
   if (p.rows == 0 || p.n == 0) return;
   const int64_t f = PackFactor(p.weight_dtype), steps = (p.k + f - 1) / f;
-  Job job{&p, false, (p.k + 1) / 2 * 2, steps, steps * f * kPanel * SizeOf(p.weight_dtype)};
+  Job job{&p, false, (p.k + 1) / 2 * 2, steps, LinearPackedBytes(kPanel, p.k, p.weight_dtype, p.form), {}};
+  if (IsFixed(p)) {
+    const int64_t groups = (p.k + kFixedGroup - 1) / kFixedGroup, most = p.rows < kChunkRows ? p.rows : kChunkRows;
+    int16_t* values = static_cast<int16_t*>(p.workspace);
+    job.fixed = {values, reinterpret_cast<const float*>(values + most * groups * kFixedGroup), groups};
+  }
 #if defined(__AVX512BF16__)
-  job.dot = p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;
+  job.dot = !IsFixed(p) && p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;
   if (job.dot) job.x_stride = steps;
 #endif
-  const bool in_place = p.x_dtype == DType::kFloat32 && steps * f == p.k;
+  const bool in_place = !IsFixed(p) && p.x_dtype == DType::kFloat32 && steps * f == p.k;
   if (in_place) job.x_stride = p.x_stride;
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
   std::atomic<int64_t> next{0};
@@ -116,7 +137,10 @@ void Linear(const LinearParams& p) {
       if (!in_place) {
 #pragma omp barrier
 #pragma omp for schedule(static)
-        for (int64_t r = 0; r < chunk; ++r) ConvertRow(job, row0 + r, wide + r * job.x_stride);
+        for (int64_t r = 0; r < chunk; ++r) {
+          if (IsFixed(p)) FixRowOf(job, row0 + r, r);
+          else ConvertRow(job, row0 + r, wide + r * job.x_stride);
+        }
       }
       const float* x = in_place ? static_cast<const float*>(p.x) + row0 * p.x_stride : wide;
       int64_t block = kBlockRows;  // small enough for at least eight tasks a thread
@@ -128,7 +152,7 @@ void Linear(const LinearParams& p) {
         if (t >= done + tasks) break;
         const int64_t panel = (t - done) / blocks, first = (t - done) % blocks * block;
         const int64_t rows = chunk - first < block ? chunk - first : block;
-        RunTask(job, x + first * job.x_stride, row0 + first, static_cast<int>(rows), panel);
+        RunTask(job, x + first * job.x_stride, row0 + first, first, static_cast<int>(rows), panel);
       }
       done += tasks;
     }

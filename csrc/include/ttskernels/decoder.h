@@ -7,6 +7,7 @@
 
 #include "ttskernels/decoder_memory.h"
 #include "ttskernels/dtype.h"
+#include "ttskernels/linear.h"
 #include "ttskernels/sample.h"
 
 namespace ttsk {
@@ -14,6 +15,7 @@ namespace ttsk {
 struct DecoderShape {
   int64_t vocab, hidden, layers, q_heads, kv_heads, head_dim, intermediate, window;  // window 0: none
   DType dtype;
+  LinearForm form;  // of the packed matrices
   float rms_eps, rope_scale, scale, softcap;
 };
 
@@ -32,7 +34,7 @@ struct KvPools {
 enum class DecoderOutput : int { kHidden = 0, kLogits = 1 };
 
 // Why Decode returned. Iterations that are done have their tokens, log-probabilities and states written.
-enum class DecodeStop : int { kRowEnded, kFull, kOutOfSlots, kBadLogits };
+enum class DecodeStop : int { kRowEnded, kFull, kOutOfSlots, kBadLogits, kBadState };
 
 struct DecodeParams {
   int32_t* plan;                // advanced between iterations
@@ -43,7 +45,7 @@ struct DecodeParams {
   int32_t* states;              // [rows] in, out
   int32_t* tokens;              // [max_iterations, rows]
   float* logprobs;              // [max_iterations, rows]
-  int64_t rows, max_iterations;
+  int64_t rows, max_iterations, num_states;
 };
 
 class Decoder {
@@ -66,7 +68,8 @@ class Decoder {
                const int32_t* out_rows, int64_t num_out, DecoderOutput output, float* out);
 
   // Iterations of forward, sample, next_state for all rows until one of them needs the caller. See DecodeStop; with
-  // kBadLogits, bad_row is the first row whose logits are not finite. next_state holds states that exist or negatives.
+  // kBadLogits, bad_row is the first row whose logits are not finite; with kBadState, the first that next_state sends to a
+  // state it does not have.
   DecodeStop Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row);
 
  private:
@@ -76,9 +79,11 @@ class Decoder {
   };
   template <typename T>
   T* Scratch(int index, int64_t count);
+  // Int8 rows of the vocabulary would cost most of the accuracy (bench/LOG.md): they stay int16.
+  LinearForm HeadForm() const { return shape_.form == LinearForm::kInt8 ? LinearForm::kInt16 : shape_.form; }
   void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;
   void Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
-               int64_t k, bool add, void* y, DType y_dtype, bool swiglu);
+               int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form);
 
   DecoderShape shape_;
   std::vector<float> inv_freq_;

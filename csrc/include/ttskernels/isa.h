@@ -3,7 +3,8 @@
 
 namespace ttsk {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kNeon = 5 };
+constexpr int kNumIsas = 6;
 
 // The level in use: TTSK_CPU_ISA if set and supported by this CPU, else the best one measured for its vendor
 // (see docs/decisions.md: on Intel, vdpbf16ps has half the flop rate of fp32 FMA, so avx512 is chosen there).
@@ -21,6 +22,7 @@ const char* IsaName(Isa isa);
 #if defined(__x86_64__)
 #define TTSK_SELECT(fn)                                                   \
   (::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx512Bf16 ? ::ttsk::avx512_bf16::fn \
+   : ::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx512Vnni ? ::ttsk::avx512_vnni::fn \
    : ::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx512   ? ::ttsk::avx512::fn      \
    : ::ttsk::ActiveIsa() == ::ttsk::Isa::kAvx2     ? ::ttsk::avx2::fn        \
                                                    : ::ttsk::portable::fn)
@@ -28,7 +30,13 @@ const char* IsaName(Isa isa);
   namespace portable { __VA_ARGS__ }    \
   namespace avx2 { __VA_ARGS__ }        \
   namespace avx512 { __VA_ARGS__ }      \
+  namespace avx512_vnni { __VA_ARGS__ } \
   namespace avx512_bf16 { __VA_ARGS__ }
+#elif defined(__aarch64__)
+#define TTSK_SELECT(fn) (::ttsk::ActiveIsa() == ::ttsk::Isa::kNeon ? ::ttsk::neon::fn : ::ttsk::portable::fn)
+#define TTSK_DECLARE_PER_ISA(...)    \
+  namespace portable { __VA_ARGS__ } \
+  namespace neon { __VA_ARGS__ }
 #else
 #define TTSK_SELECT(fn) (::ttsk::portable::fn)
 #define TTSK_DECLARE_PER_ISA(...) namespace portable { __VA_ARGS__ }

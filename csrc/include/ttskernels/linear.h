@@ -11,16 +11,27 @@ namespace ttsk {
 // Packed weights: panels of 64 output columns, each contiguous over k. bf16: [panel][ceil(k / 2)][64][2], fp16 and
 // fp32: [panel][k][64]. Columns past n and the odd k are zero.
 constexpr int64_t kPanelColumns = 64;
-int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype);
+
+// How packed weights are kept. Fixed point: a group of 64 consecutive weights of a row shares a float32 scale, its
+// largest magnitude over 4095 or 127; so does a group of x, over 8191 or 32767. The sums of 64 products are exact in
+// int32 and added up as float32 over ascending groups. Packed: [panel][ceil(k / 64)]{scale [64], [32][64][2] integers}.
+enum class LinearForm : int { kFloat, kInt16, kInt8 };
+constexpr int64_t kFixedGroup = 64;
+constexpr float kMostWord = 4095.0f, kMostByte = 127.0f;  // 64 products of 4095 * 8191 or 127 * 32767 fit in int32
+constexpr float kMostRowOfWords = 8191.0f, kMostRowOfBytes = 32767.0f;
+constexpr float kLeastScaled = 1e-30f;  // groups of smaller values are zero
+inline int64_t FixedBlockBytes(int64_t element_size) { return kPanelColumns * (4 + kFixedGroup * element_size); }
+int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form = LinearForm::kFloat);
 
 // Where row i of a weight goes: column first + i / group * step + i % group of the packed matrix. Several weights can
 // share one matrix: q|k|v one after the other, gate and up in alternating groups of 32.
 struct PackColumns {
   int64_t first, group, step;
 };
-// weight: [n, k] of `dtype`, rows row_stride elements apart. Writes only its own columns; `packed` starts zeroed.
+// weight: [n, k] of `dtype`, rows row_stride elements apart. Writes only its own columns; `packed` starts zeroed. A
+// group with a weight that is not finite gets a NaN scale, so the outputs it reaches are NaN.
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
-                void* packed);
+                void* packed, LinearForm form = LinearForm::kFloat);
 
 enum class LinearEpilogue : int {
   kStore,   // y = acc + bias
@@ -30,8 +41,8 @@ enum class LinearEpilogue : int {
 
 // x: [rows, k] of the weight dtype or float32; y: [rows, n] float32 or of the weight dtype; y must not overlap x.
 // bias: [n] float32 or null, in packed column order. workspace: LinearWorkspaceBytes.
-// Every output element is one chain of multiply-adds over ascending k from zero, the bias added last, at every rows,
-// thread count and tail: y[r] alone equals y[r] in any batch bitwise. Reads the weights once per 384 rows.
+// Every output element is one chain of additions over ascending k (or groups) from zero, the bias added last, at every
+// rows, thread count and tail: y[r] alone equals y[r] in any batch bitwise. Reads the weights once per 384 rows.
 struct LinearParams {
   const void* x;
   const void* packed;
@@ -41,6 +52,7 @@ struct LinearParams {
   int64_t rows, n, k, x_stride, y_stride;
   DType x_dtype, weight_dtype, y_dtype;
   LinearEpilogue epilogue;
+  LinearForm form = LinearForm::kFloat;
 };
 int64_t LinearWorkspaceBytes(int64_t rows, int64_t k);
 

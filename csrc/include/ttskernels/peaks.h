@@ -10,6 +10,9 @@ namespace ttsk {
 // Independent fused multiply-adds in registers on every thread; returns GFLOP/s (a multiply-add is 2), best of 5 runs.
 TTSK_DECLARE_PER_ISA(double PeakFmaGflops();)
 
+// The same of what a level multiplies bf16 with: vdpbf16ps (a pair of multiply-adds is 4) where it has it, else FMA.
+TTSK_DECLARE_PER_ISA(double PeakDotGflops();)
+
 // Sums `count` floats with every thread; returns GB/s, best of 5 runs. Larger than the last cache: memory's rate.
 TTSK_DECLARE_PER_ISA(double ReadGbPerSecond(const float* data, int64_t count);)
 

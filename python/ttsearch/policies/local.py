@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
+from ttskernels.engine.ahead import Wish
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
@@ -29,10 +30,12 @@ from ..verifiers import detect_family
 from ..verifiers.families import Family
 from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, load_verifier, read_verifier
 from ..verifiers.written import GenerativeFamily
+from .lookahead import SPECULATE, Speculate, next_parents
 
 LIKELIHOOD = (
     "likelihood"  # as verifier: a step scores the geometric mean of its own token probabilities; no second model
 )
+AHEAD_ROWS = 16  # of a decode iteration; bench/LOG.md, "step search", has how it was chosen
 
 
 @dataclass(eq=False)
@@ -49,9 +52,15 @@ class LocalBackend:
     """A policy on an engine and, optionally, any verifier, often on the same engine. Serves every problem at once."""
 
     def __init__(
-        self, engine: Engine, text_policy: TextPolicy, verifier: Verifier | None = None, likelihood: bool = False
+        self,
+        engine: Engine,
+        text_policy: TextPolicy,
+        verifier: Verifier | None = None,
+        likelihood: bool = False,
+        speculate: Speculate = "off",
     ):
         self.engine, self.text_policy, self.verifier, self.likelihood = engine, text_policy, verifier, likelihood
+        self.speculate = speculate
         self.has_verifier = likelihood or verifier is not None
 
     @classmethod
@@ -62,10 +71,14 @@ class LocalBackend:
         *,
         prm_family: str | Path | Family | None = None,
         prm_reference: str | Path | None = None,
+        prm_base: str | Path | None = None,
         prompt_style: str | None = None,
         kv_bytes: int | None = None,
         dtype: str = "bf16",
         impl: str = "auto",
+        device: str = "cpu",
+        weights: str = "auto",
+        speculate: Speculate = "sure",
     ) -> LocalBackend:
         """Load both models and start the engine.
 
@@ -73,11 +86,18 @@ class LocalBackend:
             policy, verifier: checkpoint folder, hub id or .gguf file. verifier="likelihood" needs no second model: a step
                 scores the geometric mean of its tokens' probabilities under the policy (a baseline, not a PRM).
             prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
-            prm_reference: of an implicit PRM, the model that it was trained from.
+            prm_reference, prm_base: of an implicit PRM, of an adapter or PQM; see `verifiers.session.load_verifier`.
             kv_bytes: KV budget of both models together; None: 2 GiB. A generative verifier has as much again, for itself.
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+            device: "cpu", or "cuda" for both models on a GPU.
+            weights: of both models on a CPU: "auto", "float", "int16" or "int8"; see `ttskernels.load_model`.
+            speculate: begin the next step of paths while the last of their siblings are still decoded: "sure", of those that
+                no sibling can push out any more; "likely", also of those that will probably stay; "off". Trees and scores
+                are the same.
         """
-        model = load_model(policy, torch_dtype(dtype), impl)
+        if speculate not in SPECULATE:
+            raise ValueError(f"speculate must be one of {', '.join(SPECULATE)}, got {speculate!r}")
+        model = load_model(policy, torch_dtype(dtype), impl, device=device, weights=weights)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
@@ -87,14 +107,18 @@ class LocalBackend:
             family = detect_family(resolve(verifier, torch_dtype(dtype)), prm_family, verifier)
             if isinstance(family, GenerativeFamily):
                 writer = load_verifier(
-                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference
+                    verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base,
+                    device=device, weights=weights,
                 )
             else:
-                scorer, text_verifier = read_verifier(verifier, family, dtype, impl, prm_reference)
+                scorer, text_verifier = read_verifier(
+                    verifier, family, dtype, impl, prm_reference, prm_base, device=device, weights=weights
+                )
         table = torch.from_numpy(text_policy.next_state.copy())
-        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES)
+        rows = AHEAD_ROWS if speculate != "off" else 0
+        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES, ahead_rows=rows)
         prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else writer
-        return cls(engine, text_policy, prm, likelihood)
+        return cls(engine, text_policy, prm, likelihood, speculate)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
@@ -161,6 +185,7 @@ class LocalPolicy:
             for first in [self._ordinals(node, count)]
             for i in range(count)
         ]
+        lookahead = _Lookahead(self, chains, limits, group) if until == "step" and score else None
         inbox: dict[tuple[SearchNode, int], _Chain] = {(c.parent, c.ordinal): c for c in chains}
         loop = asyncio.get_running_loop()
         for node, count in zip(nodes, counts, strict=True):
@@ -174,11 +199,13 @@ class LocalPolicy:
 
             self._engine.branch(
                 self._session, handle.policy, key=handle.key, path_key=node.path_key,
-                ordinals=range(handle.children - count, handle.children), sampling=self._sampling,
-                max_step_tokens=limits.max_step_tokens, max_length=self._prompt_tokens + min(limits.max_tokens, self._max_tokens),
+                ordinals=range(handle.children - count, handle.children), **self._decoding(limits),
                 max_steps=limits.max_steps - len(node.path_key) if until == "end" else 1, group=group, on_step=on_step,
             )  # fmt: skip
         tasks = [asyncio.ensure_future(chain.run()) for chain in chains]
+        if lookahead is not None and lookahead.useful:
+            for task in tasks:
+                task.add_done_callback(lookahead)
         try:
             return await asyncio.gather(*tasks)
         except BaseException:
@@ -188,6 +215,11 @@ class LocalPolicy:
             await asyncio.gather(*tasks, return_exceptions=True)
             self.release([c.last for c in chains if c.last is not None and c.last.handle and not c.last.released])
             raise
+
+    def _decoding(self, limits: Limits) -> dict[str, Any]:
+        """What the engine decodes a step with."""
+        max_length = self._prompt_tokens + min(limits.max_tokens, self._max_tokens)
+        return dict(sampling=self._sampling, max_step_tokens=limits.max_step_tokens, max_length=max_length)
 
     def _ordinals(self, node: SearchNode, count: int) -> int:
         first = node.handle.children
@@ -211,7 +243,7 @@ class LocalPolicy:
         c = self._session.counters
         policy = ModelCost(
             tokens_prefilled=c.policy_prefilled, tokens_decoded=c.policy_decoded, tokens_reused=c.policy_reused,
-            tokens_recomputed=c.policy_recomputed, flops=c.policy_flops,
+            tokens_speculated=c.policy_speculated, tokens_recomputed=c.policy_recomputed, flops=c.policy_flops,
         )  # fmt: skip
         verifier = self._verifier.cost() if self._verifier else ModelCost()
         score_seconds = self._verifier.seconds if self._verifier else 0.0
@@ -223,6 +255,33 @@ class LocalPolicy:
         if self._verifier is not None:
             self._verifier.close()
         self._engine.close(self._session)
+
+
+class _Lookahead:
+    """Tells the engine, at each child that is done, which ones will be continued; for a beam's `expand` of single steps."""
+
+    def __init__(self, policy: LocalPolicy, chains: list[_Chain], limits: Limits, group: object):
+        self._policy, self._limits, self._group, self._total = policy, limits, group, len(chains)
+        self._done: list[SearchNode] = []
+        self._wished = False
+        backend = policy._backend
+        self.useful = backend.speculate != "off" and backend.has_verifier and policy._budget.aggregate is not None
+
+    def __call__(self, task: asyncio.Task[SearchNode]) -> None:
+        if task.cancelled() or task.exception() is not None:
+            return
+        self._done.append(task.result())
+        policy, limits = self._policy, self._limits
+        budget, wishes = policy._budget, []
+        if len(self._done) < self._total:
+            parents, sure = next_parents(self._done, self._total, budget.width, budget.aggregate, policy._backend.speculate)
+            for rank, node in enumerate(parents):
+                if len(node.path_key) < limits.max_steps:
+                    handle = node.handle
+                    wishes.append(Wish(handle.policy, handle.key, node.path_key, 0, budget.width, rank < sure))
+        if wishes or self._wished:
+            policy._engine.ahead(policy._session, wishes, **policy._decoding(limits), group=self._group)
+        self._wished = bool(wishes)
 
 
 class _Chain:

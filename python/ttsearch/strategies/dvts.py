@@ -22,10 +22,11 @@ async def dvts(problem: Problem, policy: Policy, budget: Budget) -> SearchResult
     """
     budget.require("dvts", "aggregate", "vote")
     subtrees, width = budget.survivors, budget.width
-    paths = []
 
-    async def grow(children: list[SearchNode]) -> SearchNode:
+    async def grow() -> SearchNode:
+        children = []
         try:
+            children = await policy.expand([policy.root], width)
             while True:
                 best, *others = ranked(children, budget.aggregate)
                 prune(policy, others)
@@ -36,13 +37,8 @@ async def dvts(problem: Problem, policy: Policy, budget: Budget) -> SearchResult
         finally:
             release(policy, children)
 
-    try:
-        paths = await policy.expand([policy.root], budget.n)
-        groups = [paths[i * width : (i + 1) * width] for i in range(subtrees)]
-        exported = await together(grow(group) for group in groups)
-        return conclude(
-            problem, policy, budget, exported,
-            strategy="dvts", aggregate=budget.aggregate, vote=budget.vote,
-        )  # fmt: skip
-    finally:
-        release(policy, paths)
+    exported = await together(grow() for _ in range(subtrees))
+    return conclude(
+        problem, policy, budget, exported,
+        strategy="dvts", aggregate=budget.aggregate, vote=budget.vote,
+    )  # fmt: skip

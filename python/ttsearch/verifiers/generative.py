@@ -66,6 +66,8 @@ class GenerativeVerifier:
         impl: str = "auto",
         kv_bytes: int = DEFAULT_KV_BYTES,
         seed: int = 0,
+        device: str = "cpu",
+        weights: str = "auto",
     ) -> GenerativeVerifier:
         """Load a chat model that writes and is read: policy and verifier of one engine.
 
@@ -82,7 +84,7 @@ class GenerativeVerifier:
             )
         rows = Spelling(tokenizer, None).question(family.forced, family.choices)[1]
         head = HeadSpec(rows=rows, squash="none", mix=(1, -1))  # log-odds
-        model = load_model(source, dtype, impl, head, keep_lm_head=True)
+        model = load_model(source, dtype, impl, head, keep_lm_head=True, device=device, weights=weights)
         stops = family.stops(MAX_STEPS)
         check_overlap(stops)
         ids = draft_ends(tokenizer, model.config.eos_ids, stops)

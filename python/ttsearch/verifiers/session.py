@@ -10,6 +10,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from tokenizers import AddedToken
+
 import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Session
@@ -184,6 +186,8 @@ def read_verifier(
     impl: str = "auto",
     reference: str | Path | None = None,
     base: str | Path | None = None,
+    device: str = "cpu",
+    weights: str = "auto",
 ) -> tuple[Model | PairModel, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
@@ -201,12 +205,17 @@ def read_verifier(
         )
     if not compares and reference is not None:
         raise ValueError(f"reference must be None for PRM family {found.name!r}, which is one model, got {reference}")
-    text = TextVerifier(load_tokenizer(source), found)
+    if compares and base is not None:
+        raise ValueError(f"base must be None for PRM family {found.name!r}, which is two whole models, got {base}")
+    tokenizer = load_tokenizer(source, base)
+    if base is not None and found.token and found.token not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(found.token, special=True, normalized=False)])  # the next id, as in training
+    text = TextVerifier(tokenizer, found)
     if compares:
-        model = load_pair(source, reference, torch_dtype(dtype), impl)
+        model = load_pair(source, reference, torch_dtype(dtype), impl, device=device, weights=weights)
     else:
-        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base)
-    text.limit(model.config.max_positions)
+        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base, device=device, weights=weights)
+    text.limit(model.config.max_positions, model.config.vocab)
     return model, text
 
 
@@ -220,6 +229,8 @@ def load_verifier(
     reference: str | Path | None = None,
     base: str | Path | None = None,
     seed: int = 0,
+    device: str = "cpu",
+    weights: str = "auto",
     **fields: Any,
 ) -> Verifier:
     """Load a verifier on an engine of its own, to score steps that come from elsewhere.
@@ -231,7 +242,10 @@ def load_verifier(
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
         kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
         reference: of an implicit PRM, the model that it was trained from.
-        base: of an adapter, or of weights without a config.json (PQM), see `load_model`.
+        base: of an adapter, or of weights without a config.json (PQM), see `load_model`; also where their tokenizer is, if
+            they have none, with the family's own token added behind it.
+        weights: on a CPU "auto", "float", "int16" or "int8"; see `ttskernels.load_model`.
+        device: "cpu", or "cuda" for weights and KV on a GPU.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
     """
@@ -241,8 +255,12 @@ def load_verifier(
     if isinstance(found, GenerativeFamily):
         from .generative import GenerativeVerifier
 
-        if reference is not None:
-            raise ValueError(f"reference must be None for generative family {found.name!r}, got {reference}")
-        return GenerativeVerifier.load(source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed)
-    model, text = read_verifier(source, found, dtype, impl, reference, base)
+        if reference is not None or base is not None:
+            name, value = ("reference", reference) if reference is not None else ("base", base)
+            raise ValueError(f"{name} must be None for generative family {found.name!r}, got {value}")
+        return GenerativeVerifier.load(
+            source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed, device=device,
+            weights=weights,
+        )
+    model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights)
     return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes), text, True, source)

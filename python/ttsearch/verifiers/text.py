@@ -52,7 +52,7 @@ class TextVerifier:
     def __init__(self, tokenizer, family: PrmFamily, max_position: int | None = None):
         self.tokenizer, self.family = tokenizer, family
         self._renderer = Renderer(tokenizer, family)
-        self.max_length = family.max_length
+        self.max_length, self._suffix_ids = family.max_length, []
         self.limit(max_position)
         if family.tokenise == "whole" and not tokenizer.is_fast:
             raise ValueError(
@@ -129,9 +129,15 @@ class TextVerifier:
         new = PrmPath(path.problem, all_steps, tuple(ids))
         return Extension(new, keep, ids[keep:], [read - keep for read in reads], owner)
 
-    def limit(self, max_position: int | None) -> None:
-        """Take the model's limit into account, once it is known: the smaller of it and the family's holds."""
+    def limit(self, max_position: int | None, vocab: int | None = None) -> None:
+        """Take the model's limits into account, once they are known: the smaller of its length and the family's holds.
+
+        Raises:
+            ValueError: the step suffix has an id that the model's vocabulary does not have.
+        """
         self.max_length = min((length for length in (self.max_length, max_position) if length), default=None)
+        if vocab is not None and self._suffix_ids and max(self._suffix_ids) >= vocab:
+            self._wrong(f"ends a step with {self.family.suffix!r}, ids {self._suffix_ids}; the checkpoint embeds {vocab} tokens")
 
     def fits(self, num_ids: int) -> bool:
         """Whether so many ids are within what the verifier was trained for; never cut it silently."""

@@ -1,9 +1,13 @@
 """The published token ids, and ids and positions of the published procedures, on the real tokenizers."""
 
+import json
+
 import pytest
 import torch
 from prm_reference import REFERENCES
 from real_tokenizers import real_tokenizer
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 from ttsearch.verifiers import FAMILIES, TextVerifier
 
 FAMILIES_OF = {
@@ -41,6 +45,26 @@ def test_heads_are_those_rows():
     rows = {family: TextVerifier(real_tokenizer(name), FAMILIES[family]).head.rows for name, family in CASES}
     assert rows["math-shepherd"] == (648, 387) and rows["rlhflow-mistral"] == (10, 12) and rows["versaprm"] == (12, 10)
     assert rows["math-psa"] == (488, 481) and rows["er-prm"] == (489, 482) and rows["versaprm-qwen"] == (12, 10)
+
+
+def test_another_id_of_qwens_step_token_is_taken():
+    """151651 is published; no package was found whose tokenizer has the added tokens, so nothing rests on that id."""
+    published, family = real_tokenizer("qwen"), FAMILIES["qwen-math-prm"]
+    assert published.encode("<extra_0>") == [151651]
+    content = json.loads(published.backend_tokenizer.to_str())
+    names = {"<extra_0>": "<|vision_start|>", "<|vision_start|>": "<extra_0>"}
+    for token in content["added_tokens"]:
+        token["content"] = names.get(token["content"], token["content"])
+    swapped = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    swapped.chat_template = published.chat_template
+    verifier = TextVerifier(swapped, family)
+    new = verifier.extend(verifier.start(PROBLEM), STEPS)
+    assert swapped.vocab_size == 151643 and [new.ids[read] for read in new.reads] == [151652] * len(STEPS)
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<extra_0>"]
+    without = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(content)))
+    without.chat_template = published.chat_template
+    with pytest.raises(ValueError, match="needs '<extra_0>' to be 1 token of its own, which it is not here"):
+        TextVerifier(without, family)
 
 
 @pytest.mark.parametrize(("name", "family"), CASES)

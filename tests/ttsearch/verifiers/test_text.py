@@ -251,6 +251,22 @@ def test_published_ids_hold_where_the_vocabulary_is_the_real_one():
     TextVerifier(tokenizer, get_family("skywork", vocab=tokenizer.vocab_size + 1, ids={"\n": 199}))
 
 
+def test_the_step_token_of_qwen_is_the_one_that_the_checkpoints_tokenizer_has():
+    """Wherever it maps it; a tokenizer that spells it in several tokens is refused (test_wrong_tokenizer)."""
+    seen = set()
+    for more in (("<extra_0>",), ("<a>", "<b>", "<extra_0>"), ("<extra_0>", "<a>")):
+        tokenizer = qwen(None, *more)
+        verifier = TextVerifier(tokenizer, FAMILIES["qwen-math-prm"])
+        new = verifier.extend(verifier.start("1+2?"), STEPS)
+        marker = tokenizer.convert_tokens_to_ids("<extra_0>")
+        assert [new.ids[read] for read in new.reads] == [marker, marker]
+        seen.add(marker)
+        verifier.limit(512, marker + 1)
+        with pytest.raises(ValueError, match=rf"ends a step with '<extra_0>', ids \[{marker}\]; .* embeds {marker} tokens"):
+            verifier.limit(512, marker)
+    assert len(seen) > 1 and 151651 not in seen
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = tiny_tokenizers.byte_level(
         tiny_tokenizers.QWEN_SPLIT, ["<|end|>"], None,

@@ -1,0 +1,152 @@
+"""How bench/gpu.py times: replays of CUDA graphs, caches cold and warm, and the rows of results it writes."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
+FLOPS = 600e12
+REPLAYS = 30
+Timing = dict[str, dict[str, float]]
+
+
+def copies_for(bytes_per_call: int, most: int = 32) -> int:
+    """Copies of a call's inputs to go through in turn, so that each finds the second-level cache cold: together at
+    least four times its size, and no more than a quarter of the memory."""
+    if not GPU:
+        return 1
+    properties = torch.cuda.get_device_properties(DEVICE)
+    enough = -(-4 * properties.L2_cache_size // max(1, bytes_per_call))
+    room = properties.total_memory // 4 // max(1, bytes_per_call)
+    return int(max(1, min(most, enough, room)))
+
+
+def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = True) -> Timing:
+    """Time of one call of `work(i)`, `i < copies` naming the inputs to use: microseconds, median, p20 and p80.
+
+    A graph of many calls is replayed: through all copies in turn (cold; what the layers of a model do), and of the first
+    alone (warm). `graph=False` takes eager calls between events. A dry run calls once and returns {}.
+    """
+    work(0)
+    if not GPU:
+        return {}
+    torch.cuda.synchronize()
+    calls = max(4, copies)
+    out = {}
+    for state in ("cold", "warm"):
+        order = [i % copies if state == "cold" else 0 for i in range(calls)]
+
+        def run(order=order):
+            for i in order:
+                work(i)
+
+        replay = run
+        if graph:
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                run()
+            replay = captured.replay
+        times = []
+        for number in range(REPLAYS + 2):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            replay()
+            end.record()
+            end.synchronize()
+            if number >= 2:
+                times.append(start.elapsed_time(end) * 1e3 / calls)
+        times.sort()
+        out[state] = {"median_us": statistics.median(times), "p20_us": times[REPLAYS // 5], "p80_us": times[-REPLAYS // 5]}
+    return out
+
+
+def attempt(make: Callable[[], Timing]) -> Timing | str:
+    """A rival's timing, or why there is none: a missing package or a failing rival must not end the run."""
+    try:
+        return make()
+    except Exception as error:  # noqa: BLE001 - whatever somebody else's code raises is the result
+        if GPU:
+            torch.cuda.empty_cache()
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
+
+
+def copy_bandwidth() -> float:
+    """Bytes per second of a large copy, read and written."""
+    if not GPU:
+        return 1e9
+    a = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    b = torch.empty_like(a)
+    return 2 * a.numel() / (measure(lambda _: b.copy_(a))["warm"]["median_us"] * 1e-6)
+
+
+class Rows:
+    """Results of one part, kept by name in a JSON file that is written after every row, with a table beside it."""
+
+    def __init__(self, path: Path, head: dict, minutes: float, title: str):
+        self.path, self.head, self.title = path, head, title
+        self.deadline = time.monotonic() + minutes * 60
+        former = json.loads(path.read_text()) if path.exists() else {}
+        self.done: dict[str, dict] = former.get("cases", {}) if former.get("commit") == head.get("commit") else {}
+        self.left_out: list[str] = []
+
+    def unfinished_first(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: name in self.done)
+
+    def out_of_time(self) -> bool:
+        return time.monotonic() > self.deadline
+
+    def seconds_left(self) -> float:
+        return max(0.0, self.deadline - time.monotonic())
+
+    def __call__(self, name: str, row: dict) -> None:
+        self.done.pop(name, None)
+        self.done[name] = row
+        self.path.write_text(json.dumps(self.head | {"cases": self.done}, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(self.table())
+        print(name, {k: brief(v) for k, v in row.items()}, flush=True)
+
+    def run(self, cases: dict[str, Callable[[], dict]]) -> None:
+        """Every case, those a former run did not finish first, until the time is up."""
+        for name in self.unfinished_first(cases):
+            if self.out_of_time():
+                self.left_out.append(name)
+                continue
+            try:
+                row = cases[name]()
+            except Exception as error:  # noqa: BLE001 - one case must not lose the others
+                row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
+            self(name, row)
+        if self.left_out:
+            print(f"out of time: {len(self.left_out)} cases left; run again to go on with them")
+
+    @property
+    def failed(self) -> list[str]:
+        return [name for name, row in self.done.items() if "failed" in row]
+
+    def table(self) -> str:
+        """Cold medians and every other value, one line a case."""
+        columns = list(dict.fromkeys(k for row in self.done.values() for k in row))
+        head = ", ".join(f"{k} {v}" for k, v in self.head.items() if v is not None)
+        lines = [f"# {self.title}", "", head + ". Microseconds are cold medians (p20 to p80); warm medians follow `|`.", ""]
+        lines += ["| case | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+        for name, row in self.done.items():
+            cells = (brief(row.get(c, "")).replace("|", "\\|") for c in columns)
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def brief(value) -> str:
+    if isinstance(value, dict) and "cold" in value:
+        cold, warm = value["cold"], value["warm"]
+        return f"{cold['median_us']:.1f} ({cold['p20_us']:.1f} to {cold['p80_us']:.1f}) | {warm['median_us']:.1f}"
+    if isinstance(value, dict):
+        return "ran" if not value else ", ".join(f"{k} {brief(v)}" for k, v in value.items())
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

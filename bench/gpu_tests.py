@@ -1,0 +1,57 @@
+"""Test files one by one, and compute-sanitizer over the merge of attention's partial results, each as one case."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from gpu_measure import GPU, Rows
+
+ROOT = Path(__file__).parents[1]
+SANITIZED = "tests/gpu/sanitize_merge.py"
+
+
+def run(rows: Rows, tiny: bool) -> None:
+    commands = {}
+    files = sorted(p for folder in ("gpu", "triton", "device") for p in (ROOT / "tests" / folder).glob("test_*.py"))
+    others = [p for p in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in p.read_text() and p not in files]
+    for path in [*files, *sorted(others)]:
+        name = str(path.relative_to(ROOT))
+        only = ["-m", "gpu"] if path in others else []
+        commands[name] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only, name]
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        commands[f"compute-sanitizer {tool}, merge"] = [
+            shutil.which("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", sys.executable, SANITIZED,
+        ]  # fmt: skip
+    if tiny:
+        commands = {
+            "tests/gpu": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"],
+            "merge": [sys.executable, SANITIZED],
+        }
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" or not GPU}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
+    environment |= {} if GPU else {"TTSK_GPU_DRY_RUN": "1"}
+    rows.run({name: lambda c=command: step(rows, c, environment) for name, command in commands.items()})
+
+
+def step(rows: Rows, command: list[str | None], environment: dict[str, str]) -> dict:
+    if command[0] is None:
+        return {"result": "compute-sanitizer is not installed"}
+    start = time.monotonic()
+    try:
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
+                              timeout=max(20.0, rows.seconds_left()))  # fmt: skip
+    except subprocess.TimeoutExpired as late:
+        return {"failed": f"not done after {late.timeout:.0f} s; run it alone"}
+    row = {"seconds": round(time.monotonic() - start, 1)}
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    said = [line for line in lines if re.search(r"\d+ (passed|failed|skipped)|[A-Z]+ SUMMARY:|\berrors?\b", line)]
+    row["result"] = (said or lines or ["no output"])[-1][:200]
+    if done.returncode:
+        row["failed"] = f"exit {done.returncode}: " + " / ".join(lines[-12:])[-1500:]
+    return row

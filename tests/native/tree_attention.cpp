@@ -1,0 +1,96 @@
+#include "ttskernels/tree_attention.h"
+
+#include "pages.h"
+#include "trees.h"
+
+namespace ttsk::testing {
+namespace {
+
+struct Options {
+  int64_t q_heads, kv_heads, dim, v_dim;
+  DType type;
+  bool packed, deep;
+};
+
+void RunCase(Checks& check, Random& random, const Options& o) {
+  const int32_t page_size = o.packed ? 16 : random.Pick({1, 5, 16, 32});
+  const Tree tree = RandomTree(random, page_size, o.deep);
+  const std::vector<int32_t> plan = BuildPlan(tree.Packed(), RandomCosts(random, o.q_heads / o.kv_heads));
+  const int64_t rows = static_cast<int64_t>(tree.row_node.size());
+  check.what = Text("%lld rows of %d nodes, %lld/%lld heads x %lld/%lld, %s, packed %d", static_cast<long long>(rows),
+                    static_cast<int>(tree.parent.size()), static_cast<long long>(o.q_heads),
+                    static_cast<long long>(o.kv_heads), static_cast<long long>(o.dim), static_cast<long long>(o.v_dim),
+                    NameOf(o.type), o.packed);
+  int32_t used = 0;
+  for (const int32_t page : tree.pages) used = std::max(used, page + 1);
+  Pages k(o.type, used, page_size, o.kv_heads, o.dim, o.packed, true), v(o.type, used, page_size, o.kv_heads, o.v_dim, o.packed, false);
+  for (int32_t node = 0; node < static_cast<int32_t>(tree.parent.size()); ++node) {
+    for (int32_t t = 0; t < tree.length[node]; ++t) {
+      const Place at = tree.Of(node, tree.Pos0(node) + t);
+      for (int64_t h = 0; h < o.kv_heads; ++h) {
+        for (int64_t d = 0; d < o.dim; ++d) k.array.Set(k.Index(at.page, at.slot, h, d), random.Normal());
+        for (int64_t d = 0; d < o.v_dim; ++d) v.array.Set(v.Index(at.page, at.slot, h, d), random.Normal());
+      }
+    }
+  }
+  const int64_t q_stride = o.q_heads * o.dim + 3, out_stride = o.q_heads * o.v_dim + 2;
+  Array q = Array::Normal(o.type, rows * q_stride, random), out(o.type, rows * out_stride);
+  Array lse(DType::kFloat32, rows * o.q_heads), sinks = Array::Normal(DType::kFloat32, o.q_heads, random);
+  const bool sunk = random.Chance(0.3);
+  TreeAttentionParams p{};
+  p.q = q.data(), p.out = out.data(), p.lse = lse.floats(), p.k = k.array.data(), p.v = v.array.data(), p.plan = plan.data();
+  p.rows = rows, p.q_heads = o.q_heads, p.kv_heads = o.kv_heads, p.head_dim = o.dim, p.v_dim = o.v_dim;
+  p.q_stride = q_stride, p.out_stride = out_stride, p.dtype = o.type, p.packed = o.packed;
+  p.k_strides = k.strides(), p.v_strides = v.strides(), p.scale = static_cast<float>(1 / std::sqrt(o.dim));
+  p.softcap = random.Chance(0.3) ? 2.5f : 0.0f, p.window = random.Chance(0.3) ? static_cast<int32_t>(random.Between(1, 40)) : 0;
+  p.sinks = sunk ? sinks.floats() : nullptr;
+  TTSK_SELECT(TreeAttention)(p);
+
+  const bool rounded_weights = ActiveIsa() == Isa::kAvx512Bf16 && o.type == DType::kBFloat16;
+  for (int64_t r = 0; r < rows; ++r) {
+    const int32_t pos = tree.row_pos[r], first = p.window > 0 ? std::max(0, pos + 1 - p.window) : 0;
+    for (int64_t h = 0; h < o.q_heads; ++h) {
+      const int64_t kv_head = h / (o.q_heads / o.kv_heads);
+      std::vector<double> score, want(o.v_dim, 0.0), magnitude(o.v_dim, 0.0);
+      double top = sunk ? sinks.Get(h) : -HUGE_VAL, total = 0;
+      for (int32_t t = first; t <= pos; ++t) {
+        const Place at = tree.Of(tree.row_node[r], t);
+        double s = 0;
+        for (int64_t d = 0; d < o.dim; ++d) s += q.Get(r * q_stride + h * o.dim + d) * k.Get(at.page, at.slot, kv_head, d);
+        s *= p.scale;
+        if (p.softcap != 0) s = p.softcap * std::tanh(s / p.softcap);
+        score.push_back(s), top = std::max(top, s);
+      }
+      for (const double s : score) total += std::exp(s - top);
+      if (sunk) total += std::exp(sinks.Get(h) - top);
+      for (int32_t t = first; t <= pos; ++t) {
+        const Place at = tree.Of(tree.row_node[r], t);
+        const double weight = std::exp(score[t - first] - top) / total;
+        for (int64_t d = 0; d < o.v_dim; ++d) {
+          const double value = v.Get(at.page, at.slot, kv_head, d);
+          want[d] += weight * value, magnitude[d] += weight * std::fabs(value);
+        }
+      }
+      const double relative = 2e-5 + (rounded_weights ? 0x1p-8 : 0.0);
+      for (int64_t d = 0; d < o.v_dim; ++d) {
+        check.Near(d, out.Get(r * out_stride + h * o.v_dim + d), want[d], relative * magnitude[d] + Rounding(o.type) * std::fabs(want[d]) + 1e-7);
+      }
+      check.Near(h, lse.Get(r * o.q_heads + h), top + std::log(total), 3e-5);
+    }
+    for (int64_t d = o.q_heads * o.v_dim; d < out_stride; ++d) check.Equal(d, out.Get(r * out_stride + d), kNan);
+  }
+}
+
+}  // namespace
+
+TTSK_TEST(tree_attention) {
+  const std::pair<int64_t, int64_t> heads[] = {{1, 1}, {3, 1}, {7, 1}, {4, 4}, {6, 2}};
+  for (int i = 0; i < 30; ++i) {
+    const auto [q_heads, kv_heads] = heads[random.Below(5)];
+    const int64_t dim = 16 * random.Between(1, 6);
+    RunCase(check, random, {q_heads, kv_heads, dim, random.Chance(0.7) ? dim : 48, AnyType(random), random.Chance(0.6), false});
+  }
+  for (const DType type : {DType::kFloat32, DType::kBFloat16}) RunCase(check, random, {4, 2, 32, 32, type, true, true});
+}
+
+}  // namespace ttsk::testing
