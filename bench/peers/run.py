@@ -94,7 +94,7 @@ def others_share(run, workers: list[Worker]) -> tuple[dict, float]:
     return found, max(0.0, busy_seconds() - busy - own) / (time.perf_counter() - started) / os.cpu_count()
 
 
-def wait_for_quiet(share: float, patience: float = 120.0) -> None:
+def wait_for_quiet(share: float, patience: float = 20.0) -> None:
     """Wait until everything else takes less than `share` of the cores, or as long as `patience` seconds."""
     end = time.perf_counter() + patience
     while others_share(lambda: time.sleep(1), [])[1] > share and time.perf_counter() < end:

@@ -20,6 +20,7 @@ sys.path.insert(0, str(PEERS))
 import floor  # noqa: E402
 import gguf_export  # noqa: E402
 import report  # noqa: E402
+import roster  # noqa: E402
 import run as driver  # noqa: E402
 import search  # noqa: E402
 from roster import Engine, Worker, WorkerError  # noqa: E402
@@ -129,7 +130,7 @@ SHAPE = floor.Shape(hidden=4, layers=2, q_heads=2, kv_heads=1, head_dim=3, inter
 
 
 def test_floor_is_the_engines_own_count():
-    """With bytes for free it is flops over peak, and the flops are those of `DecoderConfig.flops_per_token`."""
+    """With bytes for free it is flops over peak, and the flops are those of `DecoderConfig.flops`."""
     from ttskernels.models.config import DecoderConfig
 
     config = DecoderConfig(
@@ -139,8 +140,8 @@ def test_floor_is_the_engines_own_count():
     )  # fmt: skip
     rates = floor.Rates(1.0, 1.0, float("inf"))
     work = Workload("x", "x", prompt=6, samples=3, tokens=4)
-    flops = sum(config.flops_per_token(i + 1, None) for i in range(6)) + 2 * 4 * 7  # one row of logits
-    flops += 3 * sum(config.flops_per_token(6 + t) for t in (1, 2, 3))
+    flops = sum(config.flops(i, 1, "hidden") for i in range(6)) + 2 * 4 * 7  # one row of logits
+    flops += 3 * sum(config.flops(5 + t) for t in (1, 2, 3))
     assert floor.job_seconds(work, SHAPE, rates) == pytest.approx(flops / 1e9)
 
 
@@ -248,7 +249,9 @@ def test_report(capsys, tmp_path):
     assert (row["seconds"], row["low"], row["high"], row["rounds"]) == (3.0, 2.0, 4.0, 3)
     rates = floor.Rates(100.0, 100.0, 10.0)
     assert row["floor_percent"] == pytest.approx(100 * floor.job_seconds(WORKLOADS["W1"], SHAPE, rates) / 3.0)
-    assert next(row for row in found["W1"]["rows"] if row["bits"] == "int8")["floor_percent"] is None  # no int8 peak known
+    eight = next(row for row in found["W1"]["rows"] if row["bits"] == "int8")
+    rates = floor.Rates(100.0, 100.0, 10.0, weight_bytes=1)
+    assert eight["floor_percent"] == pytest.approx(100 * floor.job_seconds(WORKLOADS["W1"], SHAPE, rates) / 1.5)
     assert out.index("W0") < out.index("W1") and (tmp_path / "sweep.png").stat().st_size > 1000
 
 
@@ -267,6 +270,7 @@ def test_share_of_others(monkeypatch):
 
 
 def test_cpu_seconds_are_the_workers(echo):
+    echo.call("generate", **ASK, seed=1)
     before = echo.cpu_seconds()
     assert 0 < before < driver.busy_seconds()
     echo.call("generate", **ASK, seed=1)
