@@ -29,14 +29,19 @@ READ_FLOATS = 1 << 26  # 256 MiB: past every cache
 
 @functools.cache
 def peaks() -> dict[str, float]:
-    """`fma_gflops` and `read_gbps` of all threads; NumPy's (lower) without the C++ extension."""
+    """`fma_gflops`, `dot_gflops` (pairs of int16 or bf16, whichever this CPU multiplies faster) and `read_gbps` of all threads.
+
+    NumPy's (lower), and no `dot_gflops`, without the C++ extension.
+    """
     data = np.ones(READ_FLOATS, np.float32)
     if _dispatch.load_extension() is None:
         lib = _dispatch.library()
-        lib.ttsk_peak_fma_gflops.restype = lib.ttsk_read_gb_per_second.restype = ctypes.c_double
+        for name in ("ttsk_peak_fma_gflops", "ttsk_peak_dot_gflops", "ttsk_read_gb_per_second"):
+            getattr(lib, name).restype = ctypes.c_double
         lib.ttsk_read_gb_per_second.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         return {
             "fma_gflops": lib.ttsk_peak_fma_gflops(),
+            "dot_gflops": lib.ttsk_peak_dot_gflops(),
             "read_gbps": lib.ttsk_read_gb_per_second(data.ctypes.data, data.size),
         }
     square = np.ones((1024, 1024), np.float32)

@@ -1,7 +1,7 @@
-"""What int8 costs in accuracy: mean KL(bf16 || int8) and share of equal argmax over real text, token by token.
+"""What int8 weights cost in accuracy: mean KL(bf16 || int8) and share of equal argmax over real text, token by token.
 
-    python bench/int8_accuracy.py --model SmolLM2-135M-Instruct --texts gsm8k.jsonl --weights int8 --out bench/results/int8.json
-    python bench/int8_accuracy.py --model ... --texts ... --weights int8 --kv int8
+    python bench/int8_accuracy.py --model SmolLM2-135M-Instruct --texts gsm8k.jsonl --out bench/results/int8.json
+    python bench/int8_accuracy.py --model ... --texts ... --weights int16       fixed point, as bf16 models run by default
 
 Both models read the same ids (questions and solutions of a JSON-lines file, the fields --fields, one text after the other) and
 their next-token distributions are compared at every position, in float64. An int8 speed counts only if the mean KL is at most
@@ -75,21 +75,19 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--fields", nargs="+", default=["question", "answer"], help="of a line; joined by line ends")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--weights", choices=("bf16", "int8"), default="int8", help="bf16 compares the model with itself")
-    parser.add_argument("--kv", choices=("bf16", "int8"), default="bf16")
+    parser.add_argument("--weights", choices=("int8", "int16", "float"), default="int8", help="what is held against float")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from ttsearch.tokenizer import load_tokenizer
 
-    settings = {name: str(getattr(args, name)) for name in ("model", "texts", "fields", "tokens", "weights", "kv")}
+    settings = {name: str(getattr(args, name)) for name in ("model", "texts", "fields", "tokens", "weights")}
     record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{args.out} holds a run of {record['settings']}, not {settings}; choose another --out")
     record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *sys.argv[1:]])}
     record["isa"], record["version"] = ttskernels.isa_name(), ttskernels.__version__
     done = record.setdefault("chunks", [])
-    options = {name: getattr(args, name) for name in ("weights", "kv") if getattr(args, name) != "bf16"}
-    exact, other = load_model(args.model), load_model(args.model, **options)
+    exact, other = load_model(args.model, weights="float"), load_model(args.model, weights=args.weights)
     texts = chunks(load_tokenizer(args.model), args.texts, args.fields, args.tokens, exact.config.max_positions)
     for ids in texts[len(done) :]:
         kl, equal = compare(logits_of(exact, ids), logits_of(other, ids))

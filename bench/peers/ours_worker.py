@@ -1,6 +1,7 @@
 """This engine: samples of one prompt, and whole searches with a process reward model of the policy's own size.
 
-`precision` is "bf16", "int8" (weights) or "int8 kv8" (weights and KV). Searches are the strategies of `ttsearch`, over ids.
+`precision` is "bf16" (as `load_model` runs it), "bf16 float" (without fixed point) or "int8" (weights).
+Searches are the strategies of `ttsearch`, over ids.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from ttskernels.models.heads import HeadSpec  # noqa: E402
 from ttskernels.models.model import load_model  # noqa: E402
 
 KV_BYTES = 4 << 30
-OPTIONS = {"bf16": {}, "int8": {"weights": "int8"}, "int8 kv8": {"weights": "int8", "kv": "int8"}}
+OPTIONS = {"bf16": {}, "bf16 float": {"weights": "float"}, "int8": {"weights": "int8"}}
 
 
 class IdPolicy:

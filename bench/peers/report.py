@@ -9,14 +9,10 @@ from floor import Rates, Shape, job_seconds, kv_tokens
 from workloads import SWEEP, Workload
 
 
-def rates_of(peaks: dict, bits: str) -> Rates | None:
-    """What a job of this precision is held against; None without a measured int8 peak."""
+def rates_of(peaks: dict, bits: str) -> Rates:
+    """What a job is held against: the fastest products of 16-bit inputs, attention in float32, weights of 2 or 1 bytes."""
     fma = peaks["fma_gflops"]
-    if bits == "bf16":
-        return Rates(max(fma, peaks.get("bf16_gflops", 0.0)), fma, peaks["read_gbps"])
-    if "int8_gops" not in peaks:
-        return None
-    return Rates(peaks["int8_gops"], fma, peaks["read_gbps"], weight_bytes=1)
+    return Rates(max(fma, peaks.get("dot_gflops", 0.0)), fma, peaks["read_gbps"], weight_bytes=2 if bits == "bf16" else 1)
 
 
 def rows_of(record: dict, workload: Workload, shape: Shape) -> list[dict]:
@@ -28,14 +24,14 @@ def rows_of(record: dict, workload: Workload, shape: Shape) -> list[dict]:
         seconds = [run["seconds"] for run in mine]
         alone = [run["prefill_alone_seconds"] for run in mine if "prefill_alone_seconds" in run]
         rates = rates_of(record["peaks"], mine[0]["bits"])
-        scored = not side.endswith("best_of_n") or workload.kind != "strategies"
-        floor = job_seconds(workload, shape, rates) if rates else None
+        scored = workload.kind != "samples"
+        floor = job_seconds(workload, shape, rates, scored)
         median = statistics.median(seconds)
         rows.append({
             "side": side, "bits": mine[0]["bits"], "rounds": len(mine), "seconds": median,
             "low": min(seconds), "high": max(seconds),
             "prefill_seconds": statistics.median(alone) if alone else None, "tokens_per_second": workload.decoded / median,
-            "floor_percent": 100 * floor / median if floor and scored else None,
+            "floor_percent": 100 * floor / median,
             "estimated": any(run.get("estimated") for run in mine),
             "others_share": max((run["others_share"] for run in mine if "others_share" in run), default=None),
             "peak_kv_bytes": max((run["peak_kv_bytes"] for run in mine if "peak_kv_bytes" in run), default=None),

@@ -7,7 +7,7 @@
 `time` loads each side once and runs one side at a time (the others are stopped processes), in rounds that begin with another
 side each; every result is written at once, and a second call goes on where the first ended. A side of which one call took
 longer than --long seconds is not repeated. `--hold COMMAND` times while `COMMAND sh -c ...` lives, for machines whose use is
-negotiated (`--hold "flock /tmp/bench.lock"`), and lets go of it every 100 seconds. README.md says what is fair here
+negotiated (`--hold "flock /tmp/bench.lock"`), and lets go of it every --hold-seconds. README.md says what is fair here
 and what is not.
 """
 
@@ -60,7 +60,7 @@ class Results:
 class Machine:
     """Holds the machine for a few calls at a time: a child of `command` says when it has it, and gives it back at `give`."""
 
-    def __init__(self, command: str | None, seconds: float = 100.0):
+    def __init__(self, command: str | None, seconds: float):
         self.command, self.seconds, self.holder = command, seconds, None
 
     def take(self) -> None:
@@ -94,7 +94,7 @@ def others_share(run, workers: list[Worker]) -> tuple[dict, float]:
     return found, max(0.0, busy_seconds() - busy - own) / (time.perf_counter() - started) / os.cpu_count()
 
 
-def wait_for_quiet(share: float, patience: float = 120.0) -> None:
+def wait_for_quiet(share: float, patience: float = 20.0) -> None:
     """Wait until everything else takes less than `share` of the cores, or as long as `patience` seconds."""
     end = time.perf_counter() + patience
     while others_share(lambda: time.sleep(1), [])[1] > share and time.perf_counter() < end:
@@ -300,13 +300,14 @@ def main() -> None:
     parser.add_argument("--disturbed", type=float, default=0.05, help="share of the cores that others may take during a call")
     parser.add_argument("--tries", type=int, default=2, help="how often a disturbed call is made before it counts as it is")
     parser.add_argument("--hold", help="command that holds the machine while its argument runs")
+    parser.add_argument("--hold-seconds", type=float, default=100.0, help="after which it is let go of, between calls")
     parser.add_argument("--source", type=Path, help="dry run: this small Hugging Face folder, at sizes that take seconds")
     parser.add_argument("--out", type=Path, default=HERE.parent / "results" / f"peers-{time.strftime('%Y-%m-%d')}.json")
     parser.add_argument("--plot", type=Path, help="report: write the sweep over N there (PNG)")
     args = parser.parse_args()
     results = Results(args.out)
     if args.what == "time":
-        machine = Machine(args.hold)
+        machine = Machine(args.hold, args.hold_seconds)
         describe(args, results)
         wanted = [tiny(WORKLOADS[name]) if args.source else WORKLOADS[name] for name in args.workloads]
         for model in dict.fromkeys(workload.model for workload in wanted):

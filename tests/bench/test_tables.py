@@ -45,7 +45,7 @@ def accuracy(tmp_path, *more):
     lines = [{"question": f"{i} + {i} =", "answer": str(2 * i)} for i in range(12)]
     texts.write_text("\n".join(map(json.dumps, lines)))
     command = [sys.executable, str(BENCH / "int8_accuracy.py"), "--model", str(DEMO), "--texts", str(texts)]
-    return subprocess.run([*command, "--weights", "bf16", *more], capture_output=True, text=True)
+    return subprocess.run([*command, "--weights", "float", *more], capture_output=True, text=True)
 
 
 def test_accuracy_of_a_model_against_itself(tmp_path):
