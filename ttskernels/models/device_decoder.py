@@ -177,10 +177,11 @@ class DeviceDecoder:
         return rows, LaunchPlan(plan, self.inputs.plan_view(rows), rows, room)
 
     def _key(self, name: str, rows: int, launch: LaunchPlan, pool: PagePool, *more: int) -> tuple | None:
-        """What a captured launch keeps: sizes and addresses. None: too many rows to be worth it."""
+        """What a captured launch keeps: sizes, addresses, and how attention reads pages. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
-        return id(self), name, rows, launch.header[at.CAP_MERGES], pool.k.data_ptr(), pool.v.data_ptr(), *more
+        straight = launch.header[at.PAGE_BREAKS] == 0  # read as boxes; a plan with breaks is better off without
+        return id(self), name, rows, launch.header[at.CAP_MERGES], straight, pool.k.data_ptr(), pool.v.data_ptr(), *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:

@@ -23,13 +23,13 @@ class CountingModel:
     """The shape of a model whose forward gives zeros; everything around it (text, forest, plans, batches) is real."""
 
     kv_bytes_per_token = 2 * 4 * 4
-    machine, reserves_pool, queue = None, False, DeviceQueue(torch.device("cpu"))
+    machine, reserves_pool = None, False
 
     def __init__(self):
         heads = HeadShape(1, 1, 4, 4, 4)
         self.config = SimpleNamespace(vocab=256, max_positions=4096, heads=heads, rms_eps=1e-5)
         self.head, self.norm = ScoreHead(torch.ones(1, 8), squash="sigmoid"), torch.ones(8)
-        self.rows = 0
+        self.queue, self.rows = DeviceQueue(torch.device("cpu")), 0
 
     def new_pool(self, num_pages, budget=None):
         return PagePool(1, 1, 4, num_pages, torch.float32, budget)
