@@ -41,6 +41,8 @@ def cases(tiny: bool) -> dict:
 
 def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwidth: float, flex: bool) -> dict:
     gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
     q_heads, kv_heads, dim = sizes
     heads = HeadShape(q_heads, kv_heads, dim, dim, kv_dtype.itemsize)
     start = time.perf_counter()

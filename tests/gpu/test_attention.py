@@ -11,6 +11,7 @@ from plans import MODES, build_plan, make_trees, random_trees
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ttskernels._reference import tree_attention as reference
+from ttskernels._triton import workspace
 from ttskernels._triton.tiles import BOX_TABLE, Tiles, lookup
 from ttskernels._triton.tree_attention import tree_attention as launch
 from ttskernels.kv import Forest, HeadShape, PagePool
@@ -128,8 +129,9 @@ def grown_forest(device, dtype, heads, branches, prompt, pages=400):
     return forest, pool, leaves
 
 
-def test_a_captured_launch_serves_later_plans(device, dtype):
+def test_a_captured_launch_serves_later_plans(device, dtype, monkeypatch):
     """Advance and fork under one graph: the same launch, another plan in the same buffer."""
+    monkeypatch.setattr(workspace, "_CACHE", {})
     heads = HeadShape(8, 2, 64, 64, 2)
     forest, pool, leaves = grown_forest(device, dtype, heads, 6, 530)
     rows = [(leaf, 0, 1) for leaf in leaves]
@@ -142,9 +144,14 @@ def test_a_captured_launch_serves_later_plans(device, dtype):
         tree_attention(q, pool.k[0], pool.v[0], held, out=out, impl="triton")
 
     if device.type == "cuda":
-        replay()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with pytest.raises(RuntimeError, match="run the same work once on the capturing stream first"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                replay()
+        with torch.cuda.stream(stream):
+            replay()
+        with torch.cuda.graph(graph, stream=stream):
             replay()
         replay = graph.replay
     k, v = pool.k[0].cpu(), pool.v[0].cpu()
