@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--tiny", action="store_true", help="smallest sizes: does it run?")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
-    parser.add_argument("--minutes", type=float, default=8.5)
+    parser.add_argument("--minutes", type=float, default=8.0)
     args = parser.parse_args()
     if not GPU and not args.tiny:
         parser.error("no GPU is visible to torch; --tiny runs the smallest sizes in the interpreter")

@@ -41,6 +41,8 @@ def cases(tiny: bool) -> dict:
 
 def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwidth: float, flex: bool) -> dict:
     gc.collect()
+    if GPU:
+        torch.cuda.empty_cache()
     q_heads, kv_heads, dim = sizes
     heads = HeadShape(q_heads, kv_heads, dim, dim, kv_dtype.itemsize)
     start = time.perf_counter()
@@ -55,8 +57,10 @@ def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwid
             pool[i] = torch.randn(pool.shape[1:], device=DEVICE, dtype=DTYPE).to(kv_dtype)
     q = torch.randn(copies, len(tree.leaves), q_heads, dim, device=DEVICE, dtype=DTYPE)
     outs = {}
-    for name in ("tree", "flat"):
-        on_device = (plan if name == "tree" else tree.plan(heads, flat=True)).to(DEVICE)
+    # Scattered pages are gathered by index, others may be read as boxes (TMA): the one figure beside the other.
+    plans = {"tree": plan, "flat": tree.plan(heads, flat=True), "tree_scattered": tree.plan(heads, scattered=True)}
+    for name, host_plan in plans.items():
+        on_device = host_plan.to(DEVICE)
 
         def work(i, on_device=on_device):
             return tree_attention(q[i], k[i], v[i], on_device, impl="triton")

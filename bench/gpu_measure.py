@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -29,15 +30,23 @@ def copies_for(bytes_per_call: int, most: int = 32) -> int:
     return int(max(1, min(most, enough, room)))
 
 
+@functools.cache
+def capture_stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream(DEVICE)
+
+
 def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = True) -> Timing:
     """Time of one call of `work(i)`, `i < copies` naming the inputs to use: microseconds, median, p20 and p80.
 
     A graph of many calls is replayed: through all copies in turn (cold; what the layers of a model do), and of the first
     alone (warm). `graph=False` takes eager calls between events. A dry run calls once and returns {}.
     """
-    work(0)
     if not GPU:
+        work(0)
         return {}
+    torch.cuda.synchronize()
+    with torch.cuda.stream(capture_stream()):
+        work(0)  # compiles, and grows workspaces of the stream that is captured
     torch.cuda.synchronize()
     calls = max(4, copies)
     out = {}
@@ -51,7 +60,7 @@ def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = Tru
         replay = run
         if graph:
             captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+            with torch.cuda.graph(captured, stream=capture_stream()):
                 run()
             replay = captured.replay
         times = []

@@ -69,9 +69,9 @@ class Tree:
         """Slot (page * 16 + offset) of every token of a leaf's path."""
         return [self.first_page[v] * PAGE + i for v in self.path(leaf) for i in range(self.length[v])]
 
-    def plan(self, heads: HeadShape, *, flat: bool = False, uncached: int = 0) -> Plan:
+    def plan(self, heads: HeadShape, *, flat: bool = False, uncached: int = 0, scattered: bool = False) -> Plan:
         """One row a leaf. `flat`: each path read for itself, from the same pages. `uncached`: last tokens of a leaf
-        whose K and V the caller will write."""
+        whose K and V the caller will write. `scattered`: nodes on shuffled pages, as in a pool that was used for long."""
         chains = [self.path(leaf) for leaf in self.leaves] if flat else None
         parent, nodes = self.parent, list(range(len(self.parent)))
         ends = self.leaves
@@ -83,7 +83,10 @@ class Tree:
                     nodes.append(v)
                 ends.append(len(nodes) - 1)
         length = [self.length[v] for v in nodes]
-        pages = [list(range(self.first_page[v], self.first_page[v + 1])) for v in nodes]
+        order = list(range(self.first_page[-1]))
+        if scattered:
+            random.Random(0).shuffle(order)
+        pages = [order[self.first_page[v] : self.first_page[v + 1]] for v in nodes]
         indptr = [0]
         for part in pages:
             indptr.append(indptr[-1] + len(part))

@@ -11,7 +11,8 @@ from plans import MODES, build_plan, make_trees, random_trees
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ttskernels._reference import tree_attention as reference
-from ttskernels._triton.tiles import Tiles, lookup
+from ttskernels._triton import workspace
+from ttskernels._triton.tiles import BOX_TABLE, Tiles, lookup
 from ttskernels._triton.tree_attention import tree_attention as launch
 from ttskernels.kv import Forest, HeadShape, PagePool
 from ttskernels.kv import build_plan as plan_forest
@@ -23,14 +24,14 @@ TILES = [Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 3), Tiles(12
 SHAPES = [(8, 2, 64, 64), (6, 3, 80, 80), (4, 1, 96, 96), (28, 4, 128, 128), (5, 1, 128, 128), (6, 2, 192, 128), (8, 1, 256, 256)]
 
 
-def run(device, q, k, v, buffer, tiles=None, scales=(None, None), **options):
+def run(device, q, k, v, buffer, tiles=None, scales=(None, None), tma=False, **options):
     """(out, lse) of a launch whose output held NaN before."""
     q, k, v, plan = (t.to(device) for t in (q, k, v, buffer))
     out = torch.full((*q.shape[:2], v.shape[3]), float("nan"), dtype=q.dtype, device=device)
     settings = {"softcap": 0.0, "window": 0, "sinks": None} | options
     k_scale, v_scale = (None if s is None else s.to(device) for s in scales)
     lse = launch(q, k, v, plan, buffer[:32].tolist(), q.shape[2] ** -0.5, settings["softcap"], settings["window"],
-                 settings["sinks"], k_scale, v_scale, out, tiles)  # fmt: skip
+                 settings["sinks"], k_scale, v_scale, out, tiles, tma)  # fmt: skip
     return out.cpu(), lse.cpu()
 
 
@@ -73,6 +74,31 @@ def test_random_forests(device, dtype, seed):
     check(device, trees, SHAPES[seed % len(SHAPES)], dtype, build_plan(trees, MODES[seed % len(MODES)], seed))
 
 
+@pytest.mark.parametrize("mode", ["separate", "prefix"])
+@pytest.mark.parametrize("window", [0, 70])
+@pytest.mark.parametrize("entry", [e for e in BOX_TABLE if e[0] == "sm_90"], ids=str)
+def test_boxes_of_rows(device, dtype, entry, window, mode):
+    """TMA: nodes on consecutive pages, but for one that is not; NaN in every unused slot."""
+    if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
+        pytest.skip("this GPU has no tensor memory accelerator")
+    trees = make_trees(DEEP, [row for row in DEEP_ROWS for _ in range(5)])
+    first = 0
+    for node in trees.nodes:
+        node.pages, first = list(range(first, first + len(node.pages))), first + len(node.pages)
+    trees.nodes[3].pages.reverse()
+    _, head_dim, size = entry
+    kv_dtype = torch.float8_e4m3fn if size == 1 else dtype
+    q, k, v = make(trees, 8, 2, head_dim, dtype, packed=False, kv_dtype=kv_dtype)
+    plan, scale = build_plan(trees, mode), head_dim**-0.5
+    scales = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25])) if size == 1 else (None, None)
+    wide = to_float64(q, k.float(), v.float())
+    exact, exact_lse = reference.tree_attention(*wide, plan, scale, 0.0, window, None, *scales)
+    low, low_lse = reference.tree_attention(q, k, v, plan, scale, 0.0, window, None, *scales)
+    out, lse = run(device, q, k, v, plan, BOX_TABLE[entry], scales, True, window=window)
+    assert_within_budget(out, exact, low, factor=4.0)
+    assert_within_budget(lse, exact_lse, low_lse, factor=4.0)
+
+
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
 def test_float8(device, dtype, kv_dtype, head_dim):
@@ -103,8 +129,9 @@ def grown_forest(device, dtype, heads, branches, prompt, pages=400):
     return forest, pool, leaves
 
 
-def test_a_captured_launch_serves_later_plans(device, dtype):
+def test_a_captured_launch_serves_later_plans(device, dtype, monkeypatch):
     """Advance and fork under one graph: the same launch, another plan in the same buffer."""
+    monkeypatch.setattr(workspace, "_CACHE", {})
     heads = HeadShape(8, 2, 64, 64, 2)
     forest, pool, leaves = grown_forest(device, dtype, heads, 6, 530)
     rows = [(leaf, 0, 1) for leaf in leaves]
@@ -117,9 +144,14 @@ def test_a_captured_launch_serves_later_plans(device, dtype):
         tree_attention(q, pool.k[0], pool.v[0], held, out=out, impl="triton")
 
     if device.type == "cuda":
-        replay()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with pytest.raises(RuntimeError, match="run the same work once on the capturing stream first"):
+            with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
+                replay()
+        with torch.cuda.stream(stream):
+            replay()
+        with torch.cuda.graph(graph, stream=stream):
             replay()
         replay = graph.replay
     k, v = pool.k[0].cpu(), pool.v[0].cpu()
