@@ -29,7 +29,7 @@ def load_backend(
         prm_reference: of an implicit PRM, the model that it was trained from.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
-        options: handed to the engine (`dtype`, `impl`, `device`).
+        options: handed to the engine (`dtype`, `impl`, `speculate`).
     """
     if kv_gib is not None and not kv_gib > 0:
         raise ValueError(f"kv_gib must be > 0, got {kv_gib}")

@@ -58,6 +58,9 @@ MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
 MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
+Speculate = Annotated[
+    str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")
+]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -108,6 +111,7 @@ def solve(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    speculate: Speculate = "sure",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -131,7 +135,8 @@ def solve(
         )  # or say why not
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib,
+            speculate=speculate,
         )
         records, interrupted = [], False
         try:
@@ -239,6 +244,7 @@ def evaluate(
     max_step_tokens: MaxStepTokens = 2048,
     max_steps: MaxSteps = 40,
     kv_gib: KvGib = None,
+    speculate: Speculate = "sure",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
         "runs/evaluate"
@@ -268,7 +274,8 @@ def evaluate(
         )
         problems = load_problems(problem_file, limit)
         backend = load_backend(
-            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib
+            policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prompt_style=prompt_style, kv_gib=kv_gib,
+            speculate=speculate,
         )
 
         def progress(name: str, count: int, done: int, total: int) -> None:
