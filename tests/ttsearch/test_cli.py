@@ -43,7 +43,8 @@ def test_solve_shows_tree_answer_and_one_line_of_cost(backend):
     output = run("solve", "1+1?", "--n", "8", "--kv-gib", "1").stdout
     assert "1:1+1=2" in output and "Answer: " in output and "8 paths voted" in output
     assert output.rstrip().splitlines()[-1].count("tokens decoded") == 1 and "peak KV" in output
-    assert backend.loaded == [(None, None, {"prm_family": None, "prm_reference": None, "prompt_style": None, "kv_gib": 1.0})]
+    given = {"prm_family": None, "prm_reference": None, "prompt_style": None, "kv_gib": 1.0, "speculate": "sure"}
+    assert backend.loaded == [(None, None, given)]
 
 
 def test_solve_json_is_one_document(backend):
