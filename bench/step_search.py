@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--demo", action="store_true", help="the shipped models and their task instead")
     parser.add_argument("--methods", nargs="+", default=["best_of_n", "beam_search", "dvts"])
     parser.add_argument("--lengths", choices=("fixed", "ragged"), default="fixed")
-    parser.add_argument("--speculate", nargs="+", choices=SPECULATE, default=["likely"], help="each method with each of these")
+    parser.add_argument("--speculate", nargs="+", choices=SPECULATE, default=["sure"], help="each method with each of these")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--n", type=int, default=64)
     parser.add_argument("--width", type=int, default=4)

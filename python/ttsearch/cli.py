@@ -63,6 +63,9 @@ MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
 Weights = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps matrices; int8 is the smallest.")]
+Speculate = Annotated[
+    str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")
+]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
 
@@ -116,6 +119,7 @@ def solve(
     kv_gib: KvGib = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    speculate: Speculate = "sure",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -140,7 +144,7 @@ def solve(
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, speculate=speculate,
         )  # fmt: skip
         records, interrupted = [], False
         try:
@@ -251,6 +255,7 @@ def evaluate(
     kv_gib: KvGib = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    speculate: Speculate = "sure",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
         "runs/evaluate"
@@ -281,7 +286,7 @@ def evaluate(
         problems = load_problems(problem_file, limit)
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, speculate=speculate,
         )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:

