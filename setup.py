@@ -2,10 +2,13 @@
 
 Without a C++ compiler the package still installs and runs on the reference implementation.
 TTSK_BUILD_CPP=0 skips the build; TTSK_BUILD_CPP=1 makes a failed build an error.
+ttskernels/_C_cuda.so (csrc/cuda, torch-free) is built beside it where nvcc and a torch for CUDA are; TTSK_BUILD_CUDA=1
+builds it with any torch, TTSK_BUILD_CUDA=0 never.
 """
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +34,32 @@ def all_units() -> list[Unit]:
     return cpu_units(platform.machine()) + bind
 
 
+CUDA_ARCHS = ("80", "90a")
+
+
+def nvcc_command() -> list[str]:
+    """Flags shared by the library and by the tests' compile checks."""
+    return [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc' / 'include'}"]
+
+
+def build_cuda(out: Path) -> None:
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+    codes.append("-gencode=arch=compute_90,code=compute_90")  # later GPUs compile it when it is loaded
+    fresh = out.with_suffix(".tmp")
+    sources = sorted(map(str, (ROOT / "csrc" / "cuda").glob("*.cu")))
+    subprocess.run([*nvcc_command(), *codes, "-shared", "-cudart", "static", *sources, "-o", str(fresh)], check=True)
+    fresh.replace(out)
+
+
+def wants_cuda() -> bool:
+    asked = os.environ.get("TTSK_BUILD_CUDA")
+    if asked is not None:
+        return asked == "1"
+    import torch
+
+    return torch.version.cuda is not None and shutil.which(nvcc_command()[0]) is not None
+
+
 class BuildCpp(build_ext):
     def build_extension(self, ext: Extension) -> None:
         required = os.environ.get("TTSK_BUILD_CPP")
@@ -42,6 +71,13 @@ class BuildCpp(build_ext):
             if required == "1" or "GITHUB_ACTIONS" in os.environ:
                 raise
             print(f"ttskernels: no C++ extension ({error}); the slow reference implementation serves", file=sys.stderr)
+        try:
+            if wants_cuda():
+                build_cuda(Path(self.get_ext_fullpath(ext.name)).parent / "_C_cuda.so")
+        except (subprocess.CalledProcessError, OSError, ImportError) as error:
+            if os.environ.get("TTSK_BUILD_CUDA") == "1":
+                raise
+            print(f"ttskernels: no CUDA library ({error}); Triton serves", file=sys.stderr)
 
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")

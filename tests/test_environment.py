@@ -37,7 +37,8 @@ def test_without_the_extension_everything_is_reference():
 def test_an_explicit_implementation_runs_or_raises(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     if not torch.cuda.is_available():
-        with pytest.raises(UnavailableError, match="impl 'triton' is not available: no GPU is visible to torch"):
+        reason = "(no GPU is visible to torch|triton is not installed)"
+        with pytest.raises(UnavailableError, match=f"impl 'triton' is not available: {reason}"):
             rms_norm(torch.ones(1, 4), torch.ones(4), impl="triton")
 
 

@@ -79,7 +79,7 @@ def test_launches_are_those_of_the_decoder(tmp_path, monkeypatch):
 
     for name in ("rms_norm", "rope_append", "tree_attention", "silu_mul", "sample"):
         stand_in(name, getattr(device_decoder, name))
-    advance = SimpleNamespace(decode_advance=lambda *args: called.update(decode_advance=1), BAD_LOGITS=-(1 << 30))
+    advance = SimpleNamespace(decode_advance=lambda *args: called.update(decode_advance=1))
     monkeypatch.setitem(sys.modules, "ttskernels._triton.decode_advance", advance)
     checkpoint = load_checkpoint(tmp_path, torch.float32)
     decoder = device_decoder.DeviceDecoder(checkpoint.config, checkpoint.weights, True, torch.device("cpu"))

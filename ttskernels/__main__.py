@@ -70,7 +70,11 @@ def main() -> int:
         if (reason := _dispatch.load_extension()) is not None:
             print(f"nothing to measure: {reason}", file=sys.stderr)
             return 1
-        print(f"{cpu_machine.numbers(cpu_machine.measure_and_keep())} ({cpu_machine.machine_file()})")
+        try:
+            print(f"{cpu_machine.numbers(cpu_machine.measure_and_keep())} ({cpu_machine.machine_file()})")
+        except cpu_machine.BusyError as error:
+            print(f"nothing measured: {error}", file=sys.stderr)
+            return 1
         return 0
     for name, state in report():
         print(f"{name:16} {state}")

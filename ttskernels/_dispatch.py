@@ -22,7 +22,7 @@ def load_extension() -> str | None:
     """Load the C++ extension once; None when it is loaded, else the reason why not."""
     if os.environ.get("TTSK_DISABLE_CPP") == "1":
         return "TTSK_DISABLE_CPP=1 is set"
-    found = sorted(Path(__file__).parent.glob("_C*.so"))
+    found = sorted(Path(__file__).parent.glob("_C.*so"))
     if not found:
         return "the C++ extension was not built (no compiler at install time?); run `make build`"
     try:
@@ -39,7 +39,7 @@ def library() -> ctypes.CDLL:
     reason = load_extension()
     if reason is not None:
         raise UnavailableError(f"impl 'cpu' is not available: {reason}")
-    lib = ctypes.CDLL(str(sorted(Path(__file__).parent.glob("_C*.so"))[0]))
+    lib = ctypes.CDLL(str(sorted(Path(__file__).parent.glob("_C.*so"))[0]))
     lib.ttsk_isa_name.restype = ctypes.c_char_p
     return lib
 
@@ -67,9 +67,9 @@ def available(impl: str) -> str | None:
             return None
         return "no GPU is visible to torch (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     if impl == "cuda":
-        if not torch.cuda.is_available():
-            return "no GPU is visible to torch"
-        return "impl 'cuda' has no kernels in this version"
+        from ttskernels import _cuda
+
+        return _cuda.load()
     raise ValueError(f"impl must be one of {IMPLS}, got {impl!r}")
 
 

@@ -375,6 +375,9 @@ void Planner::Write(int32_t* plan) const {
   plan[kFieldNumSegs] = segs();
   plan[kFieldNumSlots] = num_slots_;
   plan[kFieldNumMerges] = merges();
+  int32_t breaks = 0;
+  for (size_t s = 1; s < segs_.size(); ++s) breaks += segs_[s].begin == 0 && segs_[s].page != segs_[s - 1].page + 1;
+  plan[kFieldPageBreaks] = breaks;
   const auto copy = [&](PlanField field, const auto& from) {
     if (!from.empty()) std::memcpy(PlanSection(plan, field), from.data(), from.size() * sizeof(from[0]));
   };

@@ -8,7 +8,7 @@ from ttskernels.kv import plan_layout as at
 from ttskernels.kv.plan import Plan
 from ttskernels.models.device_inputs import DeviceInputs
 
-VOCAB, RING, CAPACITY = 40, 3, 16
+VOCAB, RING, CAPACITY, BAD = 40, 3, 16, -99
 
 
 class Device:
@@ -30,7 +30,7 @@ class Device:
         decode_advance(
             torch.cat([sampled, torch.full((self.rows - self.have,), 5)]).int().to(device),
             torch.cat([chances, poison]).to(device), self.table, f.plan, f.ids, f.positions, f.slots,
-            f.draw_positions, f.states, f.iterations, self.report,
+            f.draw_positions, f.states, f.iterations, self.report, BAD,
         )  # fmt: skip
 
     def plan_rows(self, plan: Plan) -> torch.Tensor:
@@ -69,8 +69,6 @@ def test_advances_as_the_host_does(device, seed):
 
 def test_rows_end_one_by_one(device):
     """State 1 follows token 7, and token 9 ends a step there; token 3 ends a solution anywhere; token -1 is a bad row."""
-    from ttskernels._triton.decode_advance import BAD_LOGITS
-
     table = torch.zeros(2, VOCAB, dtype=torch.int32)
     table[0, 7], table[1, 9], table[:, 3] = 1, -1, -2
     plan = next(p for p in map(leaves_plan, range(99)) if p.num_rows == 4)
@@ -81,7 +79,7 @@ def test_rows_end_one_by_one(device):
         on_device.step(row, torch.zeros(4))
     seen = on_device.report.cpu()[:, :, :4]
     assert seen[:, 0].tolist() == [[7, 3, 4, -1], [9, -1, 7, -1], [-1, -1, 11, -1]]
-    assert seen[:, 2].tolist() == [[1, -2, 0, BAD_LOGITS], [-1, -2, 1, BAD_LOGITS], [-1, -2, 0, BAD_LOGITS]]
+    assert seen[:, 2].tolist() == [[1, -2, 0, BAD], [-1, -2, 1, BAD], [-1, -2, 0, BAD]]
     assert on_device.fields.slots.cpu()[:2].tolist() == [-1, -1] and on_device.fields.slots.cpu()[3] == -1
     assert (on_device.plan_rows(plan)[:, 0] - before[:, 0]).tolist() == [1, 0, 3, 0]
     assert on_device.fields.ids.cpu().tolist() == [7, 0, 11, 0, 0, 0]

@@ -158,9 +158,7 @@ def test_weights_that_are_not_finite(device, tmp_path):
 
 
 def test_a_bad_row_that_only_the_device_saw():
-    from ttskernels._triton.decode_advance import BAD_LOGITS
-
-    states = torch.tensor([0, -1, BAD_LOGITS], dtype=torch.int32)
+    states = torch.tensor([0, -1, device_decoder.BAD_LOGITS], dtype=torch.int32)
     with pytest.raises(ValueError, match="logits of row 2 are not finite after 3 iterations"):
         device_decoder.DeviceDecoder._check(states, 3)
     device_decoder.DeviceDecoder._check(states[:2], 3)

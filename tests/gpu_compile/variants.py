@@ -16,17 +16,13 @@ from ttskernels._triton import (
     token_logprob,
 )
 from ttskernels._triton import tree_attention as attention
-from ttskernels._triton.tiles import Tiles, lookup
+from ttskernels._triton.tiles import BOX_TABLE, Tiles, lookup
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 # Bytes of local memory of a thread that are accepted, by how a variant's name begins; none otherwise.
 ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
     "tree_attention-fp32": 1024,  # for checks, not for speed
-    "tree_attention-bf16-128-g4-128x64w8s3": 8,  # with Triton 3.6; not a default tile
-    "tree_attention-fp8-128": 8,  # with Triton 3.6 on sm_90; 3.9 spills nothing
-    "tree_attention-fp8-96": 8,
-    "tree_attention-fp8-80": 8,
 }
 
 
@@ -52,7 +48,8 @@ MATRIX_OPS = {"sm_80": ("HMMA",), "sm_89": ("HMMA",), "sm_90": ("HMMA",), "sm_10
 WIDE_OPS = MATRIX_OPS | {"sm_90": ("HGMMA",), "sm_100": ("UTC",)}  # tiles of 64 rows and more
 
 
-def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, sinks=False, tiles=None, ci=False):
+def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, window=False, sinks=False, tiles=None, ci=False,
+                   tma=False):  # fmt: skip
     v_dim, scaled = v_dim or head_dim, kv.startswith("fp8")
     pool = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp8": "*fp8e5" if arch == "sm_80" else "*fp8e4nv"}[kv]
     tiles = tiles or lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "fp32": 4}.get(kv, 2))
@@ -64,14 +61,21 @@ def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0
     types |= dict.fromkeys(strides, "i32!")
     constants = {
         "Q_HEADS": heads[0], "KV_HEADS": heads[1], "HEAD_DIM": head_dim, "V_DIM": v_dim, "PAGE_SIZE": 16,
-        "SOFTCAP": softcap, "SMALL_M": 16, "LARGE_M": tiles.large_m, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages,
+        "WINDOWED": window, "SOFTCAP": softcap,
+        "SMALL_M": tiles.small_m, "LARGE_M": tiles.large_m, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages,
     }  # fmt: skip
     for name, wanted in (("sinks", sinks), ("k_scale", scaled), ("v_scale", scaled)):
         (types if wanted else constants)[name] = "*fp32" if wanted else None
+    for name, width in (("k_rows", head_dim), ("v_rows", v_dim)):
+        (types if tma else constants)[name] = f"tensordesc<{pool[1:]}[{tiles.block_n},{width}]>" if tma else None
     ops = () if kv == "fp32" else MATRIX_OPS[arch]
     if arch == "sm_90" and tiles.large_m >= 64 and ops:
-        ops = ("HGMMA", *ops)  # leaves stay on mma.sync
-    extras = "".join(("-softcap" if softcap else "", "-sinks" if sinks else "", f"-v{v_dim}" if v_dim != head_dim else ""))
+        ops = ("HGMMA",) if tiles.small_m >= 64 else ("HGMMA", *ops)  # tiles for leaves stay on mma.sync
+    elif arch == "sm_100" and tiles.small_m >= 64 and ops:
+        ops = ("UTC",)
+    ops += ("UTMALDG",) if tma else ()
+    named = {"tma": tma, "softcap": softcap, "window": window, "sinks": sinks, f"v{v_dim}": v_dim != head_dim}
+    extras = "".join(f"-{name}" for name, wanted in named.items() if wanted)
     tile = f"{tiles.large_m}x{tiles.block_n}w{tiles.warps}s{tiles.stages}"
     name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{tile}"
     return Variant(name, arch, attention.tree_attention_kernel, types, constants, tiles.warps, ops, ci)
@@ -98,7 +102,7 @@ def small_ops(arch: str) -> list[Variant]:
         ("decode_advance", decode_advance.decode_advance_kernel,
          {"sampled": "*i32", "logprobs": "*fp32", "next_state": "*i32", "plan": "*i32", "ids": "*i32", "positions": "*i32",
           "slots": "*i32", "draw_positions": "*i32", "states": "*i32", "iterations": "*i32", "report": "*i32",
-          "vocab": "i32", "capacity": "i32!"}, {"BAD": decode_advance.BAD_LOGITS, "RING": 4, "BLOCK": 512}, 4, ()),
+          "vocab": "i32", "capacity": "i32!"}, {"BAD": -(1 << 30), "RING": 4, "BLOCK": 512}, 4, ()),
         ("step_score-head", step_score.head_kernel,
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
           "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
@@ -152,6 +156,9 @@ def variants() -> list[Variant]:
             tree_attention(arch, "bf16", 192, v_dim=128),
         ]
         made += small_ops(arch)
+    made.append(tree_attention("sm_90", "bf16", 128, window=True))
+    for (arch, head_dim, size), tiles in BOX_TABLE.items():
+        made.append(tree_attention(arch, {2: "bf16", 1: "fp8"}[size], head_dim, tiles=tiles, tma=True, ci=head_dim == 128))
     for tiles in (Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3)):
         made.append(tree_attention("sm_90", "bf16", 128, tiles=tiles, ci=tiles.large_m == 128 and tiles.block_n == 64))
     return made

@@ -106,6 +106,18 @@ def test_a_measurement_gives_a_machine(monkeypatch, cpu_extension):
     monkeypatch.undo()
     monkeypatch.setattr(module, "ROUNDS", 1)
     monkeypatch.setattr(module, "LEAST_SECONDS", 0.0)
+    monkeypatch.setattr(module, "preemptions", lambda: 0)
     machine = module.measure()
     assert machine.workers == module._dispatch.library().ttsk_num_threads() and machine.item_us >= 0.1
     assert min(machine.flops_per_second, machine.bytes_per_second, machine.partial_bytes_per_second) > 0
+
+
+def test_a_busy_machine_is_not_measured(fresh, monkeypatch, capsys, cpu_extension):
+    from ttskernels.__main__ import main
+
+    switches = iter(range(0, 10**9, 10**6))
+    monkeypatch.setattr(module, "preemptions", lambda: next(switches))
+    monkeypatch.setattr(module, "measure", lambda: module.best_seconds(lambda: None))
+    assert cpu_machine() == Machine() and not machine_file().parent.exists(), "built in, and measured by a later process"
+    monkeypatch.setattr("sys.argv", ["ttskernels", "machine"])
+    assert main() == 1 and "nothing measured: other processes take the cores" in capsys.readouterr().err

@@ -182,3 +182,56 @@ def test_the_cpu_has_no_float8(monkeypatch, cpu_extension):
         tree_attention(q, k, v, build_plan(trees), impl="cpu")
     out = tree_attention(q, k, v, build_plan(trees))
     assert torch.equal(out, tree_attention(q, k, v, build_plan(trees), impl="reference"))
+
+
+def in_order(trees):
+    """The same forest with every node on pages that follow each other."""
+    first = 0
+    for node in trees.nodes:
+        node.pages, first = list(range(first, first + len(node.pages))), first + len(node.pages)
+    return trees
+
+
+@pytest.mark.parametrize("head_dim, tiles", [(64, (64, 64, 4, 3, 64)), (128, (16, 64, 4, 3)), (128, (32, 64, 4, 3, 32))])
+@pytest.mark.parametrize("mode", ["separate", "grouped", "prefix"])
+@pytest.mark.parametrize("straight", [True, False, "some"])
+def test_boxes_of_rows(device, mode, straight, head_dim, tiles):
+    """TMA over partials whose pages follow each other, gathering over the others and over ends; NaN in unused slots."""
+    from ttskernels._triton.tiles import Tiles
+    from ttskernels._triton.tree_attention import has_rows
+    from ttskernels._triton.tree_attention import tree_attention as launch
+
+    trees = make_trees(DEEP, DEEP_ROWS)
+    if straight:
+        in_order(trees)
+    if straight == "some":  # the second partial of the long root turns back
+        pages = trees.nodes[0].pages
+        pages[40], pages[41] = pages[41], pages[40]
+    q, k, v = make(trees, 4, 2, head_dim, torch.float16, packed=False)
+    assert has_rows(k) and not has_rows(k.transpose(1, 2).contiguous().transpose(1, 2))
+    plan = build_plan(trees, mode)
+    for window in (0, 70):
+        exact, exact_lse, low, low_lse = expected(q, k, v, plan, head_dim**-0.5, 0.0, window, None, {})
+        out = torch.full_like(q, float("nan"), device=device)
+        lse = launch(*(t.to(device) for t in (q, k, v, plan)), plan[:32].tolist(), head_dim**-0.5, 0.0, window, None,
+                     None, None, out, Tiles(*tiles), True)  # fmt: skip
+        assert_within_budget(out.cpu(), exact, low, factor=3.0)
+        assert_within_budget(lse.cpu(), exact_lse, low_lse, factor=3.0)
+
+
+def test_boxes_are_taken_where_the_plan_has_no_page_break(device, monkeypatch):
+    from ttskernels._triton import tree_attention as kernels
+
+    made = []
+    monkeypatch.setattr(kernels, "architecture", lambda _: "sm_90")
+    monkeypatch.setattr(kernels, "pool_rows", lambda pool, n, make=kernels.pool_rows: made.append(n) or make(pool, n))
+    k, v = (torch.randn(8, 16, 1, 64, dtype=torch.float16, device=device) for _ in range(2))
+    q = torch.randn(1, 2, 64, dtype=torch.float16, device=device)
+    for pages, breaks in (([2, 3, 4, 5], 0), ([2, 3, 5, 6], 1), ([5, 4, 3, 2], 3)):
+        plan = plan_from_parents([-1], [60], [0, 4], pages, [0], [59], HeadShape(2, 1, 64, 64, 2))
+        assert plan.header[24] == breaks
+        made.clear()
+        out = tree_attention(q, k, v, plan.to(device), impl="triton")
+        assert bool(made) == (breaks == 0)
+        exact = reference.tree_attention(*to_float64(q.cpu(), k.cpu(), v.cpu()), plan.buffer, 0.125, 0.0, 0, None)[0]
+        assert (out.cpu() - exact).abs().max() < 2e-3

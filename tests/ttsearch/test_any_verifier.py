@@ -105,7 +105,9 @@ def test_the_command_line_reaches_them(folders, kinds, tmp_path):
     result = runner.invoke(app, [*solve_it, "--prm-family", "judge"])
     assert result.exit_code == 0, result.output
     assert all(0 <= score <= 1 for path in json.loads(result.stdout)["candidates"] for score in path["step_scores"])
-    result = runner.invoke(app, [*solve_it, "--prm-family", str(kinds["thinkprm"]["prm_family"])])
+    silent = tmp_path / "silent.json"
+    silent.write_text(json.dumps({"family": "thinkprm", "max_tokens": 1, "samples": 2}))
+    result = runner.invoke(app, [*solve_it, "--prm-family", str(silent)])
     assert result.exit_code == 0, result.output
     assert "verifications without a score: " in result.stderr and " unfinished" in result.stderr
     result = runner.invoke(app, [*solve_it, "--prm-family", "implicit"])

@@ -8,8 +8,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BAD_LOGITS = -(1 << 30)  # a state: this row's logits were not finite
-
 
 @triton.jit
 def decode_advance_kernel(
@@ -60,15 +58,16 @@ def decode_advance_kernel(
 
 def decode_advance(
     sampled: Tensor, logprobs: Tensor, next_state: Tensor, plan: Tensor, ids: Tensor, positions: Tensor, slots: Tensor,
-    draw_positions: Tensor, states: Tensor, iterations: Tensor, report: Tensor,
+    draw_positions: Tensor, states: Tensor, iterations: Tensor, report: Tensor, bad_state: int,
 ) -> None:  # fmt: skip
-    """Everything is updated in place; iteration i reports to `report[i % len(report)]`."""
+    """Everything is updated in place; iteration i reports to `report[i % len(report)]`. A row whose logits were not finite
+    (token -1) ends in `bad_state`."""
     ring, _, capacity = report.shape
     rows = len(ids)
     decode_advance_kernel[(1,)](
         sampled, logprobs, next_state,
         plan, ids, positions, slots, draw_positions, states, iterations,
         report,
-        next_state.shape[1], capacity, BAD_LOGITS, ring, max(16, triton.next_power_of_2(rows)),
+        next_state.shape[1], capacity, bad_state, ring, max(16, triton.next_power_of_2(rows)),
         num_warps=4 if rows <= 512 else 16,
     )  # fmt: skip

@@ -8,12 +8,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Tiles:
-    """Rows of the large tile (leaves use 16), tokens of a K, V tile, warps, and stages of the load pipeline."""
+    """Rows of the large tile, tokens of a K, V tile, warps, stages of the load pipeline, and rows of the tile for leaves
+    (no second one if it is as large: that saves registers)."""
 
     large_m: int
     block_n: int
     warps: int
     stages: int
+    small_m: int = 16
 
 
 # By architecture, padded head size and bytes of a KV element. wgmma (sm_90) needs 64 rows to four warps.
@@ -22,7 +24,7 @@ TABLE = {
     ("sm_80", 128, 2): Tiles(32, 64, 8, 3), ("sm_80", 128, 1): Tiles(32, 64, 8, 3),
     ("sm_80", 256, 2): Tiles(32, 64, 8, 2), ("sm_80", 256, 1): Tiles(16, 64, 8, 2),
     ("sm_90", 64, 2): Tiles(64, 64, 4, 3), ("sm_90", 64, 1): Tiles(64, 64, 4, 3),
-    ("sm_90", 128, 2): Tiles(64, 64, 8, 3), ("sm_90", 128, 1): Tiles(64, 64, 8, 2),
+    ("sm_90", 128, 2): Tiles(64, 64, 8, 3), ("sm_90", 128, 1): Tiles(64, 64, 8, 3, 64),
     ("sm_90", 256, 2): Tiles(32, 64, 8, 2), ("sm_90", 256, 1): Tiles(16, 64, 8, 3),
     ("sm_100", 64, 2): Tiles(64, 64, 4, 3), ("sm_100", 64, 1): Tiles(64, 64, 4, 3),
     ("sm_100", 128, 2): Tiles(64, 64, 8, 3), ("sm_100", 128, 1): Tiles(64, 64, 8, 3),
@@ -30,6 +32,14 @@ TABLE = {
     ("gfx942", 64, 2): Tiles(64, 64, 4, 2), ("gfx942", 64, 1): Tiles(64, 64, 4, 2),
     ("gfx942", 128, 2): Tiles(64, 64, 4, 2), ("gfx942", 128, 1): Tiles(64, 64, 4, 2),
     ("gfx942", 256, 2): Tiles(16, 64, 4, 1), ("gfx942", 256, 1): Tiles(16, 64, 4, 1),
+}  # fmt: skip
+
+# The same for kernels that read boxes of pool rows (TMA), where that compiles without spills; gathering serves the rest.
+BOX_TABLE = {
+    ("sm_90", 64, 2): Tiles(64, 64, 4, 3, 64), ("sm_90", 64, 1): Tiles(64, 64, 8, 3, 64),
+    ("sm_90", 128, 2): Tiles(64, 64, 4, 3, 64),
+    ("sm_90", 256, 2): Tiles(32, 64, 8, 2, 32), ("sm_90", 256, 1): Tiles(32, 64, 8, 2, 32),
+    ("sm_100", 128, 2): Tiles(64, 64, 8, 3, 64),
 }  # fmt: skip
 
 

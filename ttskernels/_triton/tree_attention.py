@@ -2,15 +2,17 @@
 
 Program (queue, kv head) runs the items of its queue for its head. A tile is up to LARGE_M (row, query head of the
 group) pairs, SMALL_M where an item has no more (a leaf): K and V stream past it in tiles of BLOCK_N tokens, gathered
-from pages by index. Partials, their order and their arithmetic are those of csrc/include/ttskernels/plan.h.
+from pages by index, or as boxes of rows (TMA) where a partial's pages follow each other. Partials, their order and their
+arithmetic are those of csrc/include/ttskernels/plan.h.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ttskernels._triton.tiles import Tiles, choose_tiles, default_queues
+from ttskernels._triton.tiles import BOX_TABLE, Tiles, architecture, choose_tiles, default_queues
 from ttskernels._triton.workspace import workspace
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -27,10 +29,42 @@ def merge_state(m, l, o, part_m, part_l, part_o):
 
 
 @triton.jit
+def soften(s, m, first, last, token, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr):
+    """Weights of one tile of scores in log2 units, rows seeing tokens first .. last: (weights, scale of before, maximum)."""
+    if SOFTCAP > 0.0:
+        e = tl.exp2(tl.abs(s) * (-2.0 * LOG2E / SOFTCAP))
+        s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1.0 - e) / (1.0 + e) * LOG2E
+    seen = token[None, :] <= last[:, None]
+    if WINDOWED:
+        seen = seen & (token[None, :] >= first[:, None])
+    s = tl.where(seen, s, NEG_INF)
+    top = tl.maximum(m, tl.max(s, 1))
+    shift = tl.where(top == NEG_INF, 0.0, top)
+    return tl.exp2(s - shift[:, None]), tl.exp2(m - shift), top
+
+
+@triton.jit
+def attend_extent(
+    q, m, l, o, k_rows, v_rows, row0, k_column, v_column, pos0, lo, hi, first, last, qk_scale,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Adds whole tiles [lo, hi) of a partial whose token t is row row0 + t of the pool, by tensor descriptors."""
+    n = tl.arange(0, BLOCK_N)
+    for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        k = k_rows.load([row0 + t, k_column])
+        s = tl.dot(q, k.to(q.dtype).T, input_precision="ieee") * qk_scale
+        p, alpha, m = soften(s, m, first - pos0, last - pos0, t + n, WINDOWED, SOFTCAP)
+        v = v_rows.load([row0 + t, v_column])
+        o = tl.dot(p.to(q.dtype), v.to(q.dtype), o * alpha[:, None], input_precision="ieee")
+        l = l * alpha + tl.sum(p, 1)
+    return m, l, o
+
+
+@triton.jit
 def attend_partial(
     q, m, l, o, k_base, v_base, segs, seg, offset, pos0, lo, hi, first, last, qk_scale,
     k_page, k_slot, v_page, v_slot,
-    SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
+    WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, PAGE_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
     BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds tokens [lo, hi) of one partial to a state (m, l, o) whose rows see positions first .. last."""
@@ -41,26 +75,19 @@ def attend_partial(
     for t in tl.range(lo // BLOCK_N * BLOCK_N, hi, BLOCK_N, num_stages=STAGES):
         token = t + n
         live = token < hi  # the rest of the tile is not read, nor what comes before lo
-        at = offset + tl.maximum(token, lo)  # a partial's segments are page pieces, all but the first from slot 0 on
+        at = offset + token  # a partial's segments are page pieces, all but the first from slot 0 on
+        if WINDOWED:
+            at = offset + tl.maximum(token, lo)
         page = tl.load(segs + (seg + at // PAGE_SIZE) * 4, mask=live, other=0).to(tl.int64)
         slot = at % PAGE_SIZE
         k_at = k_base + page * k_page + slot * k_slot
         k = tl.load(k_at[None, :] + d[:, None], mask=live[None, :] & (d[:, None] < HEAD_DIM), other=0.0)
         s = tl.dot(q, k.to(q.dtype), input_precision="ieee") * qk_scale
-        if SOFTCAP > 0.0:
-            e = tl.exp2(tl.abs(s) * (-2.0 * LOG2E / SOFTCAP))
-            s = tl.where(s < 0, -SOFTCAP, SOFTCAP) * (1.0 - e) / (1.0 + e) * LOG2E
-        seen = (token[None, :] <= upper[:, None]) & (token[None, :] >= lower[:, None])
-        s = tl.where(seen, s, NEG_INF)
-        top = tl.maximum(m, tl.max(s, 1))
-        shift = tl.where(top == NEG_INF, 0.0, top)
-        p = tl.exp2(s - shift[:, None])
-        alpha = tl.exp2(m - shift)
+        p, alpha, m = soften(s, m, lower, upper, token, WINDOWED, SOFTCAP)
         v_at = v_base + page * v_page + slot * v_slot
         v = tl.load(v_at[:, None] + dv[None, :], mask=live[:, None] & (dv[None, :] < V_DIM), other=0.0)
         o = tl.dot(p.to(q.dtype), v.to(q.dtype), o * alpha[:, None], input_precision="ieee")
         l = l * alpha + tl.sum(p, 1)
-        m = top
     return m, l, o
 
 
@@ -108,15 +135,16 @@ def merge_records(
 
 @triton.jit
 def run_tile(
-    q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
+    q, k_base, v_base, k_rows, v_rows, k_column, v_column, plan, sinks, out, lse, partial_o, partial_ml, arrived,
     item, m0, kv_head, qk_scale, v_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
     Q_HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(row, query head) pairs m0 .. m0 + BLOCK_M - 1 of one item, over all its partials."""
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     BLOCK_V: tl.constexpr = triton.next_power_of_2(V_DIM)
+    GATHER_STAGES: tl.constexpr = STAGES if k_rows is None else 1
     SCAN: tl.constexpr = triton.next_power_of_2(512 // PAGE_SIZE + 3)  # segments of a partial, and the next's first
     row_lo, row_n = tl.load(item), tl.load(item + 1)
     seg, seg_n = tl.load(item + 2), tl.load(item + 3)
@@ -127,9 +155,11 @@ def run_tile(
     plan_row, head = row_lo + pair // GROUP, kv_head * GROUP + pair % GROUP
     row = tl.load(plan + tl.load(plan + 16) + plan_row, mask=valid, other=0)
     last = tl.load(plan + tl.load(plan + 14) + row, mask=valid, other=-1)
-    first = tl.where((window > 0) & (last >= window), last - window + 1, 0)
     end = tl.max(last) + 1
-    begin = tl.min(tl.where(valid, first, end))
+    first, begin = 0, 0
+    if WINDOWED:
+        first = tl.where(last >= window, last - window + 1, 0)
+        begin = tl.min(tl.where(valid, first, end))
     d, dv, s = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_V), tl.arange(0, SCAN)
     q_at = q + row.to(tl.int64) * q_row + head * q_head
     q_tile = tl.load(q_at[:, None] + d[None, :], mask=valid[:, None] & (d[None, :] < HEAD_DIM), other=0.0)
@@ -147,9 +177,20 @@ def run_tile(
         tokens = tl.sum(tl.load(segs + (seg + s) * 4 + 2, mask=inside & (s < pieces), other=0))
         lo, hi = tl.maximum(begin - pos, 0), tl.minimum(end - pos, tokens)
         hi = tl.where(lo < hi, hi, 0)  # nothing to see: no tile
+        if k_rows is not None:
+            page0 = tl.load(segs + seg * 4)
+            pages = tl.load(segs + (seg + s) * 4, mask=inside & (s < pieces), other=0)
+            straight = tl.sum(((s < pieces) & (pages != page0 + s)).to(tl.int32)) == 0
+            straight = straight & (lo % BLOCK_N == 0)
+            whole = tl.where(straight, lo + tl.maximum(hi - lo, 0) // BLOCK_N * BLOCK_N, lo)
+            row0 = page0 * PAGE_SIZE + tl.load(segs + seg * 4 + 1)
+            m, l, o = attend_extent(q_tile, m, l, o, k_rows, v_rows, row0, k_column, v_column, pos, lo, whole, first, last,
+                                    qk_scale, WINDOWED, SOFTCAP, BLOCK_N, STAGES)  # fmt: skip
+            lo = whole
+        # Beside boxes, gathering is for ends and for pages that do not follow each other: no pipeline, fewer registers.
         m, l, o = attend_partial(
             q_tile, m, l, o, k_base, v_base, segs, seg, tl.load(segs + seg * 4 + 1), pos, lo, hi, first, last, qk_scale,
-            k_page, k_slot, v_page, v_slot, SOFTCAP, PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, STAGES,
+            k_page, k_slot, v_page, v_slot, WINDOWED, SOFTCAP, PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, GATHER_STAGES,
         )  # fmt: skip
         seg += pieces
         pos += tokens
@@ -179,6 +220,7 @@ def run_tile(
         m, l, o = merge_records(partial_o, partial_ml, merge_slots, tl.where(keep, expected, 0), head,
                                 Q_HEADS, V_DIM, BLOCK_M)  # fmt: skip
     if tl.max(keep.to(tl.int32)) > 0:
+        row = tl.load(plan + tl.load(plan + 16) + plan_row, mask=keep, other=0)  # again: no register for it meanwhile
         finish(out, lse, sinks, row, head, keep, m, l, o, v_scale, out_row, Q_HEADS, V_DIM)
 
 
@@ -211,19 +253,20 @@ def clear_uncovered_rows(
 
 @triton.jit
 def tree_attention_kernel(
-    q, k_pages, v_pages, plan, sinks, k_scale, v_scale,  # inputs; the last three may be None
+    q, k_pages, v_pages, k_rows, v_rows, plan, sinks, k_scale, v_scale,  # inputs; descriptors and the last three may be None
     out, lse,                                            # outputs [rows, q_heads, v_dim], [rows, q_heads]
     partial_o, partial_ml, arrived,                      # workspace; arrived is all 0 before and after
     scale, window, num_queues,
     q_row, q_head, k_page, k_slot, k_head, v_page, v_slot, v_head, out_row,  # strides in elements
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr,
-    PAGE_SIZE: tl.constexpr, SOFTCAP: tl.constexpr,
+    PAGE_SIZE: tl.constexpr, WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr,
     SMALL_M: tl.constexpr, LARGE_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     GROUP: tl.constexpr = Q_HEADS // KV_HEADS
     kv_head, queue = tl.program_id(0) % KV_HEADS, tl.program_id(0) // KV_HEADS
     k_base = k_pages + kv_head.to(tl.int64) * k_head
     v_base = v_pages + kv_head.to(tl.int64) * v_head
+    k_column, v_column = kv_head * HEAD_DIM, kv_head * V_DIM
     qk_scale, out_scale = scale, 1.0
     if k_scale is not None:
         qk_scale *= tl.load(k_scale + kv_head)
@@ -244,15 +287,34 @@ def tree_attention_kernel(
             item = items + i * 8
             pairs = tl.load(item + 1) * GROUP
             if SMALL_M < LARGE_M and pairs <= SMALL_M:
-                run_tile(q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
-                         item, 0, kv_head, qk_scale, out_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
-                         Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, SOFTCAP, SMALL_M, BLOCK_N, STAGES)  # fmt: skip
+                run_tile(q, k_base, v_base, k_rows, v_rows, k_column, v_column, plan, sinks, out, lse,
+                         partial_o, partial_ml, arrived, item, 0, kv_head, qk_scale, out_scale, window,
+                         q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
+                         Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, WINDOWED, SOFTCAP, SMALL_M, BLOCK_N, STAGES)  # fmt: skip
             else:
                 for m0 in range(0, pairs, LARGE_M):
-                    run_tile(q, k_base, v_base, plan, sinks, out, lse, partial_o, partial_ml, arrived,
-                             item, m0, kv_head, qk_scale, out_scale, window,
+                    run_tile(q, k_base, v_base, k_rows, v_rows, k_column, v_column, plan, sinks, out, lse,
+                             partial_o, partial_ml, arrived, item, m0, kv_head, qk_scale, out_scale, window,
                              q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
-                             Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, SOFTCAP, LARGE_M, BLOCK_N, STAGES)  # fmt: skip
+                             Q_HEADS, GROUP, HEAD_DIM, V_DIM, PAGE_SIZE, WINDOWED, SOFTCAP, LARGE_M, BLOCK_N, STAGES)  # fmt: skip
+
+
+def has_rows(pool: Tensor) -> bool:
+    """Whether a pool is a matrix of token rows that the device's tensor memory accelerator can read."""
+    pages, page_size, heads, dim = pool.shape
+    size = pool.element_size()
+    return (
+        dim in (64, 128, 256)  # a box is a whole padded head: its columns must be this head's alone
+        and pool.stride() == (page_size * pool.stride(1), pool.stride(1), dim, 1)
+        and pool.stride(1) * size % 16 == 0
+        and pool.data_ptr() % 16 == 0
+    )
+
+
+def pool_rows(pool: Tensor, block_n: int) -> TensorDescriptor:
+    pages, page_size, heads, dim = pool.shape
+    shape, strides = [pages * page_size, heads * dim], [pool.stride(1), 1]
+    return TensorDescriptor(pool, shape, strides, [block_n, dim])
 
 
 def tree_attention(
@@ -269,27 +331,33 @@ def tree_attention(
     v_scale: Tensor | None,
     out: Tensor,
     tiles: Tiles | None = None,
+    tma: bool | None = None,
 ) -> Tensor:
     """Fills `out`, returns lse. Of `header` (the plan's, on the host) only what is kept when a plan is advanced or
-    written again in place is used: a captured launch stays valid."""
+    written again in place is used: a captured launch stays valid. `tma`: pages of a partial that follow each other are
+    read as boxes of rows, others still by index. None: if all of this plan's do and device, pool and table allow it."""
     rows, q_heads, head_dim = q.shape
     kv_heads, v_dim = k_pages.shape[2], v_pages.shape[3]
     lse = q.new_empty(rows, q_heads, dtype=torch.float32)
     if rows == 0:
         return lse
-    tiles = tiles or choose_tiles(q, k_pages, v_pages)
+    boxes = BOX_TABLE.get((architecture(q.device), head_dim, k_pages.element_size())) if head_dim == v_dim else None
+    if tma is None:
+        tma = tiles is None and boxes is not None and header[24] == 0 and has_rows(k_pages) and has_rows(v_pages)
+    tiles = tiles or (boxes if tma and boxes else choose_tiles(q, k_pages, v_pages))
     workers, cap_rows, cap_slots = header[9], header[10], header[13]
     queues = workers if workers > 1 else default_queues(q.device, kv_heads)
     size = cap_slots * q_heads
     scratch = workspace(q.device, size * (v_dim + 2), cap_rows * q_heads)
+    rows_of = [pool_rows(pool, tiles.block_n) if tma else None for pool in (k_pages, v_pages)]
     tree_attention_kernel[(queues * kv_heads,)](
-        q, k_pages, v_pages, plan, sinks, k_scale, v_scale,
+        q, k_pages, v_pages, *rows_of, plan, sinks, k_scale, v_scale,
         out, lse,
         scratch.records, scratch.records[size * v_dim :], scratch.arrived,
         scale, window, queues,
         q.stride(0), q.stride(1), *k_pages.stride()[:3], *v_pages.stride()[:3], out.stride(0),
-        q_heads, kv_heads, head_dim, v_dim, k_pages.shape[1], float(softcap),
-        16, tiles.large_m, tiles.block_n, tiles.stages,
+        q_heads, kv_heads, head_dim, v_dim, k_pages.shape[1], window > 0, float(softcap),
+        tiles.small_m, tiles.large_m, tiles.block_n, tiles.stages,
         num_warps=tiles.warps,
     )  # fmt: skip
     return lse

@@ -25,6 +25,7 @@ from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.pool import PAGE_SIZE, ByteBudget
 
 SCORE_ROWS = 128  # verifier rows worth a forward of their own while branches still decode
+POLL_SECONDS = 2e-4  # between looks at scores that a GPU computes, while there is nothing else to do
 SCORE_PATIENCE = 8  # engine turns that score jobs wait for company at most
 
 
@@ -296,7 +297,8 @@ class Engine:
         busy = False
         try:
             while True:
-                for command in self._drain(block=not busy):
+                waiting = self._scorer is not None and bool(self._scorer.running)
+                for command in self._drain(block=not busy, timeout=POLL_SECONDS if waiting else None):
                     if command is None:
                         for session in list(self._sessions):
                             self._close(session)
@@ -313,10 +315,10 @@ class Engine:
             self._dead = error
             self._abort(error)
 
-    def _drain(self, block: bool) -> list:
+    def _drain(self, block: bool, timeout: float | None = None) -> list:
         commands = []
         try:
-            commands.append(self._commands.get(block))
+            commands.append(self._commands.get(block, timeout))
             while True:
                 commands.append(self._commands.get_nowait())
         except queue.Empty:
@@ -345,8 +347,8 @@ class Engine:
         self._note_peak()
         if scorer is None:
             return worked
-        scorer.collect(wait=not decoding)
-        return worked or bool(scorer.jobs or scorer.running)
+        scorer.collect()
+        return worked or bool(scorer.jobs)
 
     def _note_peak(self) -> None:
         used = self.budget.used_bytes

@@ -24,7 +24,12 @@ from ttskernels.kv.plan_layout import HeadShape, Machine
 
 FIELDS = {f.name: f.type for f in fields(Machine)}
 MEASURED = ("workers", "flops_per_second", "bytes_per_second", "partial_bytes_per_second", "item_us")
-ROUNDS, LEAST_SECONDS = 5, 0.03  # of each measurement: the best of at least so many
+ROUNDS, LEAST_SECONDS = 5, 0.2  # of each of five measurements: the best of many short calls
+MOST_PREEMPTIONS = 50  # a second and thread: an idle machine has a few, a shared core hundreds
+
+
+class BusyError(RuntimeError):
+    """Other processes ran meanwhile: what was measured is not this machine."""
 
 
 @functools.cache
@@ -32,7 +37,8 @@ def cpu_machine() -> Machine:
     """What `build_plan` takes where it is given no machine.
 
     `TTSK_MACHINE=default`, or no C++ extension: the constants built in. `TTSK_MACHINE=FILE`: those of the file. Otherwise
-    those measured here before (see `machine_file`), or measured now, which takes about a second.
+    those measured here before (see `machine_file`), or measured now, which takes about a second; while other processes take
+    the cores, those built in, and a later process tries again.
 
     Raises:
         ValueError: TTSK_MACHINE names a file that holds no constants.
@@ -48,7 +54,10 @@ def cpu_machine() -> Machine:
             return read_machine(file)
         except ValueError as error:
             warnings.warn(f"{error}; measuring again", stacklevel=2)
-    return measure_and_keep()
+    try:
+        return measure_and_keep()
+    except BusyError:
+        return Machine()
 
 
 def machine_file() -> Path:
@@ -85,7 +94,11 @@ def read_machine(file: Path) -> Machine:
 
 
 def measure_and_keep() -> Machine:
-    """Measure, and write the file that the next process reads."""
+    """Measure, and write the file that the next process reads.
+
+    Raises:
+        BusyError: see there; nothing is written.
+    """
     machine, file = measure(), machine_file()
     record = {
         "cpu": cpu_name(), "isa": _dispatch.isa_name(), "measured": datetime.date.today().isoformat(),
@@ -102,10 +115,14 @@ def measure_and_keep() -> Machine:
 
 
 def measure() -> Machine:
-    """The constants of this CPU at the active instruction-set level, with all threads, bf16 K and V."""
+    """The constants of this CPU at the active instruction-set level, with all threads, bf16 K and V.
+
+    Raises:
+        BusyError: the threads were taken off their cores too often.
+    """
     workers = _dispatch.library().ttsk_num_threads()
     # Compute: the last 96 tokens of one node are rows, so every tile is read by all of them.
-    tokens, rows = 2048, 96
+    tokens, rows = 512, 96
     heads = HeadShape(8, 2, 128, 128, 2)
     seconds = attention_seconds(heads, [tokens], [(0, tokens - rows + i) for i in range(rows)])
     flops = 4 * heads.q_heads * heads.head_dim * sum(range(tokens - rows + 1, tokens + 1)) / seconds
@@ -155,12 +172,24 @@ def copied_bytes_per_second() -> float:
 
 def best_seconds(function: Callable[[], object]) -> float:
     function()
-    best, rounds, until = float("inf"), 0, time.perf_counter() + LEAST_SECONDS
-    while rounds < ROUNDS or time.perf_counter() < until:
+    best, rounds, begin, before = float("inf"), 0, time.perf_counter(), preemptions()
+    while rounds < ROUNDS or time.perf_counter() < begin + LEAST_SECONDS:
         started = time.perf_counter()
         function()
         best, rounds = min(best, time.perf_counter() - started), rounds + 1
+    rate = (preemptions() - before) / (time.perf_counter() - begin) / _dispatch.library().ttsk_num_threads()
+    if rate > MOST_PREEMPTIONS:
+        raise BusyError(f"other processes take the cores ({rate:.0f} preemptions a second and thread); try again when they rest")
     return best
+
+
+def preemptions() -> int:
+    """How often a thread of this process was taken off its core so far; 0 where the system does not say."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
 def describe() -> str:

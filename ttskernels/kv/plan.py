@@ -314,6 +314,8 @@ def _build_reference(packed: np.ndarray, costs: at.Costs, reuse: Plan | None) ->
     plan = _room(need, costs.queues, reuse, "reference")
     a = plan._array
     a[at.PAGE_SIZE_AT : at.NUM_MERGES + 1] = (spec.page_size, *need[:3], built.num_slots, need.merges)
+    pages, begin = np.asarray(built.segs[::4]), np.asarray(built.segs[3::4])
+    a[at.PAGE_BREAKS] = np.count_nonzero((begin[1:] == 0) & (np.diff(pages) != 1))
     for field, values in (
         (at.ROW_POS, spec.row_pos),
         (at.ROW_SLOT, built.row_slot),

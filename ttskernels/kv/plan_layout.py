@@ -21,6 +21,7 @@ FOLD = 1  # PlanItem.flags
     CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES,
     ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR, MERGE_SLOTS, WORKER_INDPTR,
 ) = range(23)  # fmt: skip
+PAGE_BREAKS = 24
 
 ITEM_DTYPE = np.dtype(
     [(n, np.int32) for n in ("row_lo", "row_n", "seg_lo", "seg_n", "pos0", "slot", "flags", "tokens")]

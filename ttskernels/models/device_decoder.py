@@ -31,6 +31,7 @@ from ttskernels.ops.tree_attention import tree_attention
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 LEAST_SLOTS = 1024  # partial records that a captured launch has room for; where a plan has more, a power of two
 LINGER = 4  # iterations that the other rows go on for once the host knows that a row has ended
+BAD_LOGITS = -(1 << 30)  # the state of a row whose logits were not finite
 RING = 4  # reports kept on the device; the host reads one behind
 
 
@@ -158,7 +159,7 @@ class DeviceDecoder:
         )
         decode_advance(
             token, chance, self._tables[1], fields.plan, fields.ids, fields.positions, fields.slots,
-            fields.draw_positions, fields.states, fields.iterations, self._report,
+            fields.draw_positions, fields.states, fields.iterations, self._report, BAD_LOGITS,
         )  # fmt: skip
 
     # -- what launches are bound to ----------------------------------------------------------------------------------
@@ -188,8 +189,6 @@ class DeviceDecoder:
 
     @staticmethod
     def _check(states: Tensor, iterations: int) -> None:
-        from ttskernels._triton.decode_advance import BAD_LOGITS
-
         bad = (states == BAD_LOGITS).nonzero()
         if len(bad):
             raise ValueError(

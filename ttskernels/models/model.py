@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ttskernels import _dispatch
 from ttskernels.errors import UnavailableError
-from ttskernels.kv.plan import CPU, Plan
+from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import DecoderConfig, FlopsOutput
@@ -42,7 +42,8 @@ class Model:
         self._decoder = decoder
         self.queue = getattr(decoder, "queue", None) or DeviceQueue(torch.device("cpu"))
         self.device = self.queue.device
-        self.machine: Machine = device_machine(self.device, self.heads) if impl == "triton" else CPU
+        # None: the planner takes this CPU's
+        self.machine: Machine | None = device_machine(self.device, self.heads) if impl == "triton" else None
         self.reserves_pool = self.device.type == "cuda"  # memory of a pool is taken when it is made, not when it is written
         self.head: ScoreHead | None = None if checkpoint.head is None else checkpoint.head.to(self.device)
         self.norm = checkpoint.weights["model.norm.weight"].to(self.device, torch.float32)

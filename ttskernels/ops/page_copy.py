@@ -10,7 +10,8 @@ from ttskernels._reference import page_copy as reference
 def page_copy(k_pool: Tensor, v_pool: Tensor, pairs: Tensor, *, impl: Impl = "auto") -> None:
     """Copy the first tokens of pages to other pages, in every layer, K and V, in one launch.
 
-    Our own forest never needs it: its forks share partial pages. On the CPU it is PyTorch's at every `impl`.
+    Our own forest never needs it: its forks share partial pages. On the CPU it is PyTorch's at every `impl`. impl "cuda"
+    goes through a table of addresses, which an engine with a tensor for each layer can keep (`_cuda.page_copy.pool_table`).
 
     Args:
         k_pool, v_pool: `[layers, pages, page_size, kv_heads, dim]`, any strides with the last 1; modified.
@@ -33,8 +34,12 @@ def page_copy(k_pool: Tensor, v_pool: Tensor, pairs: Tensor, *, impl: Impl = "au
         pages, size = k_pool.shape[1:3]
         if int(pairs.min()) < 0 or int(pairs[:, :2].max()) >= pages or int(pairs[:, 2].max()) > size:
             raise ValueError(f"pairs must name pages in 0..{pages - 1} and at most {size} tokens, got {pairs.tolist()}")
-    if resolve(impl, k_pool) != "triton":
+    chosen = resolve(impl, k_pool)
+    if chosen == "cuda":
+        from ttskernels._cuda.page_copy import page_copy as launch
+    elif chosen == "triton":
+        from ttskernels._triton.page_copy import page_copy as launch
+    else:
         return reference.page_copy(k_pool, v_pool, pairs)
-    from ttskernels._triton.page_copy import page_copy as launch
 
     return launch(k_pool, v_pool, pairs.contiguous())

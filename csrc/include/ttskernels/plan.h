@@ -51,6 +51,7 @@ enum PlanField : int {
   kFieldMergeSlots = 21,  // [merges] slots, root to leaf
   kFieldWorkerIndptr = 22,// [workers + 1] items of each persistent worker (GPU); the CPU pulls items from a counter
   kFieldUncoveredRows = 23,  // rows that no item covers, whose result is 0 and -inf; the planner makes none
+  kFieldPageBreaks = 24,  // segments that go on with a partial on a page that does not follow the one before
   kPlanHeaderInts = 32,
 };
 

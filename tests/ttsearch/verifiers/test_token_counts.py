@@ -15,6 +15,7 @@ from ttsearch.verifiers.session import EngineVerifier
 from ttskernels.engine.batcher import Engine
 from ttskernels.kv.plan_layout import HeadShape
 from ttskernels.kv.pool import PagePool
+from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import ScoreHead
 
 
@@ -22,6 +23,7 @@ class CountingModel:
     """The shape of a model whose forward gives zeros; everything around it (text, forest, plans, batches) is real."""
 
     kv_bytes_per_token = 2 * 4 * 4
+    machine, reserves_pool, queue = None, False, DeviceQueue(torch.device("cpu"))
 
     def __init__(self):
         heads = HeadShape(1, 1, 4, 4, 4)
