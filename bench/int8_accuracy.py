@@ -81,11 +81,13 @@ def main() -> None:
     args = parser.parse_args()
     from ttsearch.tokenizer import load_tokenizer
 
-    settings = {name: str(getattr(args, name)) for name in ("model", "texts", "fields", "tokens", "weights", "against")}
+    settings = {name: getattr(args, name) for name in ("fields", "tokens", "weights", "against")}
+    settings |= {"model": "/".join(Path(args.model).parts[-2:]), "texts": args.texts.name}
     record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{args.out} holds a run of {record['settings']}, not {settings}; choose another --out")
-    record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *sys.argv[1:]])}
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *words])}
     record["isa"], record["version"] = ttskernels.isa_name(), ttskernels.__version__
     done = record.setdefault("chunks", [])
     exact, other = load_model(args.model, weights=args.against), load_model(args.model, weights=args.weights)
