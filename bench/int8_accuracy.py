@@ -75,19 +75,22 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--fields", nargs="+", default=["question", "answer"], help="of a line; joined by line ends")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--weights", choices=("int8", "int16", "float"), default="int8", help="what is held against float")
+    parser.add_argument("--weights", choices=("int8", "int16", "float"), default="int8", help="what is measured")
+    parser.add_argument("--against", choices=("int16", "float"), default="float", help="float: bf16 products, as elsewhere")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     from ttsearch.tokenizer import load_tokenizer
 
-    settings = {name: str(getattr(args, name)) for name in ("model", "texts", "fields", "tokens", "weights")}
+    settings = {name: getattr(args, name) for name in ("fields", "tokens", "weights", "against")}
+    settings |= {"model": "/".join(Path(args.model).parts[-2:]), "texts": args.texts.name}
     record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     if record.setdefault("settings", settings) != settings:
         raise SystemExit(f"{args.out} holds a run of {record['settings']}, not {settings}; choose another --out")
-    record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *sys.argv[1:]])}
+    words = [Path(word).name if word.startswith("/") else word for word in sys.argv[1:]]
+    record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *words])}
     record["isa"], record["version"] = ttskernels.isa_name(), ttskernels.__version__
     done = record.setdefault("chunks", [])
-    exact, other = load_model(args.model, weights="float"), load_model(args.model, weights=args.weights)
+    exact, other = load_model(args.model, weights=args.against), load_model(args.model, weights=args.weights)
     texts = chunks(load_tokenizer(args.model), args.texts, args.fields, args.tokens, exact.config.max_positions)
     for ids in texts[len(done) :]:
         kl, equal = compare(logits_of(exact, ids), logits_of(other, ids))

@@ -272,7 +272,12 @@ def describe(args, results: Results) -> None:
     record = results.record
     record |= {"machine": cpu or platform.machine(), "cores": os.cpu_count(), "threads": args.threads}
     record["commit"] = head.stdout.strip() or "unknown"
-    record["commands"].append(shlex.join(["python", "bench/peers/run.py", *sys.argv[1:]]))
+    given = sys.argv[1:]
+    if "--hold" in given:  # how this machine is shared is no part of the measurement
+        at = given.index("--hold")
+        del given[at : at + 2]
+    words = [Path(word).name if word.startswith("/") else word for word in given]
+    record["commands"].append(shlex.join(["python", "bench/peers/run.py", *words]))
     results.save()
 
 

@@ -304,6 +304,7 @@ def test_dry_run(tmp_path, monkeypatch):
         run = by_side["W0", f"ours bf16 {strategy}"]
         assert (run["decoded"], run["scored"]) == (tokens, tokens + 24)
     assert by_side["W3", "ours bf16"]["scored"] == by_side["W3", f"{peer} / {peer} / steps"]["scored"]
+    assert str(tmp_path) not in "".join(record["commands"]) and "--hold" not in "".join(record["commands"]).split()
     assert {"torch", "transformers"} <= set(record["sides"][peer]["versions"])
     assert "| ours bf16 |" in done.stdout and "x our best bf16" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True, timeout=600)
