@@ -79,6 +79,11 @@ class BuildCpp(build_ext):
                 raise
             print(f"ttskernels: no CUDA library ({error}); Triton serves", file=sys.stderr)
 
+    def copy_extensions_to_source(self) -> None:
+        for old in (ROOT / "ttskernels").glob("_C.*so"):  # writing into it would change it under processes that run it
+            old.unlink()
+        super().copy_extensions_to_source()
+
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")
         objects = compile_units(all_units(), Path(self.build_temp), cxx, [ROOT / "setup.py"])
