@@ -135,7 +135,9 @@ void Linear(const LinearParams& p) {
       const int64_t chunk = p.rows - row0 < kChunkRows ? p.rows - row0 : kChunkRows;
       float* wide = static_cast<float*>(p.workspace);
       if (!in_place) {
+        if (row0 > 0) {  // somebody may still read the last chunk
 #pragma omp barrier
+        }
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < chunk; ++r) {
           if (IsFixed(p)) FixRowOf(job, row0 + r, r);
@@ -146,6 +148,7 @@ void Linear(const LinearParams& p) {
       int64_t block = kBlockRows;  // small enough for at least eight tasks a thread
       while (block > 24 && (chunk + block - 1) / block * panels < 8 * NumThreads()) block /= 2;
       const int64_t blocks = (chunk + block - 1) / block, tasks = blocks * panels;
+      block = (chunk + blocks - 1) / blocks;
       for (;;) {
         int64_t t = next.load(std::memory_order_relaxed);
         while (t < done + tasks && !next.compare_exchange_weak(t, t + 1, std::memory_order_relaxed)) {}
