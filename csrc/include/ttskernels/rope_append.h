@@ -15,7 +15,7 @@ namespace ttsk {
 // `*_stride` elements apart, heads contiguous, so they may lie side by side in a fused projection's rows.
 // q_out [rows, q_heads, head_dim] of `dtype`; it may alias q_in if the dtypes and strides agree.
 // slots[r] = page * page_size + slot, -1: k and v of this row are not written. Slots must be distinct.
-// Reads and writes each value once; opens an OpenMP team for many rows; no allocation.
+// Reads and writes each value once; on all threads for many rows; no allocation.
 struct RopeAppendParams {
   const void* q_in;
   const void* k_in;
