@@ -46,7 +46,7 @@ def test_solve_shows_tree_answer_and_one_line_of_cost(backend):
     assert "1:1+1=2" in output and "Answer: " in output and "8 paths voted" in output
     assert output.rstrip().splitlines()[-1].count("tokens decoded") == 1 and "peak KV" in output
     unset = dict.fromkeys(("prm_family", "prm_reference", "prm_base", "prompt_style"))
-    given = {"kv_gib": 1.0, "device": "cpu", "weights": "auto", "speculate": "sure"}
+    given = {"kv_gib": 1.0, "device": "cpu", "weights": "auto", "kv": "auto", "speculate": "sure"}
     assert backend.loaded == [(None, None, {**unset, **given})]
 
 
