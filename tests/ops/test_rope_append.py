@@ -118,7 +118,8 @@ def test_fixed_point_pages(isa, form, dtype, rows, kv_heads, head_dim, options):
         written = ~true.isnan().any(-1)
         values, scales = layout.fixed_parts(args[-2:][i], keys=keys)
         got = layout.to_nhd_fixed(*args[-2:], torch.float64)[i]
-        assert torch.equal(scales.isnan(), ~written) and (values.flatten(3) if keys else values.flatten(1, 2))[~written].eq(-1).all()
+        untouched = (values.flatten(3) if keys else values.flatten(1, 2))[~written]
+        assert torch.equal(scales.isnan(), ~written) and untouched.eq(-1).all()
         if not written.any():
             continue
         worst = (own.double() - true)[written].abs().max()

@@ -187,8 +187,8 @@ class Model:
         shape, own = (pool.layers, pool.kv_heads, pool.head_dim), (c.layers, c.kv_heads, c.head_dim)
         if shape != own or (pool.dtype, pool.form) != (c.dtype, c.kv_form):
             raise ValueError(
-                f"pool must have (layers, kv_heads, head_dim) {own}, {c.dtype} and form {c.kv_form!r}, got {shape}, "
-                f"{pool.dtype} and {pool.form!r}; take it from model.new_pool"
+                f"pool must have (layers, kv_heads, head_dim) {own} and {c.dtype} in form {c.kv_form!r}, "
+                f"got {shape} and {pool.dtype} in form {pool.form!r}; take it from model.new_pool"
             )
         _check("ids", ids, (plan.num_rows,), torch.int32)
         if plan.num_rows == 0:
