@@ -231,7 +231,7 @@ def load_model(
             as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes, at a small loss
             of accuracy (bench/int8_accuracy.py measures it). "auto": "int16" for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
-            then runs on integer products, and "int8" takes about half the bytes. "auto": "float".
+            then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
         ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
@@ -253,14 +253,22 @@ def check_impl(impl: str) -> None:
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
 
 
+def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
+    """Whether "auto" means int16, which is at least as accurate as bf16: avx512_bf16 is in use where its own dot product is as
+    fast."""
+    native = impl in ("auto", "cpu") and _dispatch.load_extension() is None
+    return native and dtype == torch.bfloat16 and _dispatch.isa_name() == "avx512_vnni"
+
+
 def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
     """The checkpoint with the form of its pages decided."""
     if kv not in ("auto", *KV_FORMS):
         raise ValueError(f"kv must be one of {('auto', *KV_FORMS)}, got {kv!r}")
     if impl == "triton" and kv not in ("auto", "float"):
         raise ValueError(f'kv must be "auto" or "float" on a GPU, got {kv!r}')
-    form = "float" if kv == "auto" else kv
-    return replace(checkpoint, config=replace(checkpoint.config, kv_form=form))
+    if kv == "auto":
+        kv = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
+    return replace(checkpoint, config=replace(checkpoint.config, kv_form=kv))
 
 
 def make_decoder(
@@ -284,8 +292,7 @@ def make_decoder(
         from ttskernels.models.native import NativeDecoder
 
         if weights == "auto":
-            vnni = _dispatch.isa_name() == "avx512_vnni"  # avx512_bf16 is in use where its own dot product is as fast
-            weights = "int16" if vnni and checkpoint.config.dtype == torch.bfloat16 else "float"
+            weights = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
         return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, weights), "cpu"
     resolved = "reference" if impl == "auto" else impl
     form = "float" if weights == "auto" else weights
