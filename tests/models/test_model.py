@@ -136,7 +136,7 @@ def test_fixed_point_pools_and_costs(impl, tmp_path, kv, size):
     node = tree.forest.add(None, [1, 2, 3])
     tree.forest.reserve([node], 0)
     rows = torch.tensor([1, 2, 3], dtype=torch.int32), tree.plan([(node, 0, 3)]), plain.new_pool(4), torch.tensor([2]).int()
-    with pytest.raises(ValueError, match=f"pool must have .* in form '{kv}', got .* in form 'float'; take it from model.new_pool"):
+    with pytest.raises(ValueError, match=f"pool must have .* form '{kv}', got .* form 'float'; take it from model.new_pool"):
         model.forward(*rows)
 
 
