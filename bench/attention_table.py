@@ -2,8 +2,10 @@
 
     python bench/attention_table.py --out bench/results/attention.json
     TTSK_NUM_THREADS=1 OMP_NUM_THREADS=1 python bench/attention_table.py --methods shared flat
+    python bench/attention_table.py --methods shared int16 int8
 
-`shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `gqa` is SDPA with enable_gqa on
+`shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `int16` and `int8` the shared plan over
+fixed-point pages, `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
 with a tree mask. A round calls every method twice and times the second; medians are over rounds, and so is the ratio
 shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
@@ -29,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_tree_attention import Case, flex  # noqa: E402
 from conftest import peaks  # noqa: E402
 
+from ttskernels.layout import FIXED, from_nhd_fixed, to_nhd  # noqa: E402
 from ttskernels.ops.tree_attention import tree_attention  # noqa: E402
 
 HEADS = ((28, 4, 128), (32, 8, 128), (14, 2, 64), (9, 3, 64))
@@ -48,7 +51,7 @@ SEARCH = [(n, *heads, 2048, 440, tree) for tree in ("beam", "dvts") for n in (16
 SEARCH += [(n, *heads, 2048, 128) for n in (16, 64) for heads in HEADS]
 SEARCH += [(1, *heads, 2048, 128) for heads in HEADS] + [(16, *heads, 2048, 128, "unshared") for heads in HEADS]
 SETS = {"notes": SHAPES, "search": SEARCH}
-METHODS = ("shared", "flat", "gqa", "folded", "flex")
+METHODS = ("shared", "flat", "int16", "int8", "gqa", "folded", "flex")
 
 
 def calls(shape: tuple[int, ...], methods: list[str]):
@@ -59,6 +62,9 @@ def calls(shape: tuple[int, ...], methods: list[str]):
     for method in methods:
         if method == "shared":
             made[method] = lambda: tree_attention(tree.q, tree.k, tree.v, tree.plan, impl="cpu")
+        elif method in FIXED:
+            pages = from_nhd_fixed(*(t.float() for t in to_nhd(tree.k, tree.v)), FIXED[method])
+            made[method] = lambda pages=pages: tree_attention(tree.q, *pages, tree.plan, impl="cpu")
         elif method == "flex":
             torch._dynamo.reset()  # a kernel for this shape, not one with symbolic sizes
             try:

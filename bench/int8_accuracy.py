@@ -1,7 +1,9 @@
-"""What int8 weights cost in accuracy: mean KL(bf16 || int8) and share of equal argmax over real text, token by token.
+"""What fixed-point weights, K and V cost in accuracy: mean KL(exact || other) and share of equal argmax over real text.
 
     python bench/int8_accuracy.py --model SmolLM2-135M-Instruct --texts gsm8k.jsonl --out bench/results/int8.json
     python bench/int8_accuracy.py --model ... --texts ... --weights int16       fixed point, as bf16 models run by default
+    python bench/int8_accuracy.py --model ... --texts ... --weights int16 --against int16 --kv int8       pages alone
+    python bench/int8_accuracy.py --model ... --texts ... --weights int16 --kv int16 --against-dtype fp32  all of a bf16 model
 
 Both models read the same ids (questions and solutions of a JSON-lines file, the fields --fields, one text after the other) and
 their next-token distributions are compared at every position, in float64. An int8 speed counts only if the mean KL is at most
@@ -77,11 +79,15 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=20_000)
     parser.add_argument("--weights", choices=("int8", "int16", "float"), default="int8", help="what is measured")
     parser.add_argument("--against", choices=("int16", "float"), default="float", help="float: bf16 products, as elsewhere")
+    parser.add_argument("--kv", choices=("int8", "int16", "float"), default="float", help="pages of what is measured")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is measured")
+    parser.add_argument("--against-dtype", choices=("bf16", "fp32"), default="bf16", help="its pages are float")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    from ttsearch.dtypes import torch_dtype
     from ttsearch.tokenizer import load_tokenizer
 
-    settings = {name: getattr(args, name) for name in ("fields", "tokens", "weights", "against")}
+    settings = {name: getattr(args, name) for name in ("fields", "tokens", "weights", "against", "kv", "dtype", "against_dtype")}
     settings |= {"model": "/".join(Path(args.model).parts[-2:]), "texts": args.texts.name}
     record = json.loads(args.out.read_text()) if args.out and args.out.exists() else {}
     if record.setdefault("settings", settings) != settings:
@@ -90,7 +96,8 @@ def main() -> None:
     record |= {"bench": "int8_accuracy", "command": shlex.join(["python", "bench/int8_accuracy.py", *words])}
     record["isa"], record["version"] = ttskernels.isa_name(), ttskernels.__version__
     done = record.setdefault("chunks", [])
-    exact, other = load_model(args.model, weights=args.against), load_model(args.model, weights=args.weights)
+    exact = load_model(args.model, torch_dtype(args.against_dtype), weights=args.against, kv="float")
+    other = load_model(args.model, torch_dtype(args.dtype), weights=args.weights, kv=args.kv)
     texts = chunks(load_tokenizer(args.model), args.texts, args.fields, args.tokens, exact.config.max_positions)
     for ids in texts[len(done) :]:
         kl, equal = compare(logits_of(exact, ids), logits_of(other, ids))

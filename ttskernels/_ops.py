@@ -40,7 +40,7 @@ def _(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, form: i
     "Tensor? q_norm, Tensor? k_norm, float eps, Tensor(a!) k_pages, Tensor(b!) v_pages) -> Tensor"
 )
 def _(q, k, v, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages) -> Tensor:
-    return q.new_empty(q.shape, dtype=k_pages.dtype)
+    return q.new_empty(q.shape, dtype=k_pages.dtype if k_pages.is_floating_point() else q.dtype)
 
 
 @_define(

@@ -40,7 +40,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Rates:
-    """Of all threads: GFLOP/s of dense products, GFLOP/s of attention (always floating point), GB/s."""
+    """Of all threads: GFLOP/s of dense products, GFLOP/s of attention, GB/s."""
 
     dense_gflops: float
     attention_gflops: float

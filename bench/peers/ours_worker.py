@@ -30,7 +30,7 @@ from ttskernels.models.heads import HeadSpec  # noqa: E402
 from ttskernels.models.model import load_model  # noqa: E402
 
 KV_BYTES = 4 << 30
-OPTIONS = {"bf16": {}, "bf16 float": {"weights": "float"}, "int8": {"weights": "int8"}}
+OPTIONS = {"bf16": {}, "bf16 float": {"weights": "float", "kv": "float"}, "int8": {"weights": "int8"}}
 
 
 class IdPolicy:

@@ -10,9 +10,9 @@ from workloads import SWEEP, Workload
 
 
 def rates_of(peaks: dict, bits: str) -> Rates:
-    """What a job is held against: the fastest products of 16-bit inputs, attention in float32, weights of 2 or 1 bytes."""
-    fma = peaks["fma_gflops"]
-    return Rates(max(fma, peaks.get("dot_gflops", 0.0)), fma, peaks["read_gbps"], weight_bytes=2 if bits == "bf16" else 1)
+    """What a job is held against: the fastest products of 16-bit inputs, weights of 2 or 1 bytes."""
+    products = max(peaks["fma_gflops"], peaks.get("dot_gflops", 0.0))
+    return Rates(products, products, peaks["read_gbps"], weight_bytes=2 if bits == "bf16" else 1)
 
 
 def rows_of(record: dict, workload: Workload, shape: Shape) -> list[dict]:

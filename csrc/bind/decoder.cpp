@@ -91,6 +91,16 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
 }
 
 KvPools CheckPools(const DecoderShape& s, const Tensor& k, const Tensor& v) {
+  const KvForm form = KvFormOf(k);
+  if (form != KvForm::kFloat) {
+    const int64_t run = FixedRun(s.head_dim, form);
+    STD_TORCH_CHECK(v.scalar_type() == k.scalar_type() && k.dim() == 4 && v.dim() == 4 && k.is_contiguous() &&
+                        v.is_contiguous() && k.size(0) == s.layers && v.size(0) == s.layers && k.size(1) == v.size(1) &&
+                        k.size(2) == s.kv_heads && v.size(2) == s.kv_heads && k.size(3) == run && v.size(3) == run,
+                    "pools must be contiguous fixed-point pools of this model (model.new_pool)");
+    const int64_t layer_bytes = k.numel() / s.layers * IntegerBytes(form);
+    return {k.mutable_data_ptr(), v.mutable_data_ptr(), layer_bytes, layer_bytes, form};
+  }
   const int64_t f = PackFactor(s.dtype);
   STD_TORCH_CHECK(DTypeOf(k) == s.dtype && DTypeOf(v) == s.dtype, "pools must have the decoder's dtype");
   STD_TORCH_CHECK(k.dim() == 6 && v.dim() == 6 && k.is_contiguous() && v.is_contiguous() && k.size(0) == s.layers &&
@@ -99,7 +109,7 @@ KvPools CheckPools(const DecoderShape& s, const Tensor& k, const Tensor& v) {
                       v.size(3) * f == 16 && v.size(4) == s.head_dim && v.size(5) == f,
                   "pools must be contiguous packed pools of this model (model.new_pool)");
   const int64_t layer_bytes = k.numel() / s.layers * SizeOf(s.dtype);
-  return {k.mutable_data_ptr(), v.mutable_data_ptr(), layer_bytes, layer_bytes};
+  return {k.mutable_data_ptr(), v.mutable_data_ptr(), layer_bytes, layer_bytes, form};
 }
 
 // ids in the vocabulary, slots inside the pool: nothing is read or written out of bounds.

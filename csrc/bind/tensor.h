@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "ttskernels/dtype.h"
+#include "ttskernels/kv_form.h"
 
 namespace ttsk {
 
@@ -25,6 +26,12 @@ inline DType DTypeOf(ScalarType type) {
   STD_TORCH_CHECK(false, "dtype must be float32, float16 or bfloat16, got scalar type ", static_cast<int>(type));
 }
 inline DType DTypeOf(const Tensor& t) { return DTypeOf(t.scalar_type()); }
+
+// Of a pool by its element type: integers are fixed-point pages.
+inline KvForm KvFormOf(const Tensor& pool) {
+  if (pool.scalar_type() == ScalarType::Short) return KvForm::kInt16;
+  return pool.scalar_type() == ScalarType::Char ? KvForm::kInt8 : KvForm::kFloat;
+}
 
 template <typename T>
 T* Data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }

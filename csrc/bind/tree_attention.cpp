@@ -12,15 +12,22 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
                        double softcap, int64_t window, const std::optional<Tensor>& sinks, Tensor out) {
   const DType dtype = DTypeOf(q);
   STD_TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2), "q must be [rows, q_heads, head_dim]");
-  STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(),
-                  "k_pages and v_pages must have q's dtype");
-  const bool packed = k.dim() == 5;
-  STD_TORCH_CHECK((packed || k.dim() == 4) && v.dim() == k.dim(),
-                  "k_pages and v_pages must be packed (5-D) or NHD (4-D)");
-  const int64_t kv_heads = k.size(packed ? 1 : 2), page_size = packed ? k.size(3) : k.size(1);
-  const int64_t head_dim = q.size(2), v_dim = v.size(3), f = PackFactor(dtype);
-  if (packed) {
-    STD_TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && page_size == 16 && k.size(4) == f && v.size(4) == f &&
+  const KvForm form = KvFormOf(k);
+  const bool fixed = form != KvForm::kFloat, packed = fixed || k.dim() == 5;
+  STD_TORCH_CHECK(v.scalar_type() == k.scalar_type() && (fixed || k.scalar_type() == q.scalar_type()),
+                  "k_pages and v_pages must have q's dtype, or be int16 or int8 pages");
+  STD_TORCH_CHECK(k.dim() == (fixed ? 3 : packed ? 5 : 4) && v.dim() == k.dim(),
+                  "k_pages and v_pages must be packed (5-D; 3-D of integers) or NHD (4-D)");
+  const int64_t kv_heads = k.size(packed ? 1 : 2), page_size = packed ? 16 : k.size(1);
+  const int64_t head_dim = q.size(2), f = PackFactor(dtype);
+  const int64_t v_dim = fixed ? (v.size(2) - FixedRun(0, form)) / 16 : v.size(3);
+  if (fixed) {
+    STD_TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.size(2) == FixedRun(head_dim, form) &&
+                        v.size(2) == FixedRun(v_dim, form) && v.size(1) == kv_heads,
+                    "fixed-point pools must be contiguous [pages, kv_heads, ", FixedRun(head_dim, form),
+                    "] and [pages, kv_heads, 16 * v_dim and room for 16 scales]");
+  } else if (packed) {
+    STD_TORCH_CHECK(k.is_contiguous() && v.is_contiguous() && k.size(3) == 16 && k.size(4) == f && v.size(4) == f &&
                         k.size(2) * f == head_dim && v.size(1) == kv_heads && v.size(2) * f == 16,
                     "packed pools must be contiguous [pages, kv_heads, ", head_dim / f, ", 16, ", f,
                     "] and [pages, kv_heads, ", 16 / f, ", v_dim, ", f, "]");
@@ -48,7 +55,7 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
   p.q = q.data_ptr(), p.out = out.mutable_data_ptr(), p.lse = Data<float>(lse);
   p.k = k.data_ptr(), p.v = v.data_ptr(), p.plan = Data<const int32_t>(plan);
   p.rows = q.size(0), p.q_heads = q.size(1), p.kv_heads = kv_heads, p.head_dim = head_dim, p.v_dim = v_dim;
-  p.q_stride = q.stride(0), p.out_stride = out.stride(0), p.dtype = dtype, p.packed = packed;
+  p.q_stride = q.stride(0), p.out_stride = out.stride(0), p.dtype = dtype, p.packed = packed, p.form = form;
   if (!packed) {
     p.k_strides = {k.stride(0), k.stride(1), k.stride(2)};
     p.v_strides = {v.stride(0), v.stride(1), v.stride(2)};

@@ -171,7 +171,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     const auto rope = [&](int64_t q_heads, int64_t kv_heads) {
       RopeAppendParams p{};
       p.q_in = qkv, p.k_in = qkv + wide_q, p.v_in = qkv + wide_q + kv, p.q_out = rotated;
-      p.k_pages = k_pages, p.v_pages = v_pages, p.packed = true, p.page_size = 16;
+      p.k_pages = k_pages, p.v_pages = v_pages, p.packed = true, p.form = pools.form, p.page_size = 16;
       p.slots = PlanSection(plan, kFieldRowSlot), p.cos_sin = cos_sin, p.eps = s.rms_eps;
       p.q_norm = layer.q_norm.empty() ? nullptr : layer.q_norm.data();
       p.k_norm = layer.k_norm.empty() ? nullptr : layer.k_norm.data();
@@ -202,7 +202,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     attention.plan = plan, attention.rows = live, attention.q_heads = s.q_heads, attention.kv_heads = s.kv_heads;
     attention.head_dim = attention.v_dim = s.head_dim, attention.q_stride = attention.out_stride = q;
     attention.dtype = s.dtype, attention.packed = true, attention.scale = s.scale, attention.softcap = s.softcap;
-    attention.window = static_cast<int32_t>(s.window);
+    attention.form = pools.form, attention.window = static_cast<int32_t>(s.window);
     attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
     TTSK_SELECT(TreeAttention)(attention);
 

@@ -2,6 +2,7 @@
 // float32. Twice the rate of float32 multiply-adds where the CPU has VNNI. Included by kernels/linear.cpp.
 #pragma once
 
+#include "fixed_vector.h"
 #include "linear_micro.h"
 
 namespace ttsk::TTSK_ISA {
@@ -28,14 +29,14 @@ void FixRow(const T* x, int64_t k, float most_value, int16_t* values, float* sca
                             : left > 0 ? LoadTail(x + first + c * kLanes, static_cast<int>(left)) : Zero();
       most = Max(Abs(v[c]), most);
     }
-    // Max drops a NaN on one side: x - x is zero for finite numbers alone.
     Vec zero = Zero();
     for (const Vec& a : v) zero = Add(zero, Sub(a, a));
-    const float top = ReduceMax(most);
-    const bool finite = ReduceAdd(zero) == 0.0f;
-    *scales = !finite ? ReduceAdd(zero) : top < kLeastScaled ? 0.0f : top / most_value;
-    const Vec up = Broadcast(*scales > 0.0f ? most_value / top : 0.0f);
-    for (int c = 0; c < kFixedGroup / kLanes; ++c) StoreRounded(values + c * kLanes, finite ? Mul(v[c], up) : Zero());
+    const FixedScale fixed = ScaleOf(most, zero, most_value);
+    *scales = fixed.scale;
+    const Vec up = Broadcast(fixed.up);
+    for (int c = 0; c < kFixedGroup / kLanes; ++c) {
+      StoreRounded(values + c * kLanes, fixed.up > 0.0f ? Mul(v[c], up) : Zero());
+    }
   }
 }
 

@@ -22,6 +22,8 @@ struct TreeScratch {
   void* state;     // [q rows] of 80 bytes
   void* weights;   // [q rows, 64] p of one tile
   float* alpha;    // [q rows]
+  float* row_scale;     // [q rows] of q and the scores, over fixed-point pages
+  float* weight_scale;  // [q rows] of p of one tile, there
   GroupRange* ranges;
   float* o;        // [q rows, v_dim]
   float* fold_ml;  // [q rows, 2]

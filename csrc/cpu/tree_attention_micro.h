@@ -29,6 +29,7 @@ struct PlainFloat {
   using Element = float;
   using Query = float;
   using Operand = Vec;
+  static constexpr bool kFixed = false;
   static constexpr int kPack = 1, kSteps = 1;
   static Operand Wide(const float* p, int) { return Load(p); }
   static Operand One(const float* p) { return Broadcast(*p); }
@@ -48,6 +49,7 @@ struct PairDot {
   using Element = Bf16;
   using Query = Bf16;
   using Operand = Pairs;
+  static constexpr bool kFixed = false;
   static constexpr int kPack = 2, kSteps = 1;
   static Operand Wide(const Bf16* p, int) { return LoadPairs(p); }
   static Operand One(const Bf16* p) {
@@ -205,7 +207,8 @@ struct RowState {
 };
 
 // Online softmax of `rows` score rows over a tile whose first token is at position pos0. Tokens from `hi` on do not
-// exist; scores of tokens a row may not see are replaced, whatever they hold. Writes p and the factors alpha.
+// exist; scores of tokens a row may not see are replaced, whatever they hold. Writes p, which may be `scores`, and the
+// factors alpha.
 template <typename E>
 void Softmax(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, RowState* state, E* p,
              float* alpha) {

@@ -30,6 +30,28 @@ struct SegCursor {
   }
 };
 
+// Where the tokens of a tile are, block by block.
+struct TileRuns {
+  Run runs[kTileBlocks][kBlock];
+  int count[kTileBlocks];
+
+  // Tokens [16 * b, 16 * b + end) of block b, from the cursor on.
+  void Take(SegCursor* cursor, int b, int end) {
+    count[b] = 0;
+    for (int at = 0; at < end;) {
+      Run& run = runs[b][count[b]];
+      run = cursor->Take(end - at);
+      run.at = at;
+      at += run.count;
+      count[b] += run.count > 0;
+    }
+  }
+  // Block b is (the beginning of) one page of sixteen slots.
+  bool Aligned(int b) const { return count[b] == 1 && runs[b][0].slot == 0; }
+};
+
+inline int BlockEnd(int b, int hi) { return hi - b * kBlock < kBlock ? hi - b * kBlock : kBlock; }
+
 // Sixteen lanes of row i of a packed K block: element i of sixteen tokens.
 inline Vec KRow(const float* k, int64_t i) { return Load(k + i * kBlock); }
 inline Vec KRow(const Fp16* k, int64_t i) { return LoadAs(k + i * kBlock); }
@@ -62,16 +84,9 @@ class TileLoader {
     Tile<E> tile;
     lo_ = lo, hi_ = hi;
     for (int b = 0; b * kBlock < hi; ++b) {
-      const int end = hi - b * kBlock < kBlock ? hi - b * kBlock : kBlock;
-      Run* runs = runs_[b];
-      int n = 0;
-      for (int at = 0; at < end;) {
-        runs[n] = cursor.Take(end - at);
-        runs[n].at = at;
-        at += runs[n].count;
-        n += runs[n].count > 0;
-      }
-      num_runs_[b] = n;
+      at_.Take(&cursor, b, BlockEnd(b, hi));
+      const Run* runs = at_.runs[b];
+      const int n = at_.count[b];
       E* k = scratch_ + b * kBlock * dim_;
       tile.k[b] = k;
       if (Aligned(b)) {
@@ -89,12 +104,12 @@ class TileLoader {
 
   void LoadV(Tile<E>* tile) {
     for (int b = lo_ / kBlock; b * kBlock < hi_; ++b) {
-      const int end = hi_ - b * kBlock < kBlock ? hi_ - b * kBlock : kBlock;
+      const int end = BlockEnd(b, hi_);
       E* v = scratch_ + b * kBlock * v_dim_;
       tile->v[b] = v;
-      const T* page = v_ + runs_[b][0].page * vs_.page;
+      const T* page = v_ + at_.runs[b][0].page * vs_.page;
       if (!Aligned(b) || (kInPlace && end % kPack != 0)) {
-        GatherV(runs_[b], num_runs_[b], end, v);
+        GatherV(at_.runs[b], at_.count[b], end, v);
       } else if constexpr (kInPlace) {
         tile->v[b] = page;
       } else {
@@ -104,8 +119,7 @@ class TileLoader {
   }
 
  private:
-  // Block b is (the beginning of) one packed page.
-  bool Aligned(int b) const { return packed_ && num_runs_[b] == 1 && runs_[b][0].slot == 0; }
+  bool Aligned(int b) const { return packed_ && at_.Aligned(b); }
 
   // One pool row of `n` lanes (pairs) to one (two) rows of the tile.
   static void ExpandRow(const float*, float*, int64_t) {}
@@ -200,8 +214,8 @@ class TileLoader {
   int64_t dim_, v_dim_;
   bool packed_;
   E* scratch_;  // K, then V: K is done with when V is loaded
-  Run runs_[kTileBlocks][kBlock];
-  int num_runs_[kTileBlocks], lo_, hi_;
+  TileRuns at_;
+  int lo_, hi_;
 };
 
 }  // namespace

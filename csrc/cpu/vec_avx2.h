@@ -118,11 +118,15 @@ inline void StoreRounded(int16_t* p, Vec a) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(words, 0xd8));
 }
-inline void WidenBytes(const int8_t* from, int16_t* to) {
+inline Words LoadBytes(const int8_t* from) {
   const __m128i* p = reinterpret_cast<const __m128i*>(from);
+  return {_mm256_cvtepi8_epi16(_mm_loadu_si128(p)), _mm256_cvtepi8_epi16(_mm_loadu_si128(p + 1))};
+}
+inline void WidenBytes(const int8_t* from, int16_t* to) {
+  const Words wide = LoadBytes(from);
   __m256i* out = reinterpret_cast<__m256i*>(to);
-  _mm256_storeu_si256(out, _mm256_cvtepi8_epi16(_mm_loadu_si128(p)));
-  _mm256_storeu_si256(out + 1, _mm256_cvtepi8_epi16(_mm_loadu_si128(p + 1)));
+  _mm256_storeu_si256(out, wide.lo);
+  _mm256_storeu_si256(out + 1, wide.hi);
 }
 inline Vec Abs(Vec a) {
   const __m256 sign = _mm256_set1_ps(-0.0f);

@@ -93,9 +93,12 @@ inline Ints DotWords(Ints acc, Words a, Words b) {
 inline void StoreRounded(int16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
 }
+inline Words LoadBytes(const int8_t* p) {
+  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
+}
 // Thirty-two int8 to int16.
 inline void WidenBytes(const int8_t* from, int16_t* to) {
-  _mm512_storeu_si512(to, _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))));
+  _mm512_storeu_si512(to, LoadBytes(from).v);
 }
 inline Vec Abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
 

@@ -91,6 +91,7 @@ inline Ints DotWords(Ints acc, Words a, Words b) { TTSK_QUADS(vaddq_s32(acc.q[i]
 inline void StoreRounded(int16_t* p, Vec a) {
   for (int i = 0; i < 4; ++i) vst1_s16(p + 4 * i, vmovn_s32(vcvtnq_s32_f32(a.q[i])));
 }
+inline Words LoadBytes(const int8_t* p) { TTSK_QUADS(vmovl_s8(vld1_s8(p + 8 * i))) }
 inline void WidenBytes(const int8_t* from, int16_t* to) {
   for (int i = 0; i < 4; ++i) vst1q_s16(to + 8 * i, vmovl_s8(vld1_s8(from + 8 * i)));
 }

@@ -100,7 +100,11 @@ inline Words BroadcastWords(const int16_t* pair) {
   return r;
 }
 inline Ints DotWords(Ints acc, Words a, Words b) {
-  for (int i = 0; i < 16; ++i) acc.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+  for (int i = 0; i < 16; ++i) {  // unsigned: unused slots may hold anything, and what overflows is not read
+    const uint32_t even = static_cast<uint32_t>(a.v[2 * i] * b.v[2 * i]);
+    const uint32_t odd = static_cast<uint32_t>(a.v[2 * i + 1] * b.v[2 * i + 1]);
+    acc.v[i] = static_cast<int32_t>(static_cast<uint32_t>(acc.v[i]) + (even + odd));
+  }
   return acc;
 }
 inline void StoreRounded(int16_t* p, Vec a) {
@@ -108,6 +112,11 @@ inline void StoreRounded(int16_t* p, Vec a) {
 }
 inline void WidenBytes(const int8_t* from, int16_t* to) {
   for (int i = 0; i < 32; ++i) to[i] = from[i];
+}
+inline Words LoadBytes(const int8_t* p) {
+  Words r;
+  WidenBytes(p, r.v);
+  return r;
 }
 #undef TTSK_LANES
 

@@ -62,6 +62,7 @@ MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
+Kv = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps K and V; int8 is the smallest.")]
 Weights = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps matrices; int8 is the smallest.")]
 Speculate = Annotated[
     str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")
@@ -119,6 +120,7 @@ def solve(
     kv_gib: KvGib = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    kv: Kv = "auto",
     speculate: Speculate = "sure",
     plot: Annotated[Path | None, typer.Option(help="Draw the tree to this SVG or PNG file.")] = None,
     as_json: AsJson = False,
@@ -144,7 +146,7 @@ def solve(
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, speculate=speculate,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, kv=kv, speculate=speculate,
         )  # fmt: skip
         records, interrupted = [], False
         try:
@@ -255,6 +257,7 @@ def evaluate(
     kv_gib: KvGib = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    kv: Kv = "auto",
     speculate: Speculate = "sure",
     concurrency: Concurrency = 8,
     results: Annotated[Path, typer.Option(help="Folder of result files; run again to continue.")] = Path(
@@ -286,7 +289,7 @@ def evaluate(
         problems = load_problems(problem_file, limit)
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, speculate=speculate,
+            prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, kv=kv, speculate=speculate,
             keep_prompts=False,  # what a strategy costs must not depend on which came before it
         )  # fmt: skip
 
@@ -327,6 +330,7 @@ def score(
     kv_gib: KvGib = None,
     device: Device = "cpu",
     weights: Weights = "auto",
+    kv: Kv = "auto",
     concurrency: Concurrency = 4,
     as_json: AsJson = False,
 ) -> None:
@@ -341,7 +345,7 @@ def score(
         kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
         loaded = load_verifier(
             verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device,
-            weights=weights,
+            weights=weights, kv=kv,
         )
         try:
             with progress_bar("solutions", err) as progress:

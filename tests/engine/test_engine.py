@@ -54,13 +54,14 @@ def test_problems_together_equal_problems_alone(engine, cpu_extension):
     assert leaked(engine) == 0
 
 
-def test_a_quarter_of_the_memory_changes_nothing_but_time(folders, cpu_extension):
+@pytest.mark.parametrize("kv", ["float", "int8"])
+def test_a_quarter_of_the_memory_changes_nothing_but_time(folders, kv, cpu_extension):
     searches = dict(width=4, keep=3, depth=4)
-    roomy = make_engine(*folders)
+    roomy = make_engine(*folders, kv=kv)
     expected = [Search(roomy, p, seed=5, **searches).run() for p in prompts(8)]
     peak = roomy.budget.peak_bytes
     roomy.shutdown()
-    tight = make_engine(*folders, kv_bytes=peak // 4)
+    tight = make_engine(*folders, kv_bytes=peak // 4, kv=kv)
     together = [Search(tight, p, seed=5, **searches) for p in prompts(8)]
     assert run_together(together) == expected
     assert tight.budget.peak_bytes <= peak // 4

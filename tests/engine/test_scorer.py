@@ -20,8 +20,8 @@ def folder(tmp_path_factory):
     return folder
 
 
-def engine_of(folder, dtype=torch.float32, impl="auto", kv_bytes=1 << 26):
-    return Engine(None, load_model(folder, dtype, impl), kv_bytes=kv_bytes)
+def engine_of(folder, dtype=torch.float32, impl="auto", kv_bytes=1 << 26, kv="auto"):
+    return Engine(None, load_model(folder, dtype, impl, kv=kv), kv_bytes=kv_bytes)
 
 
 @pytest.fixture
@@ -68,14 +68,15 @@ def random_ids(rng, least=1, most=40):
     return [rng.randrange(8, 131) for _ in range(rng.randint(least, most))]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype, kv", [(torch.float32, "float"), (torch.bfloat16, "float"), (torch.bfloat16, "int8")])
 @pytest.mark.parametrize("tokens", [100_000, 400])
 @pytest.mark.parametrize("seed", range(3))
-def test_random_walks_give_the_bits_of_independent_chains(folder, seed, dtype, tokens, cpu_extension):
+def test_random_walks_give_the_bits_of_independent_chains(folder, seed, dtype, kv, tokens, cpu_extension):
     """Jobs at once, rolled back anywhere, cancelled, released, under a budget that holds one path and little more."""
     rng = random.Random(seed)
-    model = load_model(folder, dtype)
-    walk, plain = engine_of(folder, dtype, kv_bytes=tokens * model.kv_bytes_per_token), engine_of(folder, dtype)
+    model = load_model(folder, dtype, kv=kv)
+    walk = engine_of(folder, dtype, kv_bytes=tokens * model.kv_bytes_per_token, kv=kv)
+    plain = engine_of(folder, dtype, kv=kv)
     cuts = record_cuts(walk)
     sessions = [walk.open(None, PROMPT[: 7 + 6 * i]) for i in range(2)]
     held = {session: [] for session in sessions}  # (node, its ids from the first one)

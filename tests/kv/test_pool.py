@@ -18,6 +18,26 @@ def test_layout(dtype, k_shape, v_shape):
     assert pool.page_bytes * 5 == pool.k.nbytes + pool.v.nbytes
 
 
+@pytest.mark.parametrize("form, element", [("int16", torch.int16), ("int8", torch.int8)])
+def test_fixed_point_layout(form, element):
+    pool = PagePool(2, 3, 64, 5, torch.bfloat16, v_dim=48, form=form)
+    size = element.itemsize
+    assert pool.k.shape == (2, 5, 3, 16 * 64 + 64 // size) and pool.v.shape == (2, 5, 3, 16 * 48 + 64 // size)
+    assert pool.k.dtype == pool.v.dtype == element and (pool.dtype, pool.form) == (torch.bfloat16, form)
+    assert pool.page_bytes == 2 * 3 * 16 * ((64 + 48) * size + 8)
+
+
+def test_forms_that_do_not_exist():
+    for options, message in [
+        ({"form": "int4"}, "form must be one of .*got 'int4'"),
+        ({"form": "int8", "strided": True}, "'float' for strided pages or on a GPU, got 'int8'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            PagePool(1, 1, 64, 4, torch.bfloat16, **options)
+    with pytest.raises(ValueError, match="head_dim must be even for int16 pages, got 5"):
+        PagePool(1, 1, 5, 4, torch.float32, form="int16")
+
+
 def test_take_and_give():
     budget = ByteBudget(10**9)
     pool = PagePool(1, 1, 4, 8, torch.float32, budget)

@@ -9,6 +9,7 @@ from trees import expected, stack, walk
 from ttskernels import available
 from ttskernels.models import Model, load_checkpoint, load_model
 from ttskernels.models.decoder import PythonDecoder
+from ttskernels.models.model import with_kv
 from ttskernels.ops.rms_norm import rms_norm
 
 VOCAB = 131
@@ -21,10 +22,10 @@ def load(request):
     if reason := available(impl.removesuffix("-ops")):
         pytest.skip(reason)
 
-    def load(folder, dtype):
+    def load(folder, dtype, kv="float"):
         if impl != "cpu-ops":
-            return load_model(folder, dtype, impl)
-        checkpoint = load_checkpoint(folder, dtype)
+            return load_model(folder, dtype, impl, kv=kv)
+        checkpoint = with_kv(load_checkpoint(folder, dtype), kv, impl)
         return Model(checkpoint, PythonDecoder(checkpoint.config, checkpoint.weights, "cpu"), "cpu")
 
     return load
@@ -45,17 +46,21 @@ def test_fp32(variant, load, tmp_path):
 
 
 LOW_PRECISION = [
-    *((variant, torch.bfloat16) for variant in VARIANTS),
-    ("llama_rope3_bias", torch.float16),
-    ("qwen3", torch.float16),
+    *((variant, torch.bfloat16, "float") for variant in VARIANTS),
+    ("llama_rope3_bias", torch.float16, "float"),
+    ("qwen3", torch.float16, "float"),
+    *((variant, torch.bfloat16, "int16") for variant in VARIANTS),
 ]
 
 
-@pytest.mark.parametrize("variant, dtype", LOW_PRECISION)
-def test_low_precision(variant, dtype, load, tmp_path):
-    """Largest and root-mean-square error over three walks: one row's largest error alone is a matter of luck."""
+@pytest.mark.parametrize("variant, dtype, kv", LOW_PRECISION)
+def test_low_precision(variant, dtype, kv, load, tmp_path):
+    """Largest and root-mean-square error over three walks: one row's largest error alone is a matter of luck.
+
+    K and V in int16 are no further from the exact ones than bf16 ones may be.
+    """
     write_tiny(tmp_path, variant)
-    model = load(tmp_path, dtype)
+    model = load(tmp_path, dtype, kv)
     seen = [row for seed in range(3) for row in walk(model, VOCAB, seed)]
     low = hugging_face(tmp_path, dtype)
     theirs = expected(lambda ids: low(ids).logits, seen).double()
@@ -75,3 +80,15 @@ def test_hidden_rows_of_a_verifier(variant, load, tmp_path):
     exact = expected(lambda ids: trunk(ids).last_hidden_state, seen)
     ours = rms_norm(stack(seen), model.norm, model.config.rms_eps)
     assert (ours - exact).abs().max() / exact.std() <= 1e-4
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral_window", "qwen3"])
+def test_int8_pages_of_every_implementation(variant, load, tmp_path):
+    """What rounding K and V costs is one thing; an implementation may add a quarter of it to the reference's."""
+    write_tiny(tmp_path, variant)
+    models = [load(tmp_path, torch.float32, "int8")]
+    models += [load_model(tmp_path, torch.float32, "reference", kv=kv) for kv in ("int8", "float")]
+    ours, rounded, exact = (stack([row for seed in range(3) for row in walk(model, VOCAB, seed)]) for model in models)
+    cost = (rounded - exact).square().mean().sqrt()
+    assert 0 < cost <= 0.05 * exact.std()
+    assert (ours - rounded).square().mean().sqrt() <= cost / 4

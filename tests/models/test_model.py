@@ -9,7 +9,8 @@ from trees import Tree
 from ttskernels import available
 from ttskernels.errors import UnavailableError
 from ttskernels.kv import ByteBudget
-from ttskernels.models import load_model
+from ttskernels.models import load_checkpoint, load_model
+from ttskernels.models.model import with_kv
 
 VOCAB = 131
 
@@ -119,6 +120,32 @@ def test_pool_and_costs(model):
     pool = model.new_pool(4, budget)
     assert pool.page_bytes == 16 * model.kv_bytes_per_token and pool.budget is budget
     assert model.flops(9) == model.config.flops(9)
+
+
+@pytest.mark.parametrize("kv, size", [("int16", 2), ("int8", 1)])
+def test_fixed_point_pools_and_costs(impl, tmp_path, kv, size):
+    write_tiny(tmp_path, "llama")
+    model, plain = load_model(tmp_path, torch.bfloat16, impl, kv=kv), load_model(tmp_path, torch.bfloat16, impl, kv="float")
+    c, pool = model.config, model.new_pool(4)
+    assert pool.form == kv and pool.k.dtype.itemsize == size
+    assert model.kv_bytes_per_token == 2 * c.layers * c.kv_heads * (c.head_dim * size + 4)
+    assert pool.page_bytes == 16 * model.kv_bytes_per_token
+    assert model.heads.kv_bytes == size + 4 / c.head_dim and plain.heads.kv_bytes == 2
+    assert load_model(tmp_path, torch.float32, impl).new_pool(4).form == "float"
+    tree = Tree(model)
+    node = tree.forest.add(None, [1, 2, 3])
+    tree.forest.reserve([node], 0)
+    rows = torch.tensor([1, 2, 3], dtype=torch.int32), tree.plan([(node, 0, 3)]), plain.new_pool(4), torch.tensor([2]).int()
+    with pytest.raises(ValueError, match=f"pool must have .* form '{kv}', got .* form 'float'; take it from model.new_pool"):
+        model.forward(*rows)
+
+
+def test_what_kv_may_be(tmp_path):
+    write_tiny(tmp_path, "llama")
+    with pytest.raises(ValueError, match="kv must be one of .*'int16', 'int8'.*, got 'int4'"):
+        load_model(tmp_path, kv="int4")
+    with pytest.raises(ValueError, match="""kv must be "auto" or "float" on a GPU, got 'int8'"""):
+        with_kv(load_checkpoint(tmp_path), "int8", "triton")
 
 
 def test_verifier_has_no_vocabulary_head(impl, tmp_path):

@@ -19,14 +19,15 @@ from ttskernels.models.native import NativeDecoder
 from ttskernels.ops.sample import sample
 
 VOCAB = 131
+KV = ["float", "int16", "int8"]
 IDS = [(7 * i * i + 3 * i + 5) % VOCAB for i in range(45)]
 
 
 @pytest.fixture
 def native(isa, tmp_path):
-    def load(variant="qwen3", dtype=torch.bfloat16):
+    def load(variant="qwen3", dtype=torch.bfloat16, kv="float"):
         write_tiny(tmp_path, variant)
-        return load_model(tmp_path, dtype, "cpu")
+        return load_model(tmp_path, dtype, "cpu", kv=kv)
 
     return load
 
@@ -42,9 +43,11 @@ def greedy(rows):
 
 
 @pytest.mark.parametrize("variant", ["llama_smollm2", "mistral_window", "qwen2", "qwen3"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype):
-    model = native(variant, dtype)
+@pytest.mark.parametrize(
+    "dtype, kv", [(torch.float32, "float"), (torch.bfloat16, "float"), (torch.bfloat16, "int16"), (torch.bfloat16, "int8")]
+)
+def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype, kv):
+    model = native(variant, dtype, kv)
     _, _, whole = prefill(model, IDS)
     for cut in (1, 16, 44):
         tree, node, first = prefill(model, IDS[:cut])
@@ -52,8 +55,9 @@ def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype):
         assert torch.equal(torch.cat([first, tree.run([node])]), whole), f"cut at {cut}"
 
 
-def test_row_alone_equals_row_in_a_batch(native):
-    model = native()
+@pytest.mark.parametrize("kv", KV)
+def test_row_alone_equals_row_in_a_batch(native, kv):
+    model = native(kv=kv)
     alone = prefill(model, IDS)[2]
     tree = Tree(model)
     others = [tree.forest.add(None, [(i * j + 1) % VOCAB for j in range(n)]) for i, n in enumerate((3, 33, 18))]
@@ -62,8 +66,9 @@ def test_row_alone_equals_row_in_a_batch(native):
     assert torch.equal(batch[-len(IDS) :], alone)
 
 
-def test_evicted_and_recomputed_is_the_same_bits(native):
-    model = native()
+@pytest.mark.parametrize("kv", KV)
+def test_evicted_and_recomputed_is_the_same_bits(native, kv):
+    model = native(kv=kv)
     tree, root, _ = prefill(model, IDS[:30])
     step, other = tree.forest.fork(root, 2)
     tree.grow(step, IDS[30:40])
@@ -85,12 +90,12 @@ LAST_LAYER = {  # columns of q are no multiple of 64, with biases; sliding windo
 }
 
 
-@pytest.mark.parametrize("python", [False, True])
+@pytest.mark.parametrize("python, kv", [(False, "float"), (True, "float"), (False, "int8"), (True, "int16")])
 @pytest.mark.parametrize("variant", LAST_LAYER)
-def test_out_rows_are_rows_of_the_full_result(isa, tmp_path, variant, python):
+def test_out_rows_are_rows_of_the_full_result(isa, tmp_path, variant, python, kv):
     """The last layer runs for the read rows alone: the bits of each, and the K, V of all rows, stay the same."""
     write_tiny(tmp_path, variant, **LAST_LAYER[variant])
-    model = load_model(tmp_path, torch.bfloat16, "cpu")
+    model = load_model(tmp_path, torch.bfloat16, "cpu", kv=kv)
     if python:
         model._decoder = PythonDecoder(model.config, load_checkpoint(tmp_path, torch.bfloat16).weights, "cpu")
 
@@ -111,8 +116,9 @@ def test_out_rows_are_rows_of_the_full_result(isa, tmp_path, variant, python):
     assert torch.equal(run([22] * 30)[0], every[[22] * 30])  # more reads than rows
 
 
-def test_thread_count_does_not_matter(native):
-    model, lib = native(), _dispatch.library()
+@pytest.mark.parametrize("kv", KV)
+def test_thread_count_does_not_matter(native, kv):
+    model, lib = native(kv=kv), _dispatch.library()
     threads, results = lib.ttsk_num_threads(), []
     try:
         for n in (1, 2, 3):
@@ -150,8 +156,9 @@ class Loop:
         )  # fmt: skip
 
 
-def test_decode_is_prefill_of_its_own_tokens(native):
-    loop = Loop(native())
+@pytest.mark.parametrize("kv", KV)
+def test_decode_is_prefill_of_its_own_tokens(native, kv):
+    loop = Loop(native(kv=kv))
     first = int(loop.ids[0])
     assert loop.run() == 6
     tree, node, _ = prefill(loop.model, IDS[:20])  # the same chain of nodes: prompt, then the leaf at once
@@ -200,6 +207,16 @@ def test_non_finite_logits_name_the_row(native, tmp_path):
         loop.run(NativeDecoder(model.config, damaged, True))
 
 
+def test_what_overflows_is_an_error_in_fixed_point_as_well(native, tmp_path):
+    """V of a damaged layer is infinite, its scale NaN: so is all that attention reads."""
+    model = native(kv="int8")
+    weights = load_checkpoint(tmp_path, torch.bfloat16).weights
+    name = "model.layers.0.self_attn.v_proj.weight"
+    damaged = weights | {name: torch.full_like(weights[name], torch.inf)}
+    with pytest.raises(ValueError, match="logits of row 0 are not finite after 0 iterations"):
+        Loop(model).run(NativeDecoder(model.config, damaged, True))
+
+
 def test_handles_are_freed(native):
     model = native()
     decoder = model._decoder
@@ -242,6 +259,9 @@ def test_broken_calls_raise(native):
         forward(*args(loop)[:3], torch.zeros_like(loop.plan.buffer), loop.ids, rows, 0, hidden)
     with pytest.raises(RuntimeError, match="pools must"):
         forward(args(loop)[0], loop.tree.pool.k[:1], loop.tree.pool.v[:1], *args(loop)[3:], rows, 0, hidden)
+    ints = torch.zeros(2, 64, 2, 16 * 64, dtype=torch.int8)  # without room for the scales
+    with pytest.raises(RuntimeError, match="pools must be contiguous fixed-point pools of this model"):
+        forward(args(loop)[0], ints, ints, *args(loop)[3:], rows, 0, hidden)
     loop.next_state[:] = 2
     with pytest.raises(RuntimeError, match="next_state leads to state 2, it has 2 states"):
         decode(*decode_args(loop))
@@ -255,8 +275,9 @@ def test_broken_calls_raise(native):
         decode(*decode_args(loop))
 
 
-def test_opcheck(native):
-    model = native("llama")
+@pytest.mark.parametrize("kv", KV)
+def test_opcheck(native, kv):
+    model = native("llama", kv=kv)
     loop = Loop(model)
     first = [model._decoder._handle, loop.tree.pool.k, loop.tree.pool.v, loop.plan.buffer, loop.ids]
     for rows, plan in (([0, 1], None), ([1], loop.plan.of_rows([1]).buffer)):

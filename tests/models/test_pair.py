@@ -28,13 +28,14 @@ def hidden_of(model, rows):
     return model.forward(torch.tensor(IDS, dtype=torch.int32), plan, forest.pool, torch.tensor(rows, dtype=torch.int32), "hidden")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_each_model_runs_as_if_alone(folders, dtype, cpu_extension):
+@pytest.mark.parametrize("dtype, kv", [(torch.float32, "float"), (torch.bfloat16, "float"), (torch.bfloat16, "int8")])
+def test_each_model_runs_as_if_alone(folders, dtype, kv, cpu_extension):
     (first, second), _ = folders
-    pair = load_pair(first, second, dtype)
-    alone = [hidden_of(load_model(folder, dtype), [0, 5, 36]) for folder in (first, second)]
+    pair = load_pair(first, second, dtype, kv=kv)
+    alone = [hidden_of(load_model(folder, dtype, kv=kv), [0, 5, 36]) for folder in (first, second)]
     assert torch.equal(hidden_of(pair, [0, 5, 36]), torch.cat(alone, 1))
-    assert pair.kv_bytes_per_token == 2 * load_model(first, dtype).kv_bytes_per_token
+    assert pair.kv_bytes_per_token == 2 * load_model(first, dtype, kv=kv).kv_bytes_per_token
+    assert pair.new_pool(3).page_bytes == 16 * pair.kv_bytes_per_token
     assert pair.flops(8, 3) == 2 * load_model(first, dtype).config.flops(8, 3, "hidden")
 
 
@@ -89,6 +90,9 @@ def test_what_does_not_fit(folders, tmp_path):
         load_pair(first, tmp_path / "classifier", torch.float32)
     with pytest.raises(ValueError, match="second must be a language model with its vocabulary head"):
         PairModel(load_model(first, torch.float32), load_model(tmp_path / "classifier", torch.float32))
+    forms = (load_model(folder, torch.float32, kv=kv) for folder, kv in ((first, "int8"), (second, "float")))
+    with pytest.raises(ValueError, match="kv_form is int8 in the first and float in the second"):
+        PairModel(*forms)
     with pytest.raises(ValueError, match="impl must be one of"):
         load_pair(first, second, torch.float32, "magic")
 

@@ -10,6 +10,13 @@ struct Options {
   int64_t q_heads, kv_heads, dim, v_dim;
   DType type;
   bool packed, deep;
+  KvForm form;
+};
+
+// What a fixed-point row may add (tests/support/attention.py derives it): a rounded q moves scores by at most `moved`, and a
+// rounded weight is off by at most half a step of the largest.
+struct Rounded {
+  double moved = 0, largest = 0;
 };
 
 void RunCase(Checks& check, Random& random, const Options& o) {
@@ -17,19 +24,23 @@ void RunCase(Checks& check, Random& random, const Options& o) {
   const Tree tree = RandomTree(random, page_size, o.deep);
   const std::vector<int32_t> plan = BuildPlan(tree.Packed(), RandomCosts(random, o.q_heads / o.kv_heads));
   const int64_t rows = static_cast<int64_t>(tree.row_node.size());
-  check.what = Text("%lld rows of %d nodes, %lld/%lld heads x %lld/%lld, %s, packed %d", static_cast<long long>(rows),
+  check.what = Text("%lld rows of %d nodes, %lld/%lld heads x %lld/%lld, %s, %s pages, packed %d", static_cast<long long>(rows),
                     static_cast<int>(tree.parent.size()), static_cast<long long>(o.q_heads),
                     static_cast<long long>(o.kv_heads), static_cast<long long>(o.dim), static_cast<long long>(o.v_dim),
-                    NameOf(o.type), o.packed);
+                    NameOf(o.type), NameOf(o.form), o.packed);
   int32_t used = 0;
   for (const int32_t page : tree.pages) used = std::max(used, page + 1);
-  Pages k(o.type, used, page_size, o.kv_heads, o.dim, o.packed, true), v(o.type, used, page_size, o.kv_heads, o.v_dim, o.packed, false);
+  Pages k(o.type, used, page_size, o.kv_heads, o.dim, o.packed, true, o.form);
+  Pages v(o.type, used, page_size, o.kv_heads, o.v_dim, o.packed, false, o.form);
   for (int32_t node = 0; node < static_cast<int32_t>(tree.parent.size()); ++node) {
     for (int32_t t = 0; t < tree.length[node]; ++t) {
       const Place at = tree.Of(node, tree.Pos0(node) + t);
       for (int64_t h = 0; h < o.kv_heads; ++h) {
-        for (int64_t d = 0; d < o.dim; ++d) k.array.Set(k.Index(at.page, at.slot, h, d), random.Normal());
-        for (int64_t d = 0; d < o.v_dim; ++d) v.array.Set(v.Index(at.page, at.slot, h, d), random.Normal());
+        for (Pages* pages : {&k, &v}) {
+          std::vector<double> values(pages->dim);
+          for (double& value : values) value = random.Normal();
+          pages->Put(at.page, at.slot, h, values);
+        }
       }
     }
   }
@@ -38,7 +49,7 @@ void RunCase(Checks& check, Random& random, const Options& o) {
   Array lse(DType::kFloat32, rows * o.q_heads), sinks = Array::Normal(DType::kFloat32, o.q_heads, random);
   const bool sunk = random.Chance(0.3);
   TreeAttentionParams p{};
-  p.q = q.data(), p.out = out.data(), p.lse = lse.floats(), p.k = k.array.data(), p.v = v.array.data(), p.plan = plan.data();
+  p.q = q.data(), p.out = out.data(), p.lse = lse.floats(), p.k = k.data(), p.v = v.data(), p.form = o.form, p.plan = plan.data();
   p.rows = rows, p.q_heads = o.q_heads, p.kv_heads = o.kv_heads, p.head_dim = o.dim, p.v_dim = o.v_dim;
   p.q_stride = q_stride, p.out_stride = out_stride, p.dtype = o.type, p.packed = o.packed;
   p.k_strides = k.strides(), p.v_strides = v.strides(), p.scale = static_cast<float>(1 / std::sqrt(o.dim));
@@ -52,30 +63,44 @@ void RunCase(Checks& check, Random& random, const Options& o) {
     for (int64_t h = 0; h < o.q_heads; ++h) {
       const int64_t kv_head = h / (o.q_heads / o.kv_heads);
       std::vector<double> score, want(o.v_dim, 0.0), magnitude(o.v_dim, 0.0);
-      double top = sunk ? sinks.Get(h) : -HUGE_VAL, total = 0;
+      double top = sunk ? sinks.Get(h) : -HUGE_VAL, total = 0, most_q = 0;
+      for (int64_t d = 0; d < o.dim; ++d) most_q = std::max(most_q, std::fabs(q.Get(r * q_stride + h * o.dim + d)));
+      const double fits = std::floor(2147483647.0 / (MostOf(o.form) * static_cast<double>(o.dim)));
+      const double step_q = o.form == KvForm::kFloat ? 0.0 : most_q / std::min(fits, 32767.0);
+      Rounded rounded;
       for (int32_t t = first; t <= pos; ++t) {
         const Place at = tree.Of(tree.row_node[r], t);
-        double s = 0;
-        for (int64_t d = 0; d < o.dim; ++d) s += q.Get(r * q_stride + h * o.dim + d) * k.Get(at.page, at.slot, kv_head, d);
+        double s = 0, keys = 0;
+        for (int64_t d = 0; d < o.dim; ++d) {
+          const double key = k.Get(at.page, at.slot, kv_head, d);
+          s += q.Get(r * q_stride + h * o.dim + d) * key, keys += std::fabs(key);
+        }
+        rounded.moved = std::max(rounded.moved, step_q / 2 * keys * p.scale);
         s *= p.scale;
         if (p.softcap != 0) s = p.softcap * std::tanh(s / p.softcap);
         score.push_back(s), top = std::max(top, s);
       }
       for (const double s : score) total += std::exp(s - top);
       if (sunk) total += std::exp(sinks.Get(h) - top);
+      std::vector<double> integers(o.v_dim, 0.0);
       for (int32_t t = first; t <= pos; ++t) {
         const Place at = tree.Of(tree.row_node[r], t);
         const double weight = std::exp(score[t - first] - top) / total;
+        const double v_scale = o.form == KvForm::kFloat ? 1.0 : v.Scale(at.page, at.slot, kv_head);
+        rounded.largest = std::max(rounded.largest, weight * v_scale);
         for (int64_t d = 0; d < o.v_dim; ++d) {
           const double value = v.Get(at.page, at.slot, kv_head, d);
-          want[d] += weight * value, magnitude[d] += weight * std::fabs(value);
+          want[d] += weight * value, magnitude[d] += weight * std::fabs(value), integers[d] += std::fabs(value) / v_scale;
         }
       }
-      const double relative = 2e-5 + (rounded_weights ? 0x1p-8 : 0.0);
+      const double grown = std::exp(2 * rounded.moved), most_p = o.form == KvForm::kInt16 ? 8191 : 32767;
+      const double half = o.form == KvForm::kFloat ? 0.0 : grown * rounded.largest / most_p / 2;
+      const double relative = 2e-5 + (rounded_weights && o.form == KvForm::kFloat ? 0x1p-8 : 0.0) + grown - 1;
       for (int64_t d = 0; d < o.v_dim; ++d) {
-        check.Near(d, out.Get(r * out_stride + h * o.v_dim + d), want[d], relative * magnitude[d] + Rounding(o.type) * std::fabs(want[d]) + 1e-7);
+        check.Near(d, out.Get(r * out_stride + h * o.v_dim + d), want[d],
+                   relative * magnitude[d] + half * integers[d] + Rounding(o.type) * std::fabs(want[d]) + 1e-7);
       }
-      check.Near(h, lse.Get(r * o.q_heads + h), top + std::log(total), 3e-5);
+      check.Near(h, lse.Get(r * o.q_heads + h), top + std::log(total), 3e-5 + rounded.moved);
     }
     for (int64_t d = o.q_heads * o.v_dim; d < out_stride; ++d) check.Equal(d, out.Get(r * out_stride + d), kNan);
   }
@@ -88,9 +113,16 @@ TTSK_TEST(tree_attention) {
   for (int i = 0; i < 30; ++i) {
     const auto [q_heads, kv_heads] = heads[random.Below(5)];
     const int64_t dim = 16 * random.Between(1, 6);
-    RunCase(check, random, {q_heads, kv_heads, dim, random.Chance(0.7) ? dim : 48, AnyType(random), random.Chance(0.6), false});
+    const KvForm form = random.Pick({KvForm::kFloat, KvForm::kFloat, KvForm::kInt16, KvForm::kInt8});
+    const bool packed = form != KvForm::kFloat || random.Chance(0.6);
+    RunCase(check, random, {q_heads, kv_heads, dim, random.Chance(0.7) ? dim : 48, AnyType(random), packed, false, form});
   }
-  for (const DType type : {DType::kFloat32, DType::kBFloat16}) RunCase(check, random, {4, 2, 32, 32, type, true, true});
+  for (const DType type : {DType::kFloat32, DType::kBFloat16}) {
+    RunCase(check, random, {4, 2, 32, 32, type, true, true, KvForm::kFloat});
+  }
+  for (const KvForm form : {KvForm::kInt16, KvForm::kInt8}) {
+    RunCase(check, random, {4, 2, 32, 32, DType::kBFloat16, true, true, form});
+  }
 }
 
 }  // namespace ttsk::testing

@@ -74,6 +74,109 @@ def test_rope_append(isa, dtype, from_float32, rows, q_heads, kv_heads, head_dim
     check(make(rows, q_heads, kv_heads, head_dim, dtype, in_dtype, **options))
 
 
+FORMS = list(layout.FIXED)
+
+
+def poisoned(args, form):
+    """The same call with fixed-point pages whose bytes are 0xff: integers -1, scales NaN."""
+    *args, k_pages, v_pages = args
+    kept, pages = layout.FIXED[form], k_pages.shape[0]
+    made = [
+        torch.full((pages, x.shape[1], layout.fixed_run(x.shape[2], kept)), -1, dtype=kept) for x in (args[1], args[2])
+    ]
+    return (*args, *made)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "rows, kv_heads, head_dim, options",
+    [
+        (0, 1, 64, {}),
+        (1, 3, 64, {}),
+        (17, 2, 80, {"norm": True}),
+        (23, 1, 128, {"pairs": 16}),
+        (6, 2, 96, {"pairs": 20, "norm": True, "v_dim": 40}),
+        (300, 2, 64, {}),
+    ],
+)
+def test_fixed_point_pages(isa, form, dtype, rows, kv_heads, head_dim, options):
+    """Within half a step of the exact values (and what float32 arithmetic itself costs); other slots keep every byte."""
+    exact_args = make(rows, 2 * kv_heads, kv_heads, head_dim, torch.float32, dtype, **options)
+    norms = [n if n is None else n.to(dtype) for n in exact_args[7:9]]
+    exact_args = (*exact_args[:7], *norms, *exact_args[9:])
+    args = poisoned(exact_args, form)
+    q = torch.ops.ttskernels.rope_append(*args)
+    wide = tuple(t if t is None else t.to(dtype).float() for t in exact_args[:3]), exact_args[3:]
+    exact = run(reference.rope_append, to_nhd_float64((*wide[0], *wide[1])))
+    low = run(reference.rope_append, (*wide[0], *wide[1]))
+    assert_within_budget(q, exact[0], low[0].to(dtype))
+    same, other = poisoned(exact_args, form), layout.MOST[layout.FIXED[form]]
+    reference.rope_append(*same)
+    for i, keys in ((0, True), (1, False)):
+        true, own = exact[1 + i], low[1 + i]
+        written = ~true.isnan().any(-1)
+        values, scales = layout.fixed_parts(args[-2:][i], keys=keys)
+        got = layout.to_nhd_fixed(*args[-2:], torch.float64)[i]
+        untouched = (values.flatten(3) if keys else values.flatten(1, 2))[~written]
+        assert torch.equal(scales.isnan(), ~written) and untouched.eq(-1).all()
+        if not written.any():
+            continue
+        worst = (own.double() - true)[written].abs().max()
+        step = true.abs().amax(-1, keepdim=True) / other
+        error = (got - true).abs()[written]
+        assert (error <= (0.5 + 2**-10) * step[written] + 2 * worst + 1e-12).all()
+        theirs = layout.fixed_parts(same[-2:][i], keys=keys)
+        assert (values[values != -1].int() - theirs[0][values != -1].int()).abs().max() <= 1
+        torch.testing.assert_close(scales, theirs[1], equal_nan=True, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fixed_point_of_what_is_not_a_number_or_nothing(isa, form):
+    args = make(8, 2, 1, 64, torch.float32)
+    args[6][:] = torch.arange(8, dtype=torch.int32)
+    for x in args[1:3]:
+        x[0, 0, 5], x[1, 0, 6], x[2], x[3] = float("nan"), float("-inf"), 0.0, 1e-38
+    pools = poisoned(args, form)
+    torch.ops.ttskernels.rope_append(*pools)
+    for pages, keys in ((pools[-2], True), (pools[-1], False)):
+        values, scales = layout.fixed_parts(pages, keys=keys)
+        values = (values.flatten(3) if keys else values.flatten(1, 2))[0, :4]
+        assert (values == 0).all() and scales[0, :2].isnan().all() and (scales[0, 2:4] == 0).all()
+        assert (scales[0, 4:8] > 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_fixed_point_op(cpu_extension, form):
+    """Rows of 1 and 2 threads, the public op at both implementations, and what it refuses."""
+    args = poisoned(make(300, 4, 2, 64, torch.bfloat16, norm=True), form)
+    lib = _dispatch.library()
+    before, results = lib.ttsk_num_threads(), []
+    try:
+        for threads in (1, 2):
+            lib.ttsk_set_num_threads(threads)
+            pages = [t.clone() for t in args[-2:]]
+            results.append((torch.ops.ttskernels.rope_append(*args[:-2], *pages), *pages))
+    finally:
+        lib.ttsk_set_num_threads(before)
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+    names = ("q_norm", "k_norm", "eps")
+    options = dict(zip(names, args[7:10], strict=True)) | {"rope_scale": args[4]}
+    for impl in ("cpu", "reference"):
+        q = rope_append(*args[:4], *args[5:7], *(t.clone() for t in args[-2:]), impl=impl, **options)
+        assert q.dtype == torch.bfloat16
+        torch.testing.assert_close(q, results[0][0])
+    small = poisoned(make(4, 4, 2, 64, torch.bfloat16), form)
+    torch.library.opcheck(torch.ops.ttskernels.rope_append.default, (*small[:-2], *(torch.zeros_like(t) for t in small[-2:])))
+    with pytest.raises(ValueError, match=r"the pages must be \('pages', 2, \d+\) and \('pages', 2, \d+\), got"):
+        rope_append(*args[:4], *args[5:7], args[-2][:, :, 1:], args[-1])
+    with pytest.raises(ValueError, match=r"q_norm must be torch.bfloat16 \[64\]"):
+        rope_append(*args[:4], *args[5:7], *args[-2:], q_norm=torch.ones(64))
+    with pytest.raises(RuntimeError, match=r"slots\[0\] is 9999"):
+        rope_append(*small[:4], small[5], torch.tensor([9999, 0, 1, 2], dtype=torch.int32), *small[-2:], impl="cpu")
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_strided_pages(isa, dtype):
     args = make(11, 4, 2, 64, dtype, packed=False)

@@ -1,4 +1,4 @@
-"""Inputs of tree_attention over test forests, the exact result and PyTorch's own."""
+"""Inputs of tree_attention over test forests, the exact result, PyTorch's own, and what fixed-point pages may add to it."""
 
 import torch
 from budget import to_float64
@@ -53,3 +53,60 @@ def sdpa(q, k, v, plan, scale, window=0, copies=16):
                 enable_gqa=True,
             )[:, 0]
     return out
+
+
+def make_fixed(trees, q_heads, kv_heads, head_dim, dtype, form, v_dim=None):
+    """As `make`, with fixed-point pools: unused slots hold the smallest integers, and NaN scales."""
+    q, k, v = make(trees, q_heads, kv_heads, head_dim, dtype, v_dim, packed=False, kv_dtype=torch.float32)
+    return q, *fixed_pools(trees, k, v, form)
+
+
+def fixed_pools(trees, k, v, form):
+    """Pools of float32 NHD tensors, whose unused slots are NaN."""
+    pools = layout.from_nhd_fixed(k, v, layout.FIXED[form])
+    used = torch.zeros(trees.num_pages, 16, dtype=torch.bool)
+    used[tuple(torch.tensor(sorted(trees.used_slots())).T)] = True
+    page, slot = (~used).nonzero().T
+    least = torch.iinfo(pools[0].dtype).min
+    layout.fixed_parts(pools[0], keys=True)[0][page, slot] = least
+    layout.fixed_parts(pools[1], keys=False)[0][page, slot // 2, slot % 2] = least
+    return pools
+
+
+def fixed_bounds(q, k, v, plan, scale, softcap, window, sinks):
+    """`[rows, q_heads, v_dim]` and `[rows, q_heads]`: how far out and lse may be from the exact result over these very pages.
+
+    A rounded q moves a score by at most half its step times sum |k|; a softcap only damps that. Scores that move by d change
+    every weight by a factor of at most e^2d. A rounded weight, times V's scale, is off by half a step, which is no larger than
+    the largest weight of the row asks for; it meets V's integer.
+    """
+    dtype = k.dtype
+    most_q = min(2**15 - 1, (2**31 - 1) // (layout.MOST[dtype] * q.shape[2]))
+    most_weight = 8191 if dtype == torch.int16 else 32767
+    exact = q.double()
+    step = exact.abs().amax(-1) / most_q  # [rows, q_heads]
+    scales = layout.fixed_parts(v, keys=False)[1][..., None].expand(-1, -1, -1, 2)  # as values of two columns
+    out = torch.zeros(*q.shape[:2], layout.dim_of(v), dtype=torch.float64)
+    lse = torch.zeros(q.shape[:2], dtype=torch.float64)
+    values = reference.visible_kv(exact, k, v, plan, window)
+    keeps = reference.visible_kv(exact.float(), *(scales.contiguous(),) * 2, plan, window)
+    for row, ((keys, vals), (_, v_scale)) in enumerate(zip(values, keeps, strict=True)):
+        if not len(keys):
+            continue
+        group = q.shape[1] // keys.shape[1]
+        keys, vals, v_scale = (t.double().repeat_interleave(group, dim=1) for t in (keys, vals, v_scale[..., 0]))
+        scores = torch.einsum("hd,thd->ht", exact[row], keys) * scale
+        magnitude = torch.einsum("hd,thd->ht", exact[row].abs(), keys.abs()) * scale
+        moved = (step[row, :, None] / 2 * keys.abs().sum(2).T * scale + 2**-21 * magnitude).amax(1)
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.double()[:, None]], 1)
+        lse[row] = moved
+        weights = scores.softmax(1)[:, : len(keys)]
+        grown = weights * torch.exp(2 * moved)[:, None]
+        out[row] = torch.einsum("ht,thd->hd", weights, vals.abs()) * (torch.expm1(2 * moved) + 2**-20)[:, None]
+        half = (grown * v_scale.T).amax(1) / most_weight / 2
+        whole = torch.where(v_scale[..., None] > 0, vals.abs() / v_scale[..., None], 0.0).sum(0)
+        out[row] += half[:, None] * whole
+    return out, lse + 2**-20

@@ -20,8 +20,8 @@ class Tree:
 
     def __post_init__(self):
         self.pool = self.model.new_pool(self.num_pages)
-        self.pool.k.fill_(float("nan"))  # an unused slot must never be read
-        self.pool.v.fill_(float("nan"))
+        for pages in (self.pool.k, self.pool.v):
+            pages.view(torch.uint8).fill_(0xFF)  # NaN, also of scales: an unused slot must never be read
         self.forest = Forest(self.pool)
 
     def plan(self, rows):

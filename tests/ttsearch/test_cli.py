@@ -42,12 +42,16 @@ def run(*args, code=0):
 
 
 def test_solve_shows_tree_answer_and_one_line_of_cost(backend):
-    output = run("solve", "1+1?", "--n", "8", "--kv-gib", "1").stdout
+    output = run("solve", "1+1?", "--n", "8", "--kv-gib", "1", "--kv", "int8").stdout
     assert "1:1+1=2" in output and "Answer: " in output and "8 paths voted" in output
     assert output.rstrip().splitlines()[-1].count("tokens decoded") == 1 and "peak KV" in output
     unset = dict.fromkeys(("prm_family", "prm_reference", "prm_base", "prompt_style"))
-    given = {"kv_gib": 1.0, "device": "cpu", "weights": "auto", "speculate": "sure"}
+    given = {"kv_gib": 1.0, "device": "cpu", "weights": "auto", "kv": "int8", "speculate": "sure"}
     assert backend.loaded == [(None, None, {**unset, **given})]
+
+
+def test_a_form_of_kv_that_does_not_exist_is_said_so():
+    assert "kv must be one of" in run("solve", "1+1?", "--kv", "int4", code=2).stderr.replace("\n", " ")
 
 
 def test_a_device_that_is_not_there_is_said_so(tmp_path):

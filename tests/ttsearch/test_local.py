@@ -51,14 +51,19 @@ def test_same_seed_same_tree_and_no_page_left(backend, strategy):
     assert_clean(backend)
 
 
-@pytest.mark.parametrize("strategy", ["best_of_n", "beam_search", "dvts"])
-def test_problems_compete_for_a_quarter_of_the_memory(backend, strategy, cpu_extension):
+@pytest.mark.parametrize(
+    "strategy, kv", [("best_of_n", "auto"), ("beam_search", "auto"), ("dvts", "auto"), ("beam_search", "int8")]
+)
+def test_problems_compete_for_a_quarter_of_the_memory(strategy, kv, cpu_extension):
     """Same trees, tokens and scores, no deadlock, no page leaked."""
     problems = [Problem(f"{7 + i};a+5{i};b-2{i};c+1{i};d-{i + 2}?") for i in range(8)]
     budget = Budget(8, **RULES)
-    roomy = solve_many(problems, backend, strategy, budget, concurrency=8)
+    with LocalBackend.load(policy_path(), verifier_path(), kv=kv) as backend:
+        roomy = solve_many(problems, backend, strategy, budget, concurrency=8)
     peak = max(r["cost"]["peak_kv_bytes"] for r in roomy)
-    with LocalBackend.load(policy_path(), verifier_path(), kv_bytes=peak // 4) as tight:
+    with LocalBackend.load(policy_path(), verifier_path(), kv_bytes=peak // 4, kv=kv) as tight:
+        forms = {model.config.kv_form for model in (tight.engine.policy_model, tight.engine.verifier_model)}
+        assert kv == "auto" or forms == {kv}
         squeezed = solve_many(problems, tight, strategy, budget, concurrency=8)
         assert tight.engine.budget.peak_bytes <= peak // 4
         assert_clean(tight)

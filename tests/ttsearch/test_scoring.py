@@ -53,6 +53,21 @@ def test_every_score_equals_plain_transformers(family, tmp_path):
         assert result.error is result.refused is None
 
 
+def test_int8_pages_score_alike_in_any_memory(folder, verifier, cpu_extension):
+    solutions = random_solutions(random.Random(4), 8)
+    options = dict(family="trl", dtype="bf16", kv="int8")
+    with load_verifier(folder, **options) as small:
+        model = small.engine.verifier_model
+        assert model.config.kv_form == "int8"
+        pages = 16 * 8 * model.kv_bytes_per_token
+        scored = score_steps([PROBLEM], [solutions], small)
+    (tight,) = score_steps([PROBLEM], [solutions], folder, kv_bytes=pages + (1 << 16), concurrency=2, **options)
+    (exact,) = score_steps([PROBLEM], [solutions], verifier)
+    assert [s.scores for s in tight] == [s.scores for s in scored[0]]
+    for ours, theirs in zip(tight, exact, strict=True):
+        assert ours.scores == pytest.approx(theirs.scores, abs=0.05)
+
+
 def test_a_common_prefix_is_computed_once(verifier):
     opened = []
 

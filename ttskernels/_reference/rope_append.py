@@ -24,11 +24,16 @@ def rope_append(
         x = x.to(wide)
         if norm is not None:
             x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * norm.to(wide)
-        turned.append(rotate(x, cos, sin).to(k_pages.dtype))
+        turned.append(rotate(x, cos, sin))
 
     kept = slots >= 0
-    page_size = k_pages.shape[3] if k_pages.ndim == 5 else k_pages.shape[1]
+    page_size = k_pages.shape[1] if k_pages.ndim == 4 else layout.PAGE_SIZE
     page, slot = slots[kept].long() // page_size, slots[kept].long() % page_size
+    if layout.is_fixed(k_pages):
+        layout.put_fixed(k_pages, page, slot, turned[1][kept], keys=True)
+        layout.put_fixed(v_pages, page, slot, v[kept].to(wide), keys=False)
+        return turned[0].to(q.dtype)
+    turned = [x.to(k_pages.dtype) for x in turned]
     keys, values = turned[1][kept], v[kept].to(v_pages.dtype)
     if k_pages.ndim == 4:
         k_pages[page, slot], v_pages[page, slot] = keys, values

@@ -42,7 +42,9 @@ def visible_kv(
     used = np.unique(np.concatenate([page for page, _, _ in paths])) if paths else np.zeros(0, dtype=np.int64)
     at = torch.from_numpy(used).to(k_pages.device)  # the pool may be huge
     k, v = _pick(k_pages, at), _pick(v_pages, at)
-    if k_pages.ndim == 5:
+    if layout.is_fixed(k_pages):
+        k, v = layout.to_nhd_fixed(k, v, torch.float64 if q.dtype == torch.float64 else torch.float32)
+    elif k_pages.ndim == 5:
         k, v = layout.to_nhd(k, v)
     result = []
     for row, (page, slot, position) in enumerate(paths):
@@ -73,7 +75,7 @@ def tree_attention(
     v_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    out = q.new_zeros(*q.shape[:2], v_pages.shape[3])
+    out = q.new_zeros(*q.shape[:2], layout.dim_of(v_pages))
     lse = q.new_full(q.shape[:2], float("-inf"), dtype=wide)
     for row, (k, v) in enumerate(visible_kv(q, k_pages, v_pages, plan, window)):
         if len(k) == 0:

@@ -31,13 +31,13 @@ SEG_DTYPE = np.dtype([(n, np.int32) for n in ("page", "offset", "count", "begin"
 
 @dataclass(frozen=True)
 class HeadShape:
-    """Attention heads of one layer; `kv_bytes` is the size of one stored K or V element."""
+    """Attention heads of one layer; `kv_bytes` is the size of one stored K or V element, with its share of a scale."""
 
     q_heads: int
     kv_heads: int
     head_dim: int
     v_dim: int
-    kv_bytes: int
+    kv_bytes: float
 
     def __post_init__(self):
         if min(self.q_heads, self.kv_heads, self.head_dim, self.v_dim, self.kv_bytes) <= 0:

@@ -7,8 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ttskernels.errors import OutOfPagesError
-
-PAGE_SIZE = 16
+from ttskernels.layout import FIXED, FORMS, PAGE_SIZE, fixed_run, pack_factor
 
 
 class ByteBudget:
@@ -42,6 +41,8 @@ class PagePool:
         budget: shared with other pools; a page is free only if its bytes are free there too.
         v_dim: value dimension, `head_dim` if not given.
         strided: token-major pages, `[layers, pages, 16, kv_heads, dim]`, as GPU kernels read them.
+        form: "float" keeps values in `dtype`. "int16" and "int8" keep them in fixed point for a model of that dtype:
+            `[layers, pages, kv_heads, 16 * dim + room for 16 float32]`, integers of every token and head and then the scales.
 
     Otherwise `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
     f]` with f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
@@ -61,8 +62,9 @@ class PagePool:
         v_dim: int | None = None,
         device: str | torch.device = "cpu",
         strided: bool = False,
+        form: str = "float",
     ):
-        pack = 2 if dtype == torch.bfloat16 else 1
+        pack = pack_factor(dtype)
         v_dim = head_dim if v_dim is None else v_dim
         if min(layers, kv_heads, head_dim, v_dim, num_pages) <= 0:
             raise ValueError(
@@ -71,19 +73,26 @@ class PagePool:
             )
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+        if form not in FORMS or form != "float" and (strided or torch.device(device).type != "cpu"):
+            raise ValueError(f"form must be one of {FORMS}, and 'float' for strided pages or on a GPU, got {form!r}")
+        if form != "float" and head_dim % 2:
+            raise ValueError(f"head_dim must be even for {form} pages, got {head_dim}; pad the heads or use float pages")
         if head_dim % pack and not strided:
             raise ValueError(
                 f"head_dim must be even for bfloat16 pages, got {head_dim}; pad the heads or use float32"
             )
         self.layers, self.kv_heads, self.head_dim, self.v_dim = layers, kv_heads, head_dim, v_dim
-        self.num_pages, self.dtype, self.budget = num_pages, dtype, budget
+        self.num_pages, self.dtype, self.form, self.budget = num_pages, dtype, form, budget
         k_shape = (layers, num_pages, kv_heads, head_dim // pack, PAGE_SIZE, pack)
         v_shape = (layers, num_pages, kv_heads, PAGE_SIZE // pack, v_dim, pack)
         if strided:
             k_shape, v_shape = ((layers, num_pages, PAGE_SIZE, kv_heads, d) for d in (head_dim, v_dim))
-        self.k = torch.empty(k_shape, dtype=dtype, device=device)
-        self.v = torch.empty(v_shape, dtype=dtype, device=device)
-        self.page_bytes = layers * kv_heads * (head_dim + v_dim) * PAGE_SIZE * self.k.element_size()
+        kept = FIXED.get(form, dtype)
+        if form != "float":
+            k_shape, v_shape = ((layers, num_pages, kv_heads, fixed_run(d, kept)) for d in (head_dim, v_dim))
+        self.k = torch.empty(k_shape, dtype=kept, device=device)
+        self.v = torch.empty(v_shape, dtype=kept, device=device)
+        self.page_bytes = (self.k.nbytes + self.v.nbytes) // num_pages
         self.peak_pages = 0
         self._returned: list[
             int

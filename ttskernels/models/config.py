@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ttskernels.kv.plan_layout import HeadShape
+from ttskernels.layout import FIXED, PAGE_SIZE, fixed_run
 
 FlopsOutput = Literal["logits", "hidden", "kv"]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -38,15 +39,24 @@ class DecoderConfig:
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
     model_type: str
+    kv_form: str = "float"  # of the pages, see `PagePool`
 
     @property
     def heads(self) -> HeadShape:
         """What the planner needs to know."""
-        return HeadShape(self.q_heads, self.kv_heads, self.head_dim, self.head_dim, self.dtype.itemsize)
+        width = self._kv_width_bytes / self.head_dim
+        return HeadShape(self.q_heads, self.kv_heads, self.head_dim, self.head_dim, width)
 
     @property
     def kv_bytes_per_token(self) -> int:
-        return 2 * self.layers * self.kv_heads * self.head_dim * self.dtype.itemsize
+        return 2 * self.layers * self.kv_heads * self._kv_width_bytes
+
+    @property
+    def _kv_width_bytes(self) -> int:
+        """Of one token's K or V of one head: its elements, or integers and a scale."""
+        if self.kv_form == "float":
+            return self.head_dim * self.dtype.itemsize
+        return fixed_run(self.head_dim, FIXED[self.kv_form]) * FIXED[self.kv_form].itemsize // PAGE_SIZE
 
     def flops(self, first: int, rows: int = 1, output: FlopsOutput = "logits") -> float:
         """Floating-point operations (2 per multiply-add) of the matrix products of `rows` tokens in a row.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -13,6 +14,7 @@ from ttskernels.errors import UnavailableError
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
+from ttskernels.layout import FORMS as KV_FORMS
 from ttskernels.models.config import DecoderConfig, FlopsOutput
 from ttskernels.models.decoder import Decoder, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
@@ -24,6 +26,7 @@ from ttskernels.ops.sample import check_params, sample
 
 Output = Literal["logits", "hidden"]
 Weights = Literal["auto", "float", "int16", "int8"]
+Kv = Literal["auto", "float", "int16", "int8"]
 
 
 class Model:
@@ -71,8 +74,7 @@ class Model:
     @property
     def heads(self) -> HeadShape:
         """What `build_plan` needs to know about this model."""
-        c = self.config
-        return HeadShape(c.q_heads, c.kv_heads, c.head_dim, c.head_dim, c.dtype.itemsize)
+        return self.config.heads
 
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None, models: int = 1) -> PagePool:
         """A KV page pool of this model's shape and dtype, with layers for so many `models` of it, one after the other.
@@ -82,7 +84,7 @@ class Model:
         c = self.config
         return PagePool(
             models * c.layers, c.kv_heads, c.head_dim, num_pages, c.dtype, budget,
-            device=self.device, strided=self.impl == "triton",
+            device=self.device, strided=self.impl == "triton", form=c.kv_form,
         )  # fmt: skip
 
     def forward(
@@ -183,10 +185,10 @@ class Model:
         """Refuse what would read out of bounds; returns the largest position of a row."""
         c = self.config
         shape, own = (pool.layers, pool.kv_heads, pool.head_dim), (c.layers, c.kv_heads, c.head_dim)
-        if shape != own or pool.dtype != c.dtype:
+        if shape != own or (pool.dtype, pool.form) != (c.dtype, c.kv_form):
             raise ValueError(
-                f"pool must have (layers, kv_heads, head_dim) {own} and {c.dtype}, got {shape} and {pool.dtype}; "
-                "take it from model.new_pool"
+                f"pool must have (layers, kv_heads, head_dim) {own} and {c.dtype} in form {c.kv_form!r}, "
+                f"got {shape} and {pool.dtype} in form {pool.form!r}; take it from model.new_pool"
             )
         _check("ids", ids, (plan.num_rows,), torch.int32)
         if plan.num_rows == 0:
@@ -210,6 +212,7 @@ def load_model(
     base: str | os.PathLike | None = None,
     device: str | torch.device = "cpu",
     weights: Weights = "auto",
+    kv: Kv = "auto",
 ) -> Model:
     """Load a policy or process reward model.
 
@@ -227,6 +230,8 @@ def load_model(
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
             as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes, at a small loss
             of accuracy (bench/int8_accuracy.py measures it). "auto": "int16" for bf16 models where it is the faster one.
+        kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
+            then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
         ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
@@ -236,6 +241,7 @@ def load_model(
     where, impl = check_device(device, impl)
     check_impl(impl)
     checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
+    checkpoint = with_kv(checkpoint, kv, impl)
     return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head, device=where, weights=weights))
 
 
@@ -245,6 +251,24 @@ def check_impl(impl: str) -> None:
         raise ValueError(f"impl must be one of {_dispatch.IMPLS}, got {impl!r}")
     if impl != "auto" and (reason := _dispatch.available(impl)):
         raise UnavailableError(f"impl {impl!r} is not available: {reason}")
+
+
+def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
+    """Whether "auto" means int16, which is at least as accurate as bf16: avx512_bf16 is in use where its own dot product is as
+    fast."""
+    native = impl in ("auto", "cpu") and _dispatch.load_extension() is None
+    return native and dtype == torch.bfloat16 and _dispatch.isa_name() == "avx512_vnni"
+
+
+def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
+    """The checkpoint with the form of its pages decided."""
+    if kv not in ("auto", *KV_FORMS):
+        raise ValueError(f"kv must be one of {('auto', *KV_FORMS)}, got {kv!r}")
+    if impl == "triton" and kv not in ("auto", "float"):
+        raise ValueError(f'kv must be "auto" or "float" on a GPU, got {kv!r}')
+    if kv == "auto":
+        kv = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
+    return replace(checkpoint, config=replace(checkpoint.config, kv_form=kv))
 
 
 def make_decoder(
@@ -268,8 +292,7 @@ def make_decoder(
         from ttskernels.models.native import NativeDecoder
 
         if weights == "auto":
-            vnni = _dispatch.isa_name() == "avx512_vnni"  # avx512_bf16 is in use where its own dot product is as fast
-            weights = "int16" if vnni and checkpoint.config.dtype == torch.bfloat16 else "float"
+            weights = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
         return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, weights), "cpu"
     resolved = "reference" if impl == "auto" else impl
     form = "float" if weights == "auto" else weights

@@ -19,10 +19,10 @@ from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.models.config import FlopsOutput
 from ttskernels.models.device import check_device
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.models.model import Model, Weights, check_impl, make_decoder
+from ttskernels.models.model import Kv, Model, Weights, check_impl, make_decoder, with_kv
 from ttskernels.ops.token_logprob import token_logprob
 
-SHAPE = ("vocab", "layers", "hidden", "q_heads", "kv_heads", "head_dim", "dtype")
+SHAPE = ("vocab", "layers", "hidden", "q_heads", "kv_heads", "head_dim", "dtype", "kv_form")
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,12 @@ class PoolHalf:
     kv_heads: int
     head_dim: int
     dtype: torch.dtype
+    form: str
 
     @classmethod
     def of(cls, pool: PagePool, first: int, layers: int) -> PoolHalf:
         chosen = slice(first, first + layers)
-        return cls(pool.k[chosen], pool.v[chosen], layers, pool.kv_heads, pool.head_dim, pool.dtype)
+        return cls(pool.k[chosen], pool.v[chosen], layers, pool.kv_heads, pool.head_dim, pool.dtype, pool.form)
 
 
 class PairModel:
@@ -120,11 +121,12 @@ def load_pair(
     *,
     device: str | torch.device = "cpu",
     weights: Weights = "auto",
+    kv: Kv = "auto",
 ) -> PairModel:
     """Load two language models of one shape; arguments and errors as `load_model`."""
     where, impl = check_device(device, impl)
     check_impl(impl)
-    checkpoints = [load_checkpoint(source, dtype) for source in (first, second)]
+    checkpoints = [with_kv(load_checkpoint(source, dtype), kv, impl) for source in (first, second)]
     models = [_language_model(c, s, impl, where, weights) for c, s in zip(checkpoints, (first, second), strict=True)]
     return PairModel(*models)
 

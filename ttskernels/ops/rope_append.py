@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import rope_append as reference
-from ttskernels.layout import PAGE_SIZE, pack_factor
+from ttskernels.layout import PAGE_SIZE, fixed_run, is_fixed, pack_factor
 from ttskernels.ops.tree_attention import FLOAT8
 
 
@@ -34,16 +34,17 @@ def rope_append(
     rounded once.
 
     Args:
-        q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype; rows may be strided.
+        q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype (any, for int16 and int8 pages); rows may be strided.
         inv_freq: float32, at most `head_dim / 2` of them.
         positions: `[rows]` int32.
         slots: `[rows]` int32, `page * page_size + slot`, distinct; -1 writes nothing.
-        k_pages, v_pages: one layer's pool, packed or strided as in `tree_attention`; modified.
+        k_pages, v_pages: one layer's pool, packed or strided as in `tree_attention`; modified. In int16 or int8 pages each
+            head of k (turned) and v becomes integers and a scale; one with a value that is not finite has scale NaN.
         rope_scale: multiplies cos and sin (transformers' attention_scaling).
         q_norm, k_norm: `[head_dim]` weights of an RMS norm of each head before the rotation (Qwen3).
         k_scale, v_scale: `[kv_heads]` float32 factors of float8 pages: what is written is divided by them.
     Returns:
-        `[rows, q_heads, head_dim]` in the pages' dtype (`q`'s, if that is float8).
+        `[rows, q_heads, head_dim]` in the pages' dtype (`q`'s, if that is float8, int16 or int8).
     Raises:
         ValueError: shape or dtype mismatch.
         RuntimeError: a slot is outside of the pool (impl "cpu"); nothing is written then.
@@ -55,7 +56,7 @@ def rope_append(
     if chosen == "triton":
         from ttskernels._triton.rope_append import rope_append as launch
 
-        if k_pages.ndim == 5:
+        if k_pages.ndim != 4:
             raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
         q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
         return launch(q, k, v, *args, k_scale, v_scale, q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype)
@@ -80,21 +81,26 @@ def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
             f"q, k and v must be [rows, heads, dim] with equal rows, kv heads and head_dim, got {shapes}"
         )
     dtype, rows, head_dim, v_dim = k_pages.dtype, *q.shape[::2], v.shape[2]
-    fits = q.dtype in (dtype, torch.float32) or dtype in FLOAT8
+    fixed = is_fixed(k_pages)
+    fits = q.dtype in (dtype, torch.float32) or dtype in FLOAT8 or fixed and q.is_floating_point()
     if not q.dtype == k.dtype == v.dtype or not fits or v_pages.dtype != dtype:
         raise ValueError(
             f"q, k and v must be float32 or the pages' dtype {dtype}, got {q.dtype}, {k.dtype} and {v.dtype}"
         )
     f, heads = pack_factor(dtype), k.shape[1]
     want_k, want_v = (heads, head_dim // f, PAGE_SIZE, f), (heads, PAGE_SIZE // f, v_dim, f)
-    if k_pages.ndim == 4:
+    if fixed:
+        want_k, want_v = (heads, fixed_run(head_dim, dtype)), (heads, fixed_run(v_dim, dtype))
+    elif k_pages.ndim == 4:
         want_k, want_v = (k_pages.shape[1], heads, head_dim), (k_pages.shape[1], heads, v_dim)
     if tuple(k_pages.shape[1:]) != want_k or tuple(v_pages.shape[1:]) != want_v:
         raise ValueError(
             f"for {shapes} the pages must be {('pages', *want_k)} and {('pages', *want_v)}, "
             f"got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}"
         )
-    if k_pages.ndim == 5 and not (k_pages.is_contiguous() and v_pages.is_contiguous()):
+    if fixed and head_dim % 2:
+        raise ValueError(f"head_dim must be even for {dtype} pages, got {head_dim}; pad the heads or use float pages")
+    if k_pages.ndim != 4 and not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
     if inv_freq.ndim != 1 or 2 * inv_freq.numel() > head_dim or inv_freq.dtype != torch.float32:
         raise ValueError(
@@ -106,6 +112,7 @@ def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
             raise ValueError(
                 f"{name} must be int32 [{rows}], got {t.dtype} {tuple(t.shape)}; pass {name}.int()"
             )
+    wanted = q.dtype if fixed else dtype
     for name, t in (("q_norm", q_norm), ("k_norm", k_norm)):
-        if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != dtype and dtype not in FLOAT8):
-            raise ValueError(f"{name} must be {dtype} [{head_dim}], got {t.dtype} {tuple(t.shape)}")
+        if t is not None and (tuple(t.shape) != (head_dim,) or t.dtype != wanted and dtype not in FLOAT8):
+            raise ValueError(f"{name} must be {wanted} [{head_dim}], got {t.dtype} {tuple(t.shape)}")

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import tree_attention as reference
-from ttskernels.layout import PAGE_SIZE, pack_factor
+from ttskernels.layout import PAGE_SIZE, dim_of, fixed_run, is_fixed, pack_factor
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -32,7 +32,9 @@ def tree_attention(
         q: `[rows, q_heads, head_dim]`, fp32 / fp16 / bf16, caller's row order.
         k_pages, v_pages: one layer's pool in `q`'s dtype: packed (`ttskernels.layout`, 5-D) or an engine's
             `[pages, page_size, kv_heads, head_dim]` (4-D, any strides with the last 1; v_dim may differ). The latter
-            also in float8_e4m3fn / float8_e5m2 (impl "triton", "reference"). impl "triton" takes no packed pools.
+            also in float8_e4m3fn / float8_e5m2 (impl "triton", "reference"). impl "triton" takes no packed pools. Packed
+            int16 or int8 pools (3-D) are in fixed point: impl "cpu" then rounds q and the weights of 64 tokens to
+            int16, with a scale each, and sums products exactly.
         plan: a `Plan`, a `DevicePlan` or its int32 buffer, of as many rows. A bare buffer on a GPU costs a
             synchronisation.
         scale: of the scores, `head_dim ** -0.5` by default.
@@ -51,8 +53,8 @@ def tree_attention(
     header = check(q, k_pages, v_pages, plan, softcap, window, sinks, k_scale, v_scale)
     plan = getattr(plan, "buffer", plan)
     if out is None:
-        out = q.new_empty(q.shape[0], q.shape[1], v_pages.shape[3])
-    check_out(out, q, v_pages.shape[3])
+        out = q.new_empty(q.shape[0], q.shape[1], dim_of(v_pages))
+    check_out(out, q, dim_of(v_pages))
     scale = q.shape[2] ** -0.5 if scale is None else scale
     chosen = resolve(impl, q)
     if k_pages.dtype in FLOAT8 and chosen == "cpu":
@@ -62,7 +64,7 @@ def tree_attention(
     if chosen == "triton":
         from ttskernels._triton.tree_attention import tree_attention as launch
 
-        if k_pages.ndim == 5:
+        if k_pages.ndim != 4:
             raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
         q = q if q.stride(2) == 1 else q.contiguous()
         lse = launch(q, k_pages, v_pages, plan, header, scale, softcap, window, sinks, k_scale, v_scale, out)
@@ -84,15 +86,25 @@ def check(
     """Raise what `tree_attention` promises to; returns the plan's header."""
     if q.ndim != 3:
         raise ValueError(f"q must be [rows, q_heads, head_dim], got shape {tuple(q.shape)}")
-    if k.dtype != v.dtype or k.dtype not in (q.dtype, *FLOAT8):
-        raise ValueError(f"k_pages and v_pages must have q's dtype {q.dtype}, got {k.dtype} and {v.dtype}")
-    if k.ndim not in (4, 5) or v.ndim != k.ndim:
+    fixed = is_fixed(k)
+    if k.dtype != v.dtype or not fixed and k.dtype not in (q.dtype, *FLOAT8):
+        raise ValueError(
+            f"k_pages and v_pages must have q's dtype {q.dtype}, or both int16 or int8, got {k.dtype} and {v.dtype}"
+        )
+    if fixed and not k.ndim == v.ndim == 3:
+        raise ValueError(
+            f"int16 and int8 k_pages and v_pages must be 3-D (PagePool(form=...)), got {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if not fixed and (k.ndim not in (4, 5) or v.ndim != k.ndim):
         raise ValueError(
             "k_pages and v_pages must both be packed (5-D) or [pages, page_size, kv_heads, dim] (4-D), "
             f"got {tuple(k.shape)} and {tuple(v.shape)}"
         )
-    head_dim, v_dim = q.shape[2], v.shape[3]
-    if k.ndim == 5:
+    head_dim, v_dim = q.shape[2], dim_of(v)
+    if fixed:
+        kv_heads, page_size = k.shape[1], PAGE_SIZE
+        want_k, want_v = ((k.shape[0], kv_heads, fixed_run(dim, k.dtype)) for dim in (head_dim, v_dim))
+    elif k.ndim == 5:
         f = pack_factor(q.dtype)
         kv_heads, page_size = k.shape[1], PAGE_SIZE
         want_k = (k.shape[0], kv_heads, head_dim // f, PAGE_SIZE, f)
@@ -115,7 +127,7 @@ def check(
         raise ValueError(
             f"the last stride of k_pages and v_pages must be 1, got {k.stride(3)} and {v.stride(3)}"
         )
-    if k.ndim == 5 and not (k.is_contiguous() and v.is_contiguous()):
+    if k.ndim != 4 and not (k.is_contiguous() and v.is_contiguous()):
         raise ValueError("packed k_pages and v_pages must be contiguous; pass one layer's pool[layer]")
     buffer = getattr(plan, "buffer", plan)
     if not isinstance(buffer, Tensor) or buffer.dtype != torch.int32 or buffer.ndim != 1 or buffer.numel() < 32:

@@ -1,5 +1,6 @@
 #include "ttskernels/rope_append.h"
 
+#include "fixed_vector.h"
 #include "ttskernels/threads.h"
 #include "vec.h"
 
@@ -65,15 +66,36 @@ void StoreHead(const float* head, int64_t dim, T* to) {
   ForLanes(dim, [&](int64_t i, int n) { StoreN(to + i, LoadN(head + i, n), n); });
 }
 
+// Writes token `slot` of a fixed-point run: integers kF apart as K or V pages have them, then the scale.
+template <typename P>
+void PutFixed(const float* values, int64_t dim, float most, bool keys, int64_t slot, P* run) {
+  int16_t row[kMaxDim];
+  const float scale = FixVector(values, dim, most, row);
+  if (keys) {
+    for (int64_t i = 0; i < dim; ++i) run[(i / 2 * 16 + slot) * 2 + i % 2] = static_cast<P>(row[i]);
+  } else {
+    for (int64_t i = 0; i < dim; ++i) run[(slot / 2 * dim + i) * 2 + slot % 2] = static_cast<P>(row[i]);
+  }
+  std::memcpy(run + 16 * dim + slot * (4 / sizeof(P)), &scale, sizeof(scale));
+}
+
 template <typename T>
 struct Pages {
   static constexpr int kF = Pack<T>::kFactor, kPage = 16;
   const RopeAppendParams& p;
 
+  void PutRun(void* pages, int64_t page, int64_t slot, int64_t head, const float* values, int64_t dim, bool keys) const {
+    const int64_t at = (page * p.kv_heads + head) * FixedRun(dim, p.form);
+    const float most = MostOf(p.form);
+    if (p.form == KvForm::kInt16) PutFixed(values, dim, most, keys, slot, static_cast<int16_t*>(pages) + at);
+    else PutFixed(values, dim, most, keys, slot, static_cast<int8_t*>(pages) + at);
+  }
+
   static int64_t Offset(const KvStrides& s, int64_t page, int64_t slot, int64_t head) {
     return page * s.page + slot * s.token + head * s.head;
   }
   void PutK(int64_t page, int64_t slot, int64_t head, const float* values) const {
+    if (p.form != KvForm::kFloat) return PutRun(p.k_pages, page, slot, head, values, p.head_dim, true);
     T* base = static_cast<T*>(p.k_pages);
     if (!p.packed) return StoreHead(values, p.head_dim, base + Offset(p.k_strides, page, slot, head));
     T row[kMaxDim];
@@ -82,6 +104,7 @@ struct Pages {
     for (int64_t i = 0; i < p.head_dim; i += kF) std::memcpy(to + i * kPage, row + i, sizeof(T) * kF);
   }
   void PutV(int64_t page, int64_t slot, int64_t head, const float* values) const {
+    if (p.form != KvForm::kFloat) return PutRun(p.v_pages, page, slot, head, values, p.v_dim, false);
     T* base = static_cast<T*>(p.v_pages);
     if (!p.packed) return StoreHead(values, p.v_dim, base + Offset(p.v_strides, page, slot, head));
     T row[kMaxDim];

@@ -3,6 +3,7 @@
 #include <atomic>
 #include <new>
 
+#include "tree_attention_fixed_tile.h"
 #include "tree_attention_layout.h"
 #include "tree_attention_micro.h"
 #include "tree_attention_tile.h"
@@ -30,7 +31,7 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
 
 // Up to so many q rows a tile is widened in registers as it is read, above it is copied to floats first (GFLOP/s of both
 // in bench/LOG.md: in place wins at 7 and 28 rows, the copy at 56 and 112).
-constexpr int64_t kInPlaceRows = 32;
+constexpr int64_t kInPlaceRows = 32, kInPlaceRowsOfBytes = 12;
 
 template <int kN>
 struct Rows { static constexpr int kRows = kN; };
@@ -43,11 +44,14 @@ struct Task {
   int64_t row, rows, kv_head;
 };
 
-template <typename T>
+// T: element of q and out; P: element of the pages, T or an integer.
+template <typename T, typename P>
 struct Kernel {
-  using InPlace = typename Modes<T>::InPlace;
-  using Copied = typename Modes<T>::Copied;
+  using InPlace = typename Modes<P>::InPlace;
+  using Copied = typename Modes<P>::Copied;
   using E = typename InPlace::Query;
+  static constexpr bool kFixed = InPlace::kFixed;
+  static constexpr int64_t kMostInPlace = sizeof(P) == 1 ? kInPlaceRowsOfBytes : kInPlaceRows;
 
   const TreeAttentionParams& p;
   const TreeLayout layout;
@@ -57,6 +61,7 @@ struct Kernel {
   const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(plan, kFieldItems));
   const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(plan, kFieldSegs));
   const int64_t group = p.q_heads / p.kv_heads;
+  const float score_scale = p.softcap != 0.0f ? p.scale : p.scale * kLog2e;
 
   float* SlotMl(int64_t slot, int64_t head) const { return layout.slot_ml + (slot * p.q_heads + head) * 2; }
   float* SlotO(int64_t slot, int64_t head) const { return layout.slot_o + (slot * p.q_heads + head) * p.v_dim; }
@@ -82,13 +87,32 @@ struct Kernel {
   }
 
   // Scores and softmax of MR rows, then (for each few columns) their share of the output.
-  template <typename M, int MR>
-  void ScoreRows(const E* q, const Tile<typename M::Element>& tile, int32_t pos, int hi, RowState* state, E* weights,
-                 float* alpha) const {
+  template <typename M, int MR, typename AnyTile>
+  void ScoreRows(int64_t at, const AnyTile& tile, int32_t pos, int hi, const TreeScratch& s) const {
     alignas(64) float scores[MR * kTileTokens];
     const int blocks = (hi + kBlock - 1) / kBlock;
-    Scores<M, MR>(q, p.head_dim, tile, blocks, p.softcap != 0.0f ? p.scale : p.scale * kLog2e, scores);
-    Softmax<E>(scores, MR, pos, blocks, hi, p.softcap, state, weights, alpha);
+    const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
+    RowState* state = static_cast<RowState*>(s.state) + at;
+    E* weights = static_cast<E*>(s.weights) + at * kTileTokens;
+    if constexpr (kFixed) {
+      FixedScores<M, MR>(q, p.head_dim, tile, blocks, s.row_scale + at, scores);
+      Softmax<float>(scores, MR, pos, blocks, hi, p.softcap, state, scores, s.alpha + at);
+      FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
+    } else {
+      Scores<M, MR>(q, p.head_dim, tile, blocks, score_scale, scores);
+      Softmax<E>(scores, MR, pos, blocks, hi, p.softcap, state, weights, s.alpha + at);
+    }
+  }
+  template <typename M, int MR, typename AnyTile>
+  void WeighRows(int64_t at, const AnyTile& tile, GroupRange range, int64_t col, int vectors, const TreeScratch& s) const {
+    const E* weights = static_cast<const E*>(s.weights) + at * kTileTokens;
+    const float* alpha = s.alpha + at;
+    float* o = s.o + at * p.v_dim;
+    if constexpr (kFixed) {
+      FixedWeigh<M, MR>(weights, tile, range.lo, range.hi, p.v_dim, col, vectors, alpha, s.weight_scale + at, o);
+    } else {
+      Weigh<M, MR>(weights, tile, range.lo, range.hi, p.v_dim, col, vectors, alpha, o);
+    }
   }
 
   // Calls f with the number of rows as a constant.
@@ -109,8 +133,7 @@ struct Kernel {
   void TileRows(Loader& loader, const SegCursor& cursor, int32_t pos, int lo, int hi, int64_t count,
                 const TreeScratch& s) const {
     const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
-    RowState* state = static_cast<RowState*>(s.state);
-    E* weights = static_cast<E*>(s.weights);
+    const RowState* state = static_cast<const RowState*>(s.state);
     auto tile = loader.LoadK(cursor, lo, hi);
     for (int64_t g = 0, at = 0; g < groups; ++g) {
       const int rows = static_cast<int>(size + (g < larger));
@@ -123,10 +146,7 @@ struct Kernel {
       range.lo = first > pos ? first - pos : 0;
       range.hi = end - pos < hi ? end - pos : hi;
       if (range.lo < range.hi) {
-        WithRows(rows, [&](auto n) {
-          ScoreRows<M, n.kRows>(static_cast<const E*>(s.q) + at * p.head_dim, tile, pos, range.hi, state + at,
-                             weights + at * kTileTokens, s.alpha + at);
-        });
+        WithRows(rows, [&](auto n) { ScoreRows<M, n.kRows>(at, tile, pos, range.hi, s); });
       }
       at += rows;
     }
@@ -137,10 +157,7 @@ struct Kernel {
         const int rows = static_cast<int>(size + (g < larger));
         const GroupRange range = s.ranges[g];
         if (range.lo < range.hi) {
-          WithRows(rows, [&](auto n) {
-            Weigh<M, n.kRows>(weights + at * kTileTokens, tile, range.lo, range.hi, p.v_dim, col, vectors,
-                              s.alpha + at, s.o + at * p.v_dim);
-          });
+          WithRows(rows, [&](auto n) { WeighRows<M, n.kRows>(at, tile, range, col, vectors, s); });
         }
         at += rows;
       }
@@ -151,8 +168,14 @@ struct Kernel {
   template <typename M>
   void RunTile(int64_t kv_head, const SegCursor& tile, int32_t pos, int lo, int hi, int64_t count,
                const TreeScratch& s) const {
-    TileLoader<T, typename M::Element> loader(p, kv_head, static_cast<typename M::Element*>(s.tile));
-    TileRows<M>(loader, tile, pos, lo, hi, count, s);
+    using Element = typename M::Element;
+    if constexpr (kFixed) {
+      FixedLoader<P, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
+      TileRows<M>(loader, tile, pos, lo, hi, count, s);
+    } else {
+      TileLoader<T, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
+      TileRows<M>(loader, tile, pos, lo, hi, count, s);
+    }
   }
 
   // One partial: `tokens` tokens from `cursor` on, the first at position pos0; rows see [first, end) at most.
@@ -166,7 +189,7 @@ struct Kernel {
       cursor.Skip(n);
       if (lo >= hi) continue;
       const bool aligned = p.packed && tile.seg->offset + tile.used == 0;
-      if (aligned && count <= kInPlaceRows) RunTile<InPlace>(kv_head, tile, pos, lo, hi, count, s);
+      if (aligned && count <= kMostInPlace) RunTile<InPlace>(kv_head, tile, pos, lo, hi, count, s);
       else RunTile<Copied>(kv_head, tile, pos, lo, hi, count, s);
     }
   }
@@ -179,9 +202,16 @@ struct Kernel {
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = row_perm[plan_row + r];
       const T* from = static_cast<const T*>(p.q) + row * p.q_stride + kv_head * group * p.head_dim;
-      for (int64_t i = 0; i < group * p.head_dim; i += kLanes, q += kLanes) {
-        if constexpr (sizeof(E) == sizeof(T)) std::memcpy(q, from + i, sizeof(E) * kLanes);
-        else Store(q, LoadAs(from + i));
+      if constexpr (kFixed) {
+        const float most = MostQuery(p.form, p.head_dim);
+        for (int64_t g = 0; g < group; ++g, from += p.head_dim, q += p.head_dim) {
+          s.row_scale[r * group + g] = FixVector(from, p.head_dim, most, q) * score_scale;
+        }
+      } else {
+        for (int64_t i = 0; i < group * p.head_dim; i += kLanes, q += kLanes) {
+          if constexpr (sizeof(E) == sizeof(T)) std::memcpy(q, from + i, sizeof(E) * kLanes);
+          else Store(q, LoadAs(from + i));
+        }
       }
       const int32_t row_end = row_pos[row] + 1;
       const int32_t row_first = p.window > 0 && row_end > p.window ? row_end - p.window : 0;
@@ -218,7 +248,8 @@ struct Kernel {
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
       Partial(kv_head, cursor, pos, tokens, count, first, end, s);
       for (int64_t r = 0; r < count; ++r) {
-        const float m = state[r].m, l = ReduceAdd(Load(state[r].l));
+        const float l = ReduceAdd(Load(state[r].l));
+        const float m = l == l ? state[r].m : 0.0f;  // scores that are all NaN have no maximum, but are not nothing
         const float* o = s.o + r * p.v_dim;
         if (fold) {
           MergePartial(m, l, o, p.v_dim, s.fold_ml + 2 * r, s.fold_ml + 2 * r + 1, s.fold_o + r * p.v_dim);
@@ -285,8 +316,10 @@ struct Kernel {
 
 template <typename T>
 void RunKernel(const TreeAttentionParams& p, void* workspace) {
-  const Kernel<T> kernel{p, TreeLayout(p, workspace)};
-  kernel.RunAll();
+  const TreeLayout layout(p, workspace);
+  if (p.form == KvForm::kFloat) Kernel<T, T>{p, layout}.RunAll();
+  else if (p.form == KvForm::kInt16) Kernel<T, int16_t>{p, layout}.RunAll();
+  else Kernel<T, int8_t>{p, layout}.RunAll();
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 
 #include "ttskernels/decoder_memory.h"
 #include "ttskernels/dtype.h"
+#include "ttskernels/kv_form.h"
 #include "ttskernels/linear.h"
 #include "ttskernels/sample.h"
 
@@ -29,6 +30,7 @@ struct LayerWeights {
 struct KvPools {
   void *k, *v;
   int64_t k_layer_bytes, v_layer_bytes;
+  KvForm form;
 };
 
 enum class DecoderOutput : int { kHidden = 0, kLogits = 1 };

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "ttskernels/dtype.h"
+#include "ttskernels/fixed_point.h"
 #include "ttskernels/isa.h"
 
 namespace ttsk {
@@ -17,9 +18,6 @@ constexpr int64_t kPanelColumns = 64;
 // int32 and added up as float32 over ascending groups. Packed: [panel][ceil(k / 64)]{scale [64], [32][64][2] integers}.
 enum class LinearForm : int { kFloat, kInt16, kInt8 };
 constexpr int64_t kFixedGroup = 64;
-constexpr float kMostWord = 4095.0f, kMostByte = 127.0f;  // 64 products of 4095 * 8191 or 127 * 32767 fit in int32
-constexpr float kMostRowOfWords = 8191.0f, kMostRowOfBytes = 32767.0f;
-constexpr float kLeastScaled = 1e-30f;  // groups of smaller values are zero
 inline int64_t FixedBlockBytes(int64_t element_size) { return kPanelColumns * (4 + kFixedGroup * element_size); }
 int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form = LinearForm::kFloat);
 

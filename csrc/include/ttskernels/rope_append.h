@@ -14,7 +14,8 @@ namespace ttsk {
 // q_in [rows, q_heads, head_dim], k_in, v_in [rows, kv_heads, ...] hold `in_dtype` (float32 or `dtype`), rows
 // `*_stride` elements apart, heads contiguous, so they may lie side by side in a fused projection's rows.
 // q_out [rows, q_heads, head_dim] of `dtype`; it may alias q_in if the dtypes and strides agree.
-// slots[r] = page * page_size + slot, -1: k and v of this row are not written. Slots must be distinct.
+// slots[r] = page * page_size + slot, -1: k and v of this row are not written. Slots must be distinct. Fixed-point pages
+// (packed, see kv_form.h) get integers to nearest even of k turned and v as it is; `dtype` is then q_out's alone.
 // Reads and writes each value once; on all threads for many rows; no allocation.
 struct RopeAppendParams {
   const void* q_in;
@@ -27,6 +28,7 @@ struct RopeAppendParams {
   int64_t q_in_stride, k_in_stride, v_in_stride, q_out_stride;
   DType in_dtype, dtype;
   bool packed;                     // layout of the pages, as in TreeAttentionParams
+  KvForm form;                     // kFloat unless packed
   KvStrides k_strides, v_strides;  // not read if packed
   int64_t pairs;                   // at most head_dim / 2; head_dim, v_dim <= 1024
   const float* cos_sin;            // [rows, 2 * pairs] from RopeTable, for all layers of an iteration; or null:

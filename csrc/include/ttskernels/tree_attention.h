@@ -5,6 +5,7 @@
 
 #include "ttskernels/dtype.h"
 #include "ttskernels/isa.h"
+#include "ttskernels/kv_form.h"
 
 namespace ttsk {
 
@@ -14,9 +15,10 @@ struct KvStrides {
 };
 
 // q [rows, q_heads, head_dim] and out [rows, q_heads, v_dim] have contiguous heads, rows `*_stride` elements apart, and
-// `dtype`, as k and v do; out aliases nothing.
+// `dtype`, as k and v of form kFloat do; out aliases nothing. Over fixed-point pages (packed), q and the weights of a tile
+// become int16 with a scale a row, and products are summed exactly.
 // lse [rows, q_heads] (or null) is the natural log of the denominator. A row that sees nothing gives 0 and -inf.
-// Packed pools (page_size 16): K [pages, kv_heads, head_dim / f, 16, f], V [pages, kv_heads, 16 / f, v_dim, f].
+// Packed pools (page_size 16; in fixed point see kv_form.h): K [pages, kv_heads, head_dim / f, 16, f], V [pages, kv_heads, 16 / f, v_dim, f].
 // head_dim and v_dim are multiples of 16 up to 256. Unused slots may hold anything, NaN too.
 // Reads each item's K, V once per 192 rows of q heads, writes v_dim + 1 values a (row, head), and partials if the plan
 // has slots. Runs on NumThreads() threads; results do not depend on it, nor on which items the plan has.
@@ -30,6 +32,7 @@ struct TreeAttentionParams {
   int64_t rows, q_heads, kv_heads, head_dim, v_dim, q_stride, out_stride;
   DType dtype;
   bool packed;
+  KvForm form;  // kFloat unless packed
   KvStrides k_strides, v_strides;  // not read if packed
   float scale;
   float softcap;       // 0: off; else softcap * tanh(score / softcap)

@@ -78,6 +78,7 @@ class LocalBackend:
         impl: str = "auto",
         device: str = "cpu",
         weights: str = "auto",
+        kv: str = "auto",
         speculate: Speculate = "sure",
         keep_prompts: bool = True,
     ) -> LocalBackend:
@@ -92,6 +93,7 @@ class LocalBackend:
             dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
             device: "cpu", or "cuda" for both models on a GPU.
             weights: of both models on a CPU: "auto", "float", "int16" or "int8"; see `ttskernels.load_model`.
+            kv: how both models keep K and V on a CPU, likewise.
             speculate: begin the next step of paths while the last of their siblings are still decoded: "sure", of those that
                 no sibling can push out any more; "likely", also of those that will probably stay; "off". Trees and scores
                 are the same.
@@ -100,7 +102,7 @@ class LocalBackend:
         """
         if speculate not in SPECULATE:
             raise ValueError(f"speculate must be one of {', '.join(SPECULATE)}, got {speculate!r}")
-        model = load_model(policy, torch_dtype(dtype), impl, device=device, weights=weights)
+        model = load_model(policy, torch_dtype(dtype), impl, device=device, weights=weights, kv=kv)
         tokenizer = load_tokenizer(policy)
         style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
@@ -111,11 +113,11 @@ class LocalBackend:
             if isinstance(family, GenerativeFamily):
                 writer = load_verifier(
                     verifier, family, dtype=dtype, impl=impl, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base,
-                    device=device, weights=weights,
+                    device=device, weights=weights, kv=kv,
                 )
             else:
                 scorer, text_verifier = read_verifier(
-                    verifier, family, dtype, impl, prm_reference, prm_base, device=device, weights=weights
+                    verifier, family, dtype, impl, prm_reference, prm_base, device=device, weights=weights, kv=kv
                 )
         table = torch.from_numpy(text_policy.next_state.copy())
         rows = AHEAD_ROWS if speculate != "off" else 0

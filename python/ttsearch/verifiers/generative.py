@@ -68,6 +68,7 @@ class GenerativeVerifier:
         seed: int = 0,
         device: str = "cpu",
         weights: str = "auto",
+        kv: str = "auto",
     ) -> GenerativeVerifier:
         """Load a chat model that writes and is read: policy and verifier of one engine.
 
@@ -84,7 +85,7 @@ class GenerativeVerifier:
             )
         rows = Spelling(tokenizer, None).question(family.forced, family.choices)[1]
         head = HeadSpec(rows=rows, squash="none", mix=(1, -1))  # log-odds
-        model = load_model(source, dtype, impl, head, keep_lm_head=True, device=device, weights=weights)
+        model = load_model(source, dtype, impl, head, keep_lm_head=True, device=device, weights=weights, kv=kv)
         stops = family.stops(MAX_STEPS)
         check_overlap(stops)
         ids = draft_ends(tokenizer, model.config.eos_ids, stops)

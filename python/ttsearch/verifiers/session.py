@@ -189,6 +189,7 @@ def read_verifier(
     base: str | Path | None = None,
     device: str = "cpu",
     weights: str = "auto",
+    kv: str = "auto",
 ) -> tuple[Model | PairModel, TextVerifier]:
     """A verifier's model and its text side, for an engine to be made with.
 
@@ -213,9 +214,9 @@ def read_verifier(
         tokenizer.add_tokens([AddedToken(found.token, special=True, normalized=False)])  # the next id, as in training
     text = TextVerifier(tokenizer, found)
     if compares:
-        model = load_pair(source, reference, torch_dtype(dtype), impl, device=device, weights=weights)
+        model = load_pair(source, reference, torch_dtype(dtype), impl, device=device, weights=weights, kv=kv)
     else:
-        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base, device=device, weights=weights)
+        model = load_model(source, torch_dtype(dtype), impl, text.head, base=base, device=device, weights=weights, kv=kv)
     text.limit(model.config.max_positions, model.config.vocab)
     return model, text
 
@@ -232,6 +233,7 @@ def load_verifier(
     seed: int = 0,
     device: str = "cpu",
     weights: str = "auto",
+    kv: str = "auto",
     **fields: Any,
 ) -> Verifier:
     """Load a verifier on an engine of its own, to score steps that come from elsewhere.
@@ -247,6 +249,7 @@ def load_verifier(
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`; also where their tokenizer is, if
             they have none, with the family's own token added behind it.
         weights: on a CPU "auto", "float", "int16" or "int8"; see `ttskernels.load_model`.
+        kv: how K and V are kept on a CPU, likewise.
         device: "cpu", or "cuda" for weights and KV on a GPU.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
@@ -262,7 +265,7 @@ def load_verifier(
             raise ValueError(f"{name} must be None for generative family {found.name!r}, got {value}")
         return GenerativeVerifier.load(
             source, found, dtype=torch_dtype(dtype), impl=impl, kv_bytes=kv_bytes, seed=seed, device=device,
-            weights=weights,
+            weights=weights, kv=kv,
         )
-    model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights)
+    model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights, kv)
     return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes, prompt_bytes=kv_bytes // PROMPT_SHARE), text, True, source)

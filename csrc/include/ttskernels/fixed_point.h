@@ -1,0 +1,12 @@
+// Fixed point: integers that share a float32 scale, which is their largest magnitude over a "most" value. Torch-free.
+#pragma once
+
+namespace ttsk {
+
+// Of a weight, K or V as int16 or int8, and of what it is multiplied with: 64 products fit in int32 (4095 * 8191 * 64,
+// 127 * 32767 * 64).
+constexpr float kMostWord = 4095.0f, kMostByte = 127.0f;
+constexpr float kMostRowOfWords = 8191.0f, kMostRowOfBytes = 32767.0f;
+constexpr float kLeastScaled = 1e-30f;  // vectors of smaller values are zero
+
+}  // namespace ttsk
