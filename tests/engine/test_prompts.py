@@ -16,7 +16,7 @@ def folders(tmp_path_factory):
 
 
 def held(engine):
-    return [engine._prompts[forest].nodes for forest in (engine.policy_forest, engine.verifier_forest)]
+    return [engine._sessions.prompts[forest].nodes for forest in (engine.policy_forest, engine.verifier_forest)]
 
 
 def assert_clean(engine):

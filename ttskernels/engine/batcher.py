@@ -6,7 +6,6 @@ Decode iterations of all problems share one batch; score jobs gather until a for
 
 from __future__ import annotations
 
-import itertools
 import queue
 import threading
 from collections.abc import Callable, Iterable
@@ -17,10 +16,10 @@ import torch
 from ttskernels.engine.ahead import Decoding, Wish
 from ttskernels.engine.checks import check_ids, check_model, check_prompt
 from ttskernels.engine.policy import PolicyRunner
-from ttskernels.engine.prompts import Prompts
 from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
 from ttskernels.engine.scorer import ScoreRunner
+from ttskernels.engine.sessions import Sessions
 from ttskernels.engine.work import Sampling, ScoreJob, Session, StepEnd
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.pool import PAGE_SIZE, ByteBudget
@@ -61,9 +60,7 @@ class Engine:
             raise ValueError("Engine needs a policy, a verifier or both, got neither")
         self.policy_model, self.verifier_model, self.ahead_rows = policy, verifier, ahead_rows
         self.budget = ByteBudget(kv_bytes)
-        self._sessions: list[Session] = []
-        self._orders = itertools.count()
-        residency = Residency(self._sessions)
+        residency = Residency()
         self.policy_forest = self._policy = self.verifier_forest = self._scorer = None
         if policy is not None:
             self.policy_forest = Forest(policy.new_pool(self._pages(policy), self.budget))
@@ -78,8 +75,7 @@ class Engine:
         if verifier is not None:
             residency.forests.append((self.verifier_forest, lambda session: session.verifier_nodes))
             self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
-        self._prompts = {forest: Prompts(forest, prompt_bytes) for forest, _ in residency.forests}
-        residency.spares += [(forest, lambda kept=kept: kept.nodes) for forest, kept in self._prompts.items()]
+        self._sessions = Sessions(residency, self.budget, self._policy, self._scorer, prompt_bytes)
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._patience = SCORE_PATIENCE
         self._dead: BaseException | None = None
@@ -112,7 +108,7 @@ class Engine:
         check_prompt("prompt", prompt, "policy", self.policy_model, len(prompt or ()) + max_new_tokens, 1, policy_bytes)
         length = len(verifier_prompt or ()) + max_new_tokens
         check_prompt("verifier_prompt", verifier_prompt, "verifier", self.verifier_model, length, 2, verifier_bytes)
-        return self._call(lambda: self._open(prompt, verifier_prompt, beside)).result()
+        return self._call(lambda: self._sessions.open(prompt, verifier_prompt, beside)).result()
 
     def branch(
         self,
@@ -282,11 +278,11 @@ class Engine:
 
     def close(self, session: Session) -> None:
         """Drop the session's branches and jobs and release all its nodes. Idempotent."""
-        self._call(lambda: self._close(session)).result()
+        self._call(lambda: self._sessions.close(session)).result()
 
     def forget_prompts(self) -> None:
         """Give back the pages that prompts of closed sessions keep."""
-        self._call(self._forget_prompts).result()
+        self._call(self._sessions.forget_prompts).result()
 
     def shutdown(self) -> None:
         """Stop the engine's thread; sessions still open are closed."""
@@ -310,9 +306,7 @@ class Engine:
                 waiting = self._scorer is not None and bool(self._scorer.running)
                 for command in self._drain(block=not busy, timeout=POLL_SECONDS if waiting else None):
                     if command is None:
-                        for session in list(self._sessions):
-                            self._close(session)
-                        self._forget_prompts()
+                        self._sessions.close_all()
                         return
                     function, result = command
                     if not result.set_running_or_notify_cancel():  # whoever asked has given up
@@ -345,7 +339,7 @@ class Engine:
             if not decoding or short or self._patience <= 0 or scorer.waiting_rows >= SCORE_ROWS:
                 self._patience = SCORE_PATIENCE
                 if scorer.step():
-                    self._note_peak()
+                    self._sessions.note_peak()
                     return True
                 if scorer.jobs and not decoding:
                     scorer.fail_first()
@@ -355,55 +349,11 @@ class Engine:
         except (ValueError, RuntimeError) as error:  # for example non-finite logits: the running problems hear of it
             policy.abort(error)
             worked = True
-        self._note_peak()
+        self._sessions.note_peak()
         if scorer is None:
             return worked
         scorer.collect()
         return worked or bool(scorer.jobs)
-
-    def _note_peak(self) -> None:
-        used = self.budget.used_bytes - sum(kept.used_bytes for kept in self._prompts.values())
-        for session in self._sessions:
-            session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
-
-    def _open(self, prompt: list[int] | None, verifier_prompt: list[int] | None, beside: Session | None) -> Session:
-        session = Session(next(self._orders) if beside is None else beside.order, None, None)
-        if prompt is not None:
-            session.root = self._prompts[self.policy_forest].open(prompt)
-            session.root.owner = session
-            session.policy_nodes.add(session.root)
-        if verifier_prompt is not None:
-            session.verifier_root = self._prompts[self.verifier_forest].open(verifier_prompt)
-            session.verifier_root.owner = session
-            session.verifier_nodes.add(session.verifier_root)
-        self._sessions.append(session)
-        return session
-
-    def _close(self, session: Session) -> None:
-        if session.closed:
-            return
-        if self._policy is not None:
-            self._policy.drop(lambda branch: branch.session is session)
-            self._policy.ahead.close(session)
-        if self._scorer is not None:
-            self._scorer.drop(session)
-            self._sweep(self.verifier_forest, session.verifier_nodes, session.verifier_root)
-        if self._policy is not None:
-            self._sweep(self.policy_forest, session.policy_nodes, session.root)
-        session.closed = True
-        self._sessions.remove(session)
-
-    def _sweep(self, forest: Forest, nodes: set[Node], root: Node | None) -> None:
-        for node in nodes:
-            while node.refs > (node is root):
-                forest.release(node)
-        nodes.clear()
-        if root is not None and not root.released:
-            self._prompts[forest].close(root)
-
-    def _forget_prompts(self) -> None:
-        for kept in self._prompts.values():
-            kept.clear()
 
     def _abort(self, error: BaseException) -> None:
         if self._policy is not None:

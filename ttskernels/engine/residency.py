@@ -14,8 +14,8 @@ from ttskernels.kv.forest import Forest, Node
 
 
 class Residency:
-    def __init__(self, sessions: list[Session]):
-        self.sessions = sessions
+    def __init__(self):
+        self.sessions: list[Session] = []  # all that are open
         self.epoch = 0  # evictions so far: a path that was whole at this epoch is still whole
         self.forests: list[tuple[Forest, Callable[[Session], set[Node]]]] = []  # and a session's nodes in each
         self.spares: list[tuple[Forest, Callable[[], list[Node]]]] = []  # nodes that nobody needs yet, so they go first
