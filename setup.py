@@ -93,7 +93,7 @@ class BuildCpp(build_ext):
         import torch
 
         libs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"]  # found by name: already loaded
-        command = [cxx, "-shared", "-fopenmp", *map(str, objects), "-o", str(fresh), "-Wl,--exclude-libs,ALL", *libs]
+        command = [cxx, "-shared", "-pthread", *map(str, objects), "-o", str(fresh), "-Wl,--exclude-libs,ALL", *libs]
         subprocess.run(command, check=True)
         fresh.replace(target)
 

@@ -184,7 +184,7 @@ class Clock:
 
 def load(args) -> LocalBackend:
     if args.demo:
-        return LocalBackend.load(policy_path(), verifier_path(), kv_bytes=args.kv_gib << 30)
+        return LocalBackend.load(policy_path(), verifier_path(), kv_bytes=args.kv_gib << 30, keep_prompts=False)
     model = load_model(args.policy, torch.bfloat16)
     rows = tuple(row % model.config.vocab for row in ROWS)
     prm = load_model(args.policy, torch.bfloat16, head=HeadSpec(rows=rows, squash="softmax", mix=(1.0, 0.0)))

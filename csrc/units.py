@@ -25,7 +25,7 @@ COMMON = [
     "-std=c++20",
     "-O3",
     "-fPIC",
-    "-fopenmp",
+    "-pthread",
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-maybe-uninitialized",

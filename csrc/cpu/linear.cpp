@@ -18,14 +18,13 @@ template <typename Element, typename Group>
 void PackRows(const void* weight, int64_t n, int64_t k, int64_t row_stride, const PackColumns& columns, void* packed) {
   constexpr int64_t kF = sizeof(Group) / sizeof(Element);
   const int64_t steps = (k + kF - 1) / kF, whole = k / kF;
-#pragma omp parallel for num_threads(NumThreads()) schedule(static, 64) if (n * k > 65536)
-  for (int64_t i = 0; i < n; ++i) {
+  ForEach(n, n * k > 65536, [&](int64_t i) {
     const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
     const Element* in = static_cast<const Element*>(weight) + i * row_stride;
     Group* out = static_cast<Group*>(packed) + column / kPanelColumns * steps * kPanelColumns + column % kPanelColumns;
     for (int64_t j = 0; j < whole; ++j) std::memcpy(out + j * kPanelColumns, in + j * kF, sizeof(Group));
     if (whole < steps) std::memcpy(out + whole * kPanelColumns, in + whole * kF, (k - whole * kF) * sizeof(Element));
-  }
+  });
 }
 
 // One group of a row: `count` values at `in`, to column c of a packed block of T.
@@ -48,8 +47,7 @@ template <typename T>
 void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                void* packed) {
   const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(sizeof(T));
-#pragma omp parallel for num_threads(NumThreads()) schedule(static, 64) if (n * k > 65536)
-  for (int64_t i = 0; i < n; ++i) {
+  ForEach(n, n * k > 65536, [&](int64_t i) {
     const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
     uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
     float wide[kFixedGroup];
@@ -58,7 +56,7 @@ void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DTy
       for (int64_t j = 0; j < count; ++j) wide[j] = ElementAsFloat(weight, i * row_stride + g * kFixedGroup + j, dtype);
       PackGroup<T>(wide, count, column % kPanelColumns, panel + g * block);
     }
-  }
+  });
 }
 
 }  // namespace

@@ -15,6 +15,9 @@ struct FixedRows {
   int64_t groups;
 };
 
+template <int kValue>
+struct Constant { static constexpr int value = kValue; };
+
 // A row of x to int16, a scale for each group of 64; T is its type.
 template <typename T>
 void FixRow(const T* x, int64_t k, float most_value, int16_t* values, float* scales) {
@@ -37,9 +40,11 @@ void FixRow(const T* x, int64_t k, float most_value, int16_t* values, float* sca
   }
 }
 
-// acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns.
-template <int kRows, bool kFromZero>
-void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* words, const float* scales, float* acc) {
+// acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns. Meanwhile kLines cache lines a step are fetched
+// from `ahead` on: all at once they would fill the line buffers, and the core would wait.
+template <int kRows, bool kFromZero, int kLines>
+void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* words, const float* scales,
+                const uint8_t* ahead, float* acc) {
   Ints sum[kRows][kStripVecs];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -49,6 +54,7 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* w
   const int64_t stride = x.groups * kFixedGroup;
   const int16_t* values = x.values + row * stride + group * kFixedGroup;
   for (int s = 0; s < kFixedGroup; s += 2) {
+    for (int l = 0; l < kLines; ++l) __builtin_prefetch(ahead + (s / 2 * kLines + l) * 64);
     Words w[kStripVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kStripVecs; ++c) w[c] = LoadWords(words + s * kPanel + c * 2 * kLanes);
@@ -71,18 +77,18 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* w
   }
 }
 
-inline void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, const int16_t* words,
-                           const float* scales, float* acc) {
-  const bool zero = group == 0;
+template <bool kFromZero, int kLines>
+void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, const int16_t* words,
+                    const float* scales, const uint8_t* ahead, float* acc) {
   for (int c = 0; c < kPanel; c += kStripVecs * kLanes, words += kStripVecs * 2 * kLanes, acc += kStripVecs * kLanes) {
     const float* s = scales + c;
     switch (rows) {
-      case 1: (zero ? FixedStrip<1, true> : FixedStrip<1, false>)(x, row, group, words, s, acc); break;
-      case 2: (zero ? FixedStrip<2, true> : FixedStrip<2, false>)(x, row, group, words, s, acc); break;
-      case 3: (zero ? FixedStrip<3, true> : FixedStrip<3, false>)(x, row, group, words, s, acc); break;
-      case 4: (zero ? FixedStrip<4, true> : FixedStrip<4, false>)(x, row, group, words, s, acc); break;
-      case 5: (zero ? FixedStrip<5, true> : FixedStrip<5, false>)(x, row, group, words, s, acc); break;
-      default: (zero ? FixedStrip<6, true> : FixedStrip<6, false>)(x, row, group, words, s, acc); break;
+      case 1: FixedStrip<1, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
+      case 2: FixedStrip<2, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
+      case 3: FixedStrip<3, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
+      case 4: FixedStrip<4, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
+      case 5: FixedStrip<5, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
+      default: FixedStrip<6, kFromZero, kLines>(x, row, group, words, s, ahead, acc); break;
     }
   }
 }
@@ -95,7 +101,6 @@ void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* pan
   for (int64_t g = 0; g < x.groups; ++g, panel += block) {
     const float* scales = reinterpret_cast<const float*>(panel);
     const uint8_t* packed = panel + kPanel * 4;
-    for (int64_t line = 0; line < block; line += 64) __builtin_prefetch(panel + block + line);
     const int16_t* words = reinterpret_cast<const int16_t*>(packed);
     if constexpr (sizeof(T) == 1) {
       for (int i = 0; i < kFixedGroup * kPanel; i += 2 * kLanes) {
@@ -103,8 +108,24 @@ void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* pan
       }
       words = wide;
     }
+    constexpr int kSteps = kFixedGroup / 2;
+    const bool few = rows <= 4 * kGroupRows;  // then the next block must come within a few groups of rows
+    const int lines_a_group = few ? 4 * kSteps : kSteps;
+    int fetched = 0;
     ForGroups(rows, [&](int first, int size) {
-      FixedGroupRows(size, x, row + first, g, words, scales, acc + first * kPanel);
+      const uint8_t* ahead = panel + block + fetched * 64;
+      const auto run = [&](auto from_zero, auto lines) {
+        FixedGroupRows<decltype(from_zero)::value, decltype(lines)::value>(size, x, row + first, g, words, scales, ahead,
+                                                                           acc + first * kPanel);
+      };
+      const auto with_lines = [&](auto from_zero) {
+        if (fetched * 64 >= block) run(from_zero, Constant<0>{});
+        else if (few) run(from_zero, Constant<4>{});
+        else run(from_zero, Constant<1>{});
+      };
+      if (g == 0) with_lines(Constant<1>{});
+      else with_lines(Constant<0>{});
+      fetched += lines_a_group;
     });
   }
 }

@@ -185,15 +185,14 @@ bool ValidOptions(const SampleOptions& o) {
 
 int64_t Sample(const SampleParams& p) {
   std::atomic<int64_t> next{0}, bad{p.count};
-#pragma omp parallel num_threads(NumThreads()) if (p.count > 1)
-  {
+  Together(p.count > 1 ? NumThreads() : 1, [&](const Member&) {
     static thread_local Scratch scratch;
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < p.count;) {
       if (SampleRow(p, i, scratch)) continue;
       int64_t seen = bad.load();
       while (i < seen && !bad.compare_exchange_weak(seen, i)) {}
     }
-  }
+  });
   return bad.load() < p.count ? bad.load() : -1;
 }
 

@@ -1,26 +1,200 @@
+// A team of threads that wait by spinning for a while, then asleep. OpenMP's either spins too short, and then every region
+// pays for waking somebody up (about 50 us in a virtual machine), or too long while another process has the core.
 #include "ttskernels/threads.h"
 
-#include <omp.h>
-
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
+#include <mutex>
+#include <system_error>
+#include <thread>
+
+#if defined(__linux__)
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#endif
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace ttsk {
 namespace {
 
+constexpr int kMostThreads = 255;
+constexpr auto kSpin = std::chrono::microseconds(200);  // a few times what sleeping and waking costs
+constexpr int kSpinsALook = 16;                         // at the clock
+
+using Word = std::atomic<uint32_t>;
+
+int CountCpus() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return CPU_COUNT(&set);
+#endif
+  return static_cast<int>(std::thread::hardware_concurrency());
+}
+
+int CurrentCpu() {
+#if defined(__linux__)
+  return sched_getcpu();
+#else
+  return -1;
+#endif
+}
+
+void Relax() {
+#if defined(__x86_64__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int Wanted(const char* variable) {
+  const char* text = std::getenv(variable);
+  return text != nullptr ? std::atoi(text) : 0;
+}
+
 std::atomic<int>& Threads() {
   static std::atomic<int> threads{[] {
-    const char* wanted = std::getenv("TTSK_NUM_THREADS");
-    const int n = wanted != nullptr ? std::atoi(wanted) : 0;
-    return n > 0 ? n : omp_get_max_threads();
+    const int own = Wanted("TTSK_NUM_THREADS"), omp = Wanted("OMP_NUM_THREADS"), n = own > 0 ? own : omp;
+    return n > 0 ? n : CountCpus() > 0 ? CountCpus() : 1;
   }()};
   return threads;
 }
+
+thread_local bool in_team = false;
+
+class Team {
+ public:
+  // Never destroyed: its threads sleep until the process ends. A forked child, which has none of them, begins a new one.
+  static Team& Get() {
+#if defined(__linux__)
+    static const int registered = pthread_atfork(nullptr, nullptr, [] { Slot().store(nullptr); });
+    (void)registered;
+#endif
+    Team* found = Slot().load(std::memory_order_acquire);
+    if (found == nullptr) {
+      Team* fresh = new Team;
+      if (Slot().compare_exchange_strong(found, fresh)) return *fresh;
+      delete fresh;  // it has no threads yet
+    }
+    return *Slot().load(std::memory_order_acquire);
+  }
+
+  bool Run(int threads, void (*body)(void*, const Member&), void* context) {
+    std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
+    if (!lock.owns_lock()) return false;
+    while (started_ < threads) {
+      if (!Start()) return false;
+    }
+    body_ = body, context_ = context, count_ = threads;
+    cpus_[0].store(CurrentCpu(), std::memory_order_relaxed);
+    sequence_ = (sequence_ + 1) & 0xffffff;
+    region_.store(sequence_ << 8 | static_cast<uint32_t>(threads));  // before the look for sleepers that notify has
+    region_.notify_all();
+    const Member me(0, threads);
+    in_team = true;
+    body(context, me);
+    in_team = false;
+    Barrier(me);
+    return true;
+  }
+
+  void Barrier(const Member& me) {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (!Arrive()) WaitChange(phase_, phase, me.index, 0, me.count);
+  }
+
+ private:
+  static std::atomic<Team*>& Slot() {
+    static std::atomic<Team*> slot{nullptr};
+    return slot;
+  }
+
+  // True for the last one.
+  bool Arrive() {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < static_cast<uint32_t>(count_)) return false;
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.fetch_add(1);
+    phase_.notify_all();
+    return true;
+  }
+
+  // Thread `index` waits for those of [first, last). Where one of them last ran on this very CPU, spinning keeps it away.
+  void WaitChange(const Word& word, uint32_t old, int index, int first, int last) {
+    const int cpu = CurrentCpu();
+    bool shared = false;
+    for (int i = first; i < last; ++i) shared |= i != index && cpu >= 0 && cpus_[i].load(std::memory_order_relaxed) == cpu;
+    if (!shared) {
+      const auto until = std::chrono::steady_clock::now() + kSpin;
+      do {
+        for (int i = 0; i < kSpinsALook; ++i) {
+          if (word.load(std::memory_order_acquire) != old) return;
+          Relax();
+        }
+      } while (std::chrono::steady_clock::now() < until);
+    }
+    while (word.load(std::memory_order_acquire) == old) word.wait(old, std::memory_order_acquire);
+  }
+
+  bool Start() {
+    try {
+      std::thread([this, index = started_, seen = region_.load()] { Work(index, seen); }).detach();
+    } catch (const std::system_error&) {  // the system gives no more threads
+      return false;
+    }
+    ++started_;
+    return true;
+  }
+
+  void Work(int index, uint32_t seen) {
+#if defined(__linux__)
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals are the caller's
+#endif
+    in_team = true;
+    for (;;) {
+      WaitChange(region_, seen, index, 0, 1);
+      seen = region_.load(std::memory_order_acquire);
+      const int count = static_cast<int>(seen & 0xff);
+      cpus_[index].store(CurrentCpu(), std::memory_order_relaxed);
+      if (index >= count) continue;  // a region does not end without its own threads, so the rest of it is not read here
+      body_(context_, Member(index, count));
+      Arrive();
+    }
+  }
+
+  std::mutex busy_;
+  int started_ = 1;  // threads, with whoever calls
+  uint32_t sequence_ = 0;
+  void (*body_)(void*, const Member&) = nullptr;
+  void* context_ = nullptr;
+  int count_ = 0;
+  alignas(64) Word region_{0};  // sequence number and threads of the region
+  alignas(64) Word arrived_{0};
+  alignas(64) Word phase_{0};
+  alignas(64) std::atomic<int> cpus_[kMostThreads + 1] = {};
+};
 
 }  // namespace
 
 int NumThreads() { return Threads().load(std::memory_order_relaxed); }
 void SetNumThreads(int threads) { Threads().store(threads < 1 ? 1 : threads, std::memory_order_relaxed); }
+
+void Member::Barrier() const {
+  if (count > 1) Team::Get().Barrier(*this);
+}
+
+std::pair<int64_t, int64_t> Member::Share(int64_t n) const { return {n * index / count, n * (index + 1) / count}; }
+
+void RunTogether(int threads, void (*body)(void*, const Member&), void* context) {
+  threads = threads < kMostThreads ? threads : kMostThreads;
+  if (threads > 1 && !in_team && Team::Get().Run(threads, body, context)) return;
+  body(context, Member(0, 1));
+}
 
 }  // namespace ttsk
 

@@ -1,7 +1,5 @@
 #include "tree_attention_layout.h"
 
-#include <omp.h>
-
 #include <cstring>
 
 #include "ttskernels/plan.h"
@@ -16,8 +14,6 @@ constexpr int64_t kTaskRows = 192, kStateBytes = 80;
 int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
 }  // namespace
-
-int ThreadId() { return omp_get_thread_num(); }
 
 TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
     : head_dim(p.head_dim), v_dim(p.v_dim), threads(NumThreads()) {

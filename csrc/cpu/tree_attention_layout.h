@@ -46,6 +46,4 @@ struct TreeLayout {
   int64_t TileElements() const { return kTileTokens * (head_dim > v_dim ? head_dim : v_dim) + 64; }
 };
 
-int ThreadId();
-
 }  // namespace ttsk

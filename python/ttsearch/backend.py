@@ -31,7 +31,7 @@ def load_backend(
         prm_base: of a verifier that is an adapter, or weights without a config.json (PQM), the model it was trained on.
         prompt_style: "plain", "qwen", "llama" or "r1". None: by the policy's chat template.
         kv_gib: memory for both KV forests. None: the engine decides.
-        options: handed to the engine (`dtype`, `impl`, `device`, `weights`, `kv`, `speculate`).
+        options: handed to the engine (`dtype`, `impl`, `device`, `weights`, `kv`, `speculate`, `keep_prompts`).
     """
     if kv_gib is not None and not kv_gib > 0:
         raise ValueError(f"kv_gib must be > 0, got {kv_gib}")

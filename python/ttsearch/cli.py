@@ -290,6 +290,7 @@ def evaluate(
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
             prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, kv=kv, speculate=speculate,
+            keep_prompts=False,  # what a strategy costs must not depend on which came before it
         )  # fmt: skip
 
         def progress(name: str, count: int, done: int, total: int) -> None:

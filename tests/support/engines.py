@@ -24,11 +24,11 @@ def stop_table(vocab: int = 131) -> torch.Tensor:
 
 
 def make_engine(
-    policy_folder, verifier_folder=None, dtype=torch.float32, impl="auto", kv_bytes=1 << 28, ahead_rows=0, kv="auto"
+    policy_folder, verifier_folder=None, dtype=torch.float32, impl="auto", kv_bytes=1 << 28, kv="auto", **options
 ) -> Engine:
     verifier = load_model(verifier_folder, dtype, impl, kv=kv) if verifier_folder else None
     policy = load_model(policy_folder, dtype, impl, kv=kv)
-    return Engine(policy, verifier, next_state=stop_table(), kv_bytes=kv_bytes, ahead_rows=ahead_rows)
+    return Engine(policy, verifier, next_state=stop_table(), kv_bytes=kv_bytes, **options)
 
 
 class Search:

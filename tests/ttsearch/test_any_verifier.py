@@ -50,6 +50,8 @@ def test_a_search_is_guided_by_any_verifier(folders, kinds, kind):
         )
         engines = [backend.engine, backend.verifier.engine]
         assert (engines[0] is engines[1]) == (kind in ("judge", "implicit"))
+        for engine in engines:
+            engine.forget_prompts()
         assert not any(engine.budget.used_bytes for engine in engines)
 
     def tree(result):

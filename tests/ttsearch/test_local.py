@@ -34,6 +34,7 @@ def tree(result):
 
 def assert_clean(backend):
     engine = backend.engine
+    engine.forget_prompts()
     assert not engine.policy_forest._live and not engine.verifier_forest._live and engine.budget.used_bytes == 0
     engine.policy_forest.check_integrity()
 

@@ -127,6 +127,7 @@ def test_problems_together_in_a_quarter_of_the_memory(strategy, cpu_extension):
     peak = max(r["cost"]["peak_kv_bytes"] for r in roomy)
     with load("likely", kv_bytes=peak // 4) as backend:
         tight = solve_many(problems, backend, strategy, budget, concurrency=6)
+        backend.engine.forget_prompts()
         assert backend.engine.budget.peak_bytes <= peak // 4 and not backend.engine.budget.used_bytes
     drop = ("seconds", "cost")
     assert [{k: v for k, v in r.items() if k not in drop} for r in roomy] == [

@@ -78,6 +78,7 @@ def test_a_common_prefix_is_computed_once(verifier):
             opened.append(verifier.open(problem))
             return opened[-1]
 
+    verifier.engine.forget_prompts()
     solutions = random_solutions(random.Random(2), 12)
     texts = ["\n\n".join(steps) for steps in solutions]
     first, again = score_steps([PROBLEM, PROBLEM], [texts[:7], texts[7:]], Watched())  # one problem, given twice
@@ -97,6 +98,7 @@ def test_a_common_prefix_is_computed_once(verifier):
         length = problem + sum(tokens[tuple(steps[: i + 1])] for i in range(len(steps)))
         assert result.tokens_computed + result.tokens_reused == length
     assert each[0].tokens_reused == 0
+    verifier.engine.forget_prompts()
     assert not verifier.engine.verifier_forest._live and verifier.engine.budget.used_bytes == 0
 
 

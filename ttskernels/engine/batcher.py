@@ -17,6 +17,7 @@ import torch
 from ttskernels.engine.ahead import Decoding, Wish
 from ttskernels.engine.checks import check_ids, check_model, check_prompt
 from ttskernels.engine.policy import PolicyRunner
+from ttskernels.engine.prompts import Prompts
 from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
 from ttskernels.engine.scorer import ScoreRunner
@@ -38,6 +39,8 @@ class Engine:
             may be scored as it stands.
         next_state: `[states, vocab]` int32 stop automaton of the policy's tokenizer (docs/internals.md).
         kv_bytes: budget of both forests together.
+        prompt_bytes: of pages that prompts of closed sessions may keep, until somebody needs them: a session that opens with
+            the same ids does not compute them.
         ahead_rows: a decode iteration with fewer rows is filled up with children of `ahead` that will perhaps be asked for, and
             scores do not wait for company; 0: nothing is begun ahead.
     Raises:
@@ -51,6 +54,7 @@ class Engine:
         *,
         next_state: torch.Tensor | None = None,
         kv_bytes: int = 4 << 30,
+        prompt_bytes: int = 0,
         ahead_rows: int = 0,
     ):
         if policy is None and verifier is None:
@@ -66,7 +70,7 @@ class Engine:
             residency.forests.append((self.policy_forest, lambda session: session.policy_nodes))
             self._policy = PolicyRunner(policy, self.policy_forest, residency, next_state, ahead_rows)
             residency.busy_before = self._policy.busy_before
-            residency.spare_nodes = self._policy.ahead.spare_nodes
+            residency.spares.append((self.policy_forest, self._policy.ahead.spare_nodes))
         if verifier is not None and verifier is policy:
             self.verifier_forest = self.policy_forest
         elif verifier is not None:
@@ -74,6 +78,8 @@ class Engine:
         if verifier is not None:
             residency.forests.append((self.verifier_forest, lambda session: session.verifier_nodes))
             self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
+        self._prompts = {forest: Prompts(forest, prompt_bytes) for forest, _ in residency.forests}
+        residency.spares += [(forest, lambda kept=kept: kept.nodes) for forest, kept in self._prompts.items()]
         self._commands: queue.SimpleQueue = queue.SimpleQueue()
         self._patience = SCORE_PATIENCE
         self._dead: BaseException | None = None
@@ -278,6 +284,10 @@ class Engine:
         """Drop the session's branches and jobs and release all its nodes. Idempotent."""
         self._call(lambda: self._close(session)).result()
 
+    def forget_prompts(self) -> None:
+        """Give back the pages that prompts of closed sessions keep."""
+        self._call(self._forget_prompts).result()
+
     def shutdown(self) -> None:
         """Stop the engine's thread; sessions still open are closed."""
         if self._thread.is_alive():
@@ -302,6 +312,7 @@ class Engine:
                     if command is None:
                         for session in list(self._sessions):
                             self._close(session)
+                        self._forget_prompts()
                         return
                     function, result = command
                     if not result.set_running_or_notify_cancel():  # whoever asked has given up
@@ -351,18 +362,18 @@ class Engine:
         return worked or bool(scorer.jobs)
 
     def _note_peak(self) -> None:
-        used = self.budget.used_bytes
+        used = self.budget.used_bytes - sum(kept.used_bytes for kept in self._prompts.values())
         for session in self._sessions:
             session.counters.peak_kv_bytes = max(session.counters.peak_kv_bytes, used)
 
     def _open(self, prompt: list[int] | None, verifier_prompt: list[int] | None, beside: Session | None) -> Session:
         session = Session(next(self._orders) if beside is None else beside.order, None, None)
         if prompt is not None:
-            session.root = self.policy_forest.add(None, prompt)
+            session.root = self._prompts[self.policy_forest].open(prompt)
             session.root.owner = session
             session.policy_nodes.add(session.root)
         if verifier_prompt is not None:
-            session.verifier_root = self.verifier_forest.add(None, verifier_prompt)
+            session.verifier_root = self._prompts[self.verifier_forest].open(verifier_prompt)
             session.verifier_root.owner = session
             session.verifier_nodes.add(session.verifier_root)
         self._sessions.append(session)
@@ -376,18 +387,23 @@ class Engine:
             self._policy.ahead.close(session)
         if self._scorer is not None:
             self._scorer.drop(session)
-            self._sweep(self.verifier_forest, session.verifier_nodes)
+            self._sweep(self.verifier_forest, session.verifier_nodes, session.verifier_root)
         if self._policy is not None:
-            self._sweep(self.policy_forest, session.policy_nodes)
+            self._sweep(self.policy_forest, session.policy_nodes, session.root)
         session.closed = True
         self._sessions.remove(session)
 
-    @staticmethod
-    def _sweep(forest: Forest, nodes: set[Node]) -> None:
+    def _sweep(self, forest: Forest, nodes: set[Node], root: Node | None) -> None:
         for node in nodes:
-            while node.refs > 0:
+            while node.refs > (node is root):
                 forest.release(node)
         nodes.clear()
+        if root is not None and not root.released:
+            self._prompts[forest].close(root)
+
+    def _forget_prompts(self) -> None:
+        for kept in self._prompts.values():
+            kept.clear()
 
     def _abort(self, error: BaseException) -> None:
         if self._policy is not None:

@@ -18,7 +18,7 @@ class Residency:
         self.sessions = sessions
         self.epoch = 0  # evictions so far: a path that was whole at this epoch is still whole
         self.forests: list[tuple[Forest, Callable[[Session], set[Node]]]] = []  # and a session's nodes in each
-        self.spare_nodes: Callable[[], list[Node]] = list  # of the first forest; nobody needs them yet, so they go first
+        self.spares: list[tuple[Forest, Callable[[], list[Node]]]] = []  # nodes that nobody needs yet, so they go first
         self.busy_before: Callable[[int], set[Node]] = lambda order: set()  # nodes of decoding problems older than one
 
     def reserve(self, forest: Forest, needs: dict[Node, int], pinned: set[Node], session: Session) -> bool:
@@ -36,14 +36,15 @@ class Residency:
                     return False
 
     def _evict_one(self, pinned: set[Node], needy: Forest) -> bool:
-        held = [n for n in self.spare_nodes() if n.pages and n not in pinned]
-        if held:
-            self.forests[0][0].evict(max(held, key=lambda n: n.pos0))
-            self.epoch += 1
-            return True
         pool = needy.pool
         own_bytes = (pool.num_pages - pool.used_pages) * pool.page_bytes
         full = own_bytes <= pool.budget.free_bytes  # the pool is short, not the budget: others cannot help
+        for forest, spare_nodes in self.spares:
+            held = [n for n in spare_nodes() if n.pages and n not in pinned]
+            if held and not (full and forest is not needy):
+                forest.evict(max(held, key=lambda n: n.pos0))
+                self.epoch += 1
+                return True
         for session in sorted(self.sessions, key=lambda s: s.order, reverse=True):
             for forest, nodes_of in self.forests:
                 if full and forest is not needy:

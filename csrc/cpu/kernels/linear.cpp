@@ -128,24 +128,25 @@ void Linear(const LinearParams& p) {
   if (in_place) job.x_stride = p.x_stride;
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
   std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(NumThreads()) if (p.rows * p.n * p.k > 32768)
-  {
+  Together(p.rows * p.n * p.k > 32768 ? NumThreads() : 1, [&](const Member& me) {
     int64_t done = 0;  // tasks of the chunks before this one
     for (int64_t row0 = 0; row0 < p.rows; row0 += kChunkRows) {
       const int64_t chunk = p.rows - row0 < kChunkRows ? p.rows - row0 : kChunkRows;
       float* wide = static_cast<float*>(p.workspace);
       if (!in_place) {
-#pragma omp barrier
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < chunk; ++r) {
+        if (row0 > 0) me.Barrier();  // somebody may still read the last chunk
+        const auto [first, last] = me.Share(chunk);
+        for (int64_t r = first; r < last; ++r) {
           if (IsFixed(p)) FixRowOf(job, row0 + r, r);
           else ConvertRow(job, row0 + r, wide + r * job.x_stride);
         }
+        me.Barrier();
       }
       const float* x = in_place ? static_cast<const float*>(p.x) + row0 * p.x_stride : wide;
       int64_t block = kBlockRows;  // small enough for at least eight tasks a thread
       while (block > 24 && (chunk + block - 1) / block * panels < 8 * NumThreads()) block /= 2;
       const int64_t blocks = (chunk + block - 1) / block, tasks = blocks * panels;
+      block = (chunk + blocks - 1) / blocks;
       for (;;) {
         int64_t t = next.load(std::memory_order_relaxed);
         while (t < done + tasks && !next.compare_exchange_weak(t, t + 1, std::memory_order_relaxed)) {}
@@ -156,7 +157,7 @@ void Linear(const LinearParams& p) {
       }
       done += tasks;
     }
-  }
+  });
 }
 
 }  // namespace ttsk::TTSK_ISA

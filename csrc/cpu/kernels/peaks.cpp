@@ -1,12 +1,16 @@
 #include "ttskernels/peaks.h"
 
-#include <omp.h>
+#include <chrono>
 
 #include "ttskernels/threads.h"
 #include "vec.h"
 
 namespace ttsk::TTSK_ISA {
 namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double Since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 constexpr int kRuns = 5;
 constexpr int64_t kFmaLoops = 2'000'000;
@@ -27,9 +31,8 @@ template <typename Operand, typename F>
 double Peak(double flops_a_step, Operand one, F step) {
   double best = 0.0;
   for (int run = 0; run < kRuns; ++run) {
-    const double start = omp_get_wtime();
-#pragma omp parallel num_threads(NumThreads())
-    {
+    const auto start = Clock::now();
+    Together(NumThreads(), [&](const Member&) {
       Vec a[12];
       for (Vec& v : a) {
         v = Broadcast(1.0f);
@@ -46,8 +49,8 @@ double Peak(double flops_a_step, Operand one, F step) {
       a0 = Add(Add(Add(a0, a1), Add(a2, a3)), Add(Add(a4, a5), Add(a6, a7)));
       a0 = Add(a0, Add(Add(a8, a9), Add(a10, a11)));
       Keep(a0);
-    }
-    const double seconds = omp_get_wtime() - start;
+    });
+    const double seconds = Since(start);
     const double rate = 12.0 * flops_a_step * static_cast<double>(kFmaLoops) * NumThreads() / seconds / 1e9;
     best = rate > best ? rate : best;
   }
@@ -73,18 +76,17 @@ double ReadGbPerSecond(const float* data, int64_t count) {
   const int64_t steps = count / kStep;
   double best = 0.0;
   for (int run = 0; run < kRuns; ++run) {
-    const double start = omp_get_wtime();
-#pragma omp parallel num_threads(NumThreads())
-    {
+    const auto start = Clock::now();
+    Together(NumThreads(), [&](const Member& me) {
       Vec sum[8];
       for (Vec& s : sum) s = Zero();
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < steps; ++i) {
+      const auto [first, last] = me.Share(steps);
+      for (int64_t i = first; i < last; ++i) {
         for (int j = 0; j < 8; ++j) sum[j] = Add(sum[j], Load(data + i * kStep + j * kLanes));
       }
       for (Vec& s : sum) Keep(s);
-    }
-    const double rate = static_cast<double>(steps * kStep * 4) / (omp_get_wtime() - start) / 1e9;
+    });
+    const double rate = static_cast<double>(steps * kStep * 4) / Since(start) / 1e9;
     best = rate > best ? rate : best;
   }
   return best;

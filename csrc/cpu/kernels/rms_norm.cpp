@@ -28,11 +28,10 @@ void NormRow(const X* x, const T* weight, T* y, int64_t dim, float eps) {
 
 template <typename X, typename T>
 void NormRows(const RmsNormParams& p) {
-#pragma omp parallel for num_threads(NumThreads()) if (p.rows * p.dim > 16384)
-  for (int64_t r = 0; r < p.rows; ++r) {
+  ForEach(p.rows, p.rows * p.dim > 16384, [&](int64_t r) {
     NormRow(static_cast<const X*>(p.x) + r * p.x_stride, static_cast<const T*>(p.weight),
             static_cast<T*>(p.y) + r * p.y_stride, p.dim, p.eps);
-  }
+  });
 }
 
 }  // namespace

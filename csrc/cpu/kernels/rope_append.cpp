@@ -123,8 +123,7 @@ void AppendRows(const RopeAppendParams& p) {
   LoadNorm(p.q_norm, p.norm_dtype, p.head_dim, q_norm);
   LoadNorm(p.k_norm, p.norm_dtype, p.head_dim, k_norm);
   const Pages<T> pages{p};
-#pragma omp parallel for num_threads(NumThreads()) if (p.rows * (p.q_heads + p.kv_heads) * p.head_dim > 32768)
-  for (int64_t r = 0; r < p.rows; ++r) {
+  ForEach(p.rows, p.rows * (p.q_heads + p.kv_heads) * p.head_dim > 32768, [&](int64_t r) {
     float own[kMaxDim], head[kMaxDim];
     const float* table = own;
     if (p.cos_sin != nullptr) table = p.cos_sin + r * 2 * p.pairs;
@@ -136,7 +135,7 @@ void AppendRows(const RopeAppendParams& p) {
       TurnHead(head, p.head_dim, p.q_norm != nullptr ? q_norm : nullptr, p.eps, table, p.pairs);
       StoreHead(head, p.head_dim, q_out + h * p.head_dim);
     }
-    if (p.slots[r] < 0) continue;
+    if (p.slots[r] < 0) return;
     const int64_t page = p.slots[r] / p.page_size, slot = p.slots[r] % p.page_size;
     const In* k = static_cast<const In*>(p.k_in) + r * p.k_in_stride;
     const In* v = static_cast<const In*>(p.v_in) + r * p.v_in_stride;
@@ -147,7 +146,7 @@ void AppendRows(const RopeAppendParams& p) {
       LoadHead(v + h * p.v_dim, p.v_dim, head);
       pages.PutV(page, slot, h, head);
     }
-  }
+  });
 }
 
 template <typename T>

@@ -64,8 +64,8 @@ void InnerTile(const StepScoreParams& p, const float* x, int64_t first, int64_t 
 
 template <typename W>
 void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
-#pragma omp parallel for schedule(static) num_threads(NumThreads()) if (p.num_rows * p.inner * p.dim > kParallelWork)
-  for (int64_t lo = 0; lo < p.inner; lo += kUnitBlock) {
+  ForEach((p.inner + kUnitBlock - 1) / kUnitBlock, p.num_rows * p.inner * p.dim > kParallelWork, [&](int64_t block) {
+    const int64_t lo = block * kUnitBlock;
     const int64_t hi = lo + kUnitBlock < p.inner ? lo + kUnitBlock : p.inner;
     for (int64_t r = 0; r < p.num_rows; r += 4) {
       for (int64_t unit = lo; unit < hi; unit += kUnits) {
@@ -79,7 +79,7 @@ void InnerLayer(const StepScoreParams& p, const float* x, float* y) {
         }
       }
     }
-  }
+  });
 }
 
 template <typename W>
@@ -119,13 +119,12 @@ void Run(const StepScoreParams& p) {
   float* const x = p.scratch;
   float* const y = p.scratch + p.num_rows * p.dim;
   if (p.inner == 0) {
-#pragma omp parallel for num_threads(NumThreads()) if (p.num_rows * p.dim * p.labels > kParallelWork)
-    for (int64_t r = 0; r < p.num_rows; ++r) {
+    ForEach(p.num_rows, p.num_rows * p.dim * p.labels > kParallelWork, [&](int64_t r) {
       float* const row = x + r * p.dim;
       const bool finite =
           NormRow(static_cast<const T*>(p.hidden) + p.rows[r] * p.hidden_stride, p.norm_weight, p.eps, p.dim, row);
       p.scores[r] = finite ? ScoreRow<W>(p, row, p.dim) : NAN;
-    }
+    });
     return;
   }
   for (int64_t r = 0; r < p.num_rows; ++r) {

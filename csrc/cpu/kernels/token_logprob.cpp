@@ -1,7 +1,8 @@
 #include "ttskernels/token_logprob.h"
 
 #include <math.h>
-#include <omp.h>
+
+#include <atomic>
 
 #include "linear_micro.h"
 #include "norm_row.h"
@@ -57,9 +58,8 @@ Layout MakeLayout(const TokenLogprobParams& p) {
 }
 
 template <typename T>
-void NormRows(const TokenLogprobParams& p, const Layout& l) {
-#pragma omp for schedule(static)
-  for (int64_t r = 0; r < p.num_rows; ++r) {
+void NormRows(const TokenLogprobParams& p, const Layout& l, int64_t first, int64_t last) {
+  for (int64_t r = first; r < last; ++r) {
     float* const x = l.x + r * l.x_stride;
     // A row that is not finite goes on: its logits are infinite or NaN, so its sum becomes NaN.
     NormRow(static_cast<const T*>(p.hidden) + p.rows[r] * p.hidden_stride, p.norm_weight, p.eps, p.dim, x);
@@ -67,9 +67,9 @@ void NormRows(const TokenLogprobParams& p, const Layout& l) {
   }
 }
 
-const uint8_t* PanelOf(const TokenLogprobParams& p, const Layout& l, int64_t panel) {
+const uint8_t* PanelOf(const TokenLogprobParams& p, const Layout& l, int64_t panel, int thread) {
   if (p.packed) return static_cast<const uint8_t*>(p.lm_head) + panel * l.panel_bytes;
-  uint8_t* const own = l.own_panels + omp_get_thread_num() * l.panel_bytes;
+  uint8_t* const own = l.own_panels + thread * l.panel_bytes;
   const int64_t first = panel * kPanel, rows = p.vocab - first < kPanel ? p.vocab - first : kPanel;
   const char* from = static_cast<const char*>(p.lm_head) + first * p.weight_stride * SizeOf(p.weight_dtype);
   LinearPack(from, rows, p.dim, p.weight_stride, p.weight_dtype, {0, rows, 0}, own);
@@ -77,13 +77,13 @@ const uint8_t* PanelOf(const TokenLogprobParams& p, const Layout& l, int64_t pan
 }
 
 // Rows [lo, hi), at most kChunkRows, over one slice of the vocabulary.
-void RunSlice(const TokenLogprobParams& p, const Layout& l, int64_t lo, int64_t hi, int64_t slice) {
+void RunSlice(const TokenLogprobParams& p, const Layout& l, int64_t lo, int64_t hi, int64_t slice, int thread) {
   alignas(64) float logits[kBlockRows * kPanel];
   Running state[kChunkRows];
   const int64_t f = PackFactor(p.weight_dtype), steps = (p.dim + f - 1) / f, first = slice * l.slice_panels;
   const int64_t end = first + l.slice_panels < l.panels ? first + l.slice_panels : l.panels;
   for (int64_t panel = first; panel < end; ++panel) {
-    const uint8_t* const w = PanelOf(p, l, panel);
+    const uint8_t* const w = PanelOf(p, l, panel, thread);
     const int64_t left = p.vocab - panel * kPanel;
     const int columns = static_cast<int>(left < kPanel ? left : kPanel);
     for (int64_t r0 = lo; r0 < hi; r0 += kBlockRows) {
@@ -115,22 +115,23 @@ void TokenLogprob(const TokenLogprobParams& p) {
   if (p.num_rows == 0) return;
   const Layout l = MakeLayout(p);
   const int64_t chunks = (p.num_rows + kChunkRows - 1) / kChunkRows;
-#pragma omp parallel num_threads(NumThreads()) if (p.num_rows * p.dim * p.vocab > kParallelWork)
-  {
-    if (!p.packed) std::memset(l.own_panels + omp_get_thread_num() * l.panel_bytes, 0, l.panel_bytes);
-    if (p.hidden_dtype == DType::kFloat32) NormRows<float>(p, l);
-    else if (p.hidden_dtype == DType::kFloat16) NormRows<Fp16>(p, l);
-    else NormRows<Bf16>(p, l);
-#pragma omp for schedule(dynamic)
-    for (int64_t t = 0; t < chunks * l.slices; ++t) {
+  std::atomic<int64_t> next{0};
+  Together(p.num_rows * p.dim * p.vocab > kParallelWork ? NumThreads() : 1, [&](const Member& me) {
+    const auto [first, last] = me.Share(p.num_rows);
+    if (!p.packed) std::memset(l.own_panels + me.index * l.panel_bytes, 0, l.panel_bytes);
+    if (p.hidden_dtype == DType::kFloat32) NormRows<float>(p, l, first, last);
+    else if (p.hidden_dtype == DType::kFloat16) NormRows<Fp16>(p, l, first, last);
+    else NormRows<Bf16>(p, l, first, last);
+    me.Barrier();
+    for (int64_t t; (t = next.fetch_add(1, std::memory_order_relaxed)) < chunks * l.slices;) {
       const int64_t lo = t / l.slices * kChunkRows, hi = lo + kChunkRows < p.num_rows ? lo + kChunkRows : p.num_rows;
-      RunSlice(p, l, lo, hi, t % l.slices);
+      RunSlice(p, l, lo, hi, t % l.slices, me.index);
     }
-#pragma omp for schedule(static)
-    for (int64_t r = 0; r < p.num_rows; ++r) {
+    me.Barrier();
+    for (int64_t r = first; r < last; ++r) {
       p.logprobs[r] = Finish(p.logprobs[r], l.partial + r * kLogprobSlices, l.slices);
     }
-  }
+  });
 }
 
 }  // namespace ttsk::TTSK_ISA

@@ -1,5 +1,6 @@
 #include "ttskernels/tree_attention.h"
 
+#include <atomic>
 #include <new>
 
 #include "tree_attention_fixed_tile.h"
@@ -288,11 +289,8 @@ struct Kernel {
   }
 
   // Takes the next task from the shared counter; *item is the thread's last one (tasks only grow).
-  Task Claim(int64_t* next, int64_t* item) const {
-    const int64_t num_items = plan[kFieldNumItems];
-    int64_t task;
-#pragma omp atomic capture
-    task = (*next)++;
+  Task Claim(std::atomic<int64_t>* next, int64_t* item) const {
+    const int64_t num_items = plan[kFieldNumItems], task = next->fetch_add(1, std::memory_order_relaxed);
     if (task >= layout.task_indptr[num_items]) return {};
     while (layout.task_indptr[*item + 1] <= task) ++*item;
     const PlanItem& it = items[*item];
@@ -304,17 +302,15 @@ struct Kernel {
   }
 
   void RunAll() const {
-    const int64_t rows = plan[kFieldNumRows];
-    int64_t next = 0;
-#pragma omp parallel num_threads(layout.threads)
-    {
-      const TreeScratch scratch = layout.Scratch(ThreadId());
+    std::atomic<int64_t> next{0};
+    Together(layout.threads, [&](const Member& me) {
+      const TreeScratch scratch = layout.Scratch(me.index);
       int64_t item = 0;
       for (Task task = Claim(&next, &item); task.item != nullptr; task = Claim(&next, &item)) Run(task, scratch);
-#pragma omp barrier
-#pragma omp for schedule(static)
-      for (int64_t i = 0; i < rows * p.q_heads; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
-    }
+      me.Barrier();
+      const auto [first, last] = me.Share(plan[kFieldNumRows] * p.q_heads);
+      for (int64_t i = first; i < last; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
+    });
   }
 };
 

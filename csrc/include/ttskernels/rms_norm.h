@@ -10,7 +10,7 @@ namespace ttsk {
 
 // x: [rows, dim] of `x_dtype`, which is `dtype` or float32; y: [rows, dim] of `dtype`; rows `*_stride` elements apart;
 // y may alias x of the same dtype. weight: [dim] of `dtype`.
-// Reads 2 * dim, writes dim values a row; opens an OpenMP team; no allocation.
+// Reads 2 * dim, writes dim values a row; on all threads for many rows; no allocation.
 struct RmsNormParams {
   const void* x;
   const void* weight;

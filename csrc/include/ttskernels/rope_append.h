@@ -16,7 +16,7 @@ namespace ttsk {
 // q_out [rows, q_heads, head_dim] of `dtype`; it may alias q_in if the dtypes and strides agree.
 // slots[r] = page * page_size + slot, -1: k and v of this row are not written. Slots must be distinct. Fixed-point pages
 // (packed, see kv_form.h) get integers to nearest even of k turned and v as it is; `dtype` is then q_out's alone.
-// Reads and writes each value once; opens an OpenMP team for many rows; no allocation.
+// Reads and writes each value once; on all threads for many rows; no allocation.
 struct RopeAppendParams {
   const void* q_in;
   const void* k_in;

@@ -21,7 +21,7 @@ enum class Squash : int {
 // inner_bias [inner] or null, followed by ReLU (inner = 0: none); weight [labels, inner or dim], bias [labels] or null,
 // mix [labels] or null (all ones).
 // Vectors are float32, inner_weight and weight of `weight_dtype`, all contiguous.
-// scratch: num_rows * (dim + inner) floats. Opens an OpenMP team; reads each weight once per four rows.
+// scratch: num_rows * (dim + inner) floats. Runs on all threads for many rows; reads each weight once per four rows.
 struct StepScoreParams {
   const void* hidden;
   const int32_t* rows;

@@ -15,7 +15,7 @@ namespace ttsk {
 // lm_head [vocab, dim] of `weight_dtype`: packed (LinearPack of the whole matrix), or plain with rows weight_stride
 // elements apart, then packed a panel of 64 rows at a time per 384 rows of hidden.
 // The vocabulary is cut into at most kLogprobSlices runs of panels; each keeps a running maximum and sum, panel by panel,
-// and a row's runs are merged in order: no buffer grows with rows * vocab. Opens an OpenMP team; reads lm_head once per
+// and a row's runs are merged in order: no buffer grows with rows * vocab. Runs on all threads; reads lm_head once per
 // 384 rows. scratch: TokenLogprobScratchBytes, 64-byte aligned.
 struct TokenLogprobParams {
   const void* hidden;

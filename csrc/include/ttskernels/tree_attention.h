@@ -21,7 +21,7 @@ struct KvStrides {
 // Packed pools (page_size 16; in fixed point see kv_form.h): K [pages, kv_heads, head_dim / f, 16, f], V [pages, kv_heads, 16 / f, v_dim, f].
 // head_dim and v_dim are multiples of 16 up to 256. Unused slots may hold anything, NaN too.
 // Reads each item's K, V once per 192 rows of q heads, writes v_dim + 1 values a (row, head), and partials if the plan
-// has slots. Opens one OpenMP team of NumThreads(); results do not depend on it, nor on which items the plan has.
+// has slots. Runs on NumThreads() threads; results do not depend on it, nor on which items the plan has.
 struct TreeAttentionParams {
   const void* q;
   void* out;

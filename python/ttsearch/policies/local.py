@@ -28,7 +28,7 @@ from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
 from ..verifiers import detect_family
 from ..verifiers.families import Family
-from ..verifiers.session import DEFAULT_KV_BYTES, EngineVerifier, load_verifier, read_verifier
+from ..verifiers.session import DEFAULT_KV_BYTES, PROMPT_SHARE, EngineVerifier, load_verifier, read_verifier
 from ..verifiers.written import GenerativeFamily
 from .lookahead import SPECULATE, Speculate, next_parents
 
@@ -80,6 +80,7 @@ class LocalBackend:
         weights: str = "auto",
         kv: str = "auto",
         speculate: Speculate = "sure",
+        keep_prompts: bool = True,
     ) -> LocalBackend:
         """Load both models and start the engine.
 
@@ -96,6 +97,8 @@ class LocalBackend:
             speculate: begin the next step of paths while the last of their siblings are still decoded: "sure", of those that
                 no sibling can push out any more; "likely", also of those that will probably stay; "off". Trees and scores
                 are the same.
+            keep_prompts: a problem that is opened again finds its prompts computed, in up to an eighth of `kv_bytes`, as long
+                as nobody needs the pages: its cost is smaller by them then, its trees and scores are the same.
         """
         if speculate not in SPECULATE:
             raise ValueError(f"speculate must be one of {', '.join(SPECULATE)}, got {speculate!r}")
@@ -118,7 +121,9 @@ class LocalBackend:
                 )
         table = torch.from_numpy(text_policy.next_state.copy())
         rows = AHEAD_ROWS if speculate != "off" else 0
-        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes or DEFAULT_KV_BYTES, ahead_rows=rows)
+        kv_bytes = kv_bytes or DEFAULT_KV_BYTES
+        prompt_bytes = kv_bytes // PROMPT_SHARE if keep_prompts else 0
+        engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes, prompt_bytes=prompt_bytes, ahead_rows=rows)
         prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else writer
         return cls(engine, text_policy, prm, likelihood, speculate)
 

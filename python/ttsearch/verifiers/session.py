@@ -32,6 +32,7 @@ from .text import Extension, PrmPath, TextVerifier
 from .written import GenerativeFamily
 
 DEFAULT_KV_BYTES = 2 << 30
+PROMPT_SHARE = 8  # one part of so many of an engine's KV may hold prompts of problems that are done
 
 
 def source_name(source: str | Path) -> str:
@@ -242,7 +243,8 @@ def load_verifier(
         family: what it reads, or writes: a name in `ttsearch.verifiers.FAMILIES` or `GENERATIVE`, a .json or .py file that
             describes one, or one as it is. None: seen in the checkpoint.
         dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
-        kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again.
+        kv_bytes: memory for the KV of all problems at once; None: 2 GiB. What does not fit is computed again. An eighth of it
+            keeps the prompts of earlier problems, until somebody needs the pages.
         reference: of an implicit PRM, the model that it was trained from.
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`; also where their tokenizer is, if
             they have none, with the family's own token added behind it.
@@ -266,4 +268,4 @@ def load_verifier(
             weights=weights, kv=kv,
         )
     model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights, kv)
-    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes), text, True, source)
+    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes, prompt_bytes=kv_bytes // PROMPT_SHARE), text, True, source)

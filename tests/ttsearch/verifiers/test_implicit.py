@@ -87,6 +87,7 @@ def score(verifier, steps, cuts=(), problem=PROBLEM):
     scores = asyncio.run(main(session))
     cost = session.cost()
     session.close()
+    verifier.engine.forget_prompts()
     assert not verifier.engine.verifier_forest._live and verifier.engine.budget.used_bytes == 0
     return scores, cost
 

@@ -40,6 +40,7 @@ def session(verifier):
     session = verifier.open(PROBLEM)
     yield session
     session.close()
+    verifier.engine.forget_prompts()
     assert not verifier.engine.verifier_forest._live and verifier.engine.budget.used_bytes == 0
 
 
