@@ -34,7 +34,7 @@ inline float MostWeight(KvForm form) { return form == KvForm::kInt16 ? kMostRowO
 static_assert(int64_t{4095} * 8191 * kTileTokens <= INT32_MAX && int64_t{127} * 32767 * kTileTokens <= INT32_MAX);
 static_assert(kMostWord == 4095 && kMostRowOfWords == 8191 && kMostByte == 127 && kMostRowOfBytes == 32767);
 
-// Scales of tokens that no row sees are 0, whatever their slots hold.
+// Scales of a block's tokens that no row sees are 0, whatever their slots hold.
 template <typename E>
 struct FixedTile : Tile<E> {
   alignas(64) float k_scale[kTileTokens];

@@ -29,24 +29,16 @@ class FixedLoader {
   FixedTile<E> LoadK(SegCursor cursor, int lo, int hi) {
     FixedTile<E> tile;
     lo_ = lo, hi_ = hi;
-    std::memset(tile.k_scale, 0, sizeof(tile.k_scale));
-    std::memset(tile.v_scale, 0, sizeof(tile.v_scale));
+    Vec odd = Zero();
     for (int b = 0; b * kBlock < hi; ++b) {
       at_.Take(&cursor, b, BlockEnd(b, hi));
-      for (int r = 0; r < at_.count[b]; ++r) {
-        const Run& run = at_.runs[b][r];
-        const size_t size = sizeof(float) * run.count;
-        std::memcpy(tile.k_scale + b * kBlock + run.at, Scales(k_ + run.page * k_page_, dim_) + run.slot, size);
-        std::memcpy(tile.v_scale + b * kBlock + run.at, Scales(v_ + run.page * v_page_, v_dim_) + run.slot, size);
-      }
+      TakeScales(b, k_, k_page_, dim_, tile.k_scale + b * kBlock);
+      TakeScales(b, v_, v_page_, v_dim_, tile.v_scale + b * kBlock);
+      const Vec s = Load(tile.v_scale + b * kBlock);
+      odd = Add(odd, Sub(s, s));
       tile.k[b] = Block(b, k_, k_page_, dim_, [&](E* to) {
         if constexpr (sizeof(E) == 2) GatherK(b, to);
       });
-    }
-    Vec odd = Zero();
-    for (int t = 0; t < kTileTokens; t += kLanes) {
-      const Vec s = Load(tile.v_scale + t);
-      odd = Add(odd, Sub(s, s));
     }
     tile.finite = ReduceAdd(odd) == 0.0f;
     return tile;
@@ -61,7 +53,16 @@ class FixedLoader {
   }
 
  private:
-  static const float* Scales(const P* run, int64_t dim) { return reinterpret_cast<const float*>(run + kBlock * dim); }
+  // Sixteen scales of block b, 0 for tokens past its end.
+  void TakeScales(int b, const P* pages, int64_t page_stride, int64_t dim, float* to) const {
+    if (at_.count[b] > 1 || at_.runs[b][0].count < kBlock) Store(to, Zero());
+    for (int r = 0; r < at_.count[b]; ++r) {
+      const Run& run = at_.runs[b][r];
+      const float* from = reinterpret_cast<const float*>(pages + run.page * page_stride + kBlock * dim) + run.slot;
+      if (run.count == kBlock) Store(to, Load(from));
+      else std::memcpy(to + run.at, from, sizeof(float) * run.count);
+    }
+  }
 
   template <typename Gather>
   const E* Block(int b, const P* pages, int64_t page_stride, int64_t dim, Gather gather) const {

@@ -13,11 +13,17 @@ struct Options {
   KvForm form;
 };
 
-// What a fixed-point row may add (tests/support/attention.py derives it): a rounded q moves scores by at most `moved`, and a
-// rounded weight is off by at most half a step of the largest.
-struct Rounded {
-  double moved = 0, largest = 0;
-};
+// A head of q as a kernel over such pages reads it: rounded to integers, of which head_dim products with K's fit in int32.
+std::vector<double> QueryOf(const Array& q, int64_t at, int64_t dim, KvForm form) {
+  std::vector<double> values(dim);
+  float top = 0;
+  for (int64_t d = 0; d < dim; ++d) values[d] = q.Get(at + d), top = std::max(top, std::fabs(static_cast<float>(values[d])));
+  if (form == KvForm::kFloat) return values;
+  const double fits = std::floor(2147483647.0 / (MostOf(form) * static_cast<double>(dim)));
+  const float most = static_cast<float>(std::min(fits, 32767.0)), up = most / top, step = top / most;
+  for (double& value : values) value = std::nearbyint(static_cast<float>(value) * up) * static_cast<double>(step);
+  return values;
+}
 
 void RunCase(Checks& check, Random& random, const Options& o) {
   const int32_t page_size = o.packed ? 16 : random.Pick({1, 5, 16, 32});
@@ -63,19 +69,12 @@ void RunCase(Checks& check, Random& random, const Options& o) {
     for (int64_t h = 0; h < o.q_heads; ++h) {
       const int64_t kv_head = h / (o.q_heads / o.kv_heads);
       std::vector<double> score, want(o.v_dim, 0.0), magnitude(o.v_dim, 0.0);
-      double top = sunk ? sinks.Get(h) : -HUGE_VAL, total = 0, most_q = 0;
-      for (int64_t d = 0; d < o.dim; ++d) most_q = std::max(most_q, std::fabs(q.Get(r * q_stride + h * o.dim + d)));
-      const double fits = std::floor(2147483647.0 / (MostOf(o.form) * static_cast<double>(o.dim)));
-      const double step_q = o.form == KvForm::kFloat ? 0.0 : most_q / std::min(fits, 32767.0);
-      Rounded rounded;
+      double top = sunk ? sinks.Get(h) : -HUGE_VAL, total = 0, largest = 0;
+      const std::vector<double> query = QueryOf(q, r * q_stride + h * o.dim, o.dim, o.form);
       for (int32_t t = first; t <= pos; ++t) {
         const Place at = tree.Of(tree.row_node[r], t);
-        double s = 0, keys = 0;
-        for (int64_t d = 0; d < o.dim; ++d) {
-          const double key = k.Get(at.page, at.slot, kv_head, d);
-          s += q.Get(r * q_stride + h * o.dim + d) * key, keys += std::fabs(key);
-        }
-        rounded.moved = std::max(rounded.moved, step_q / 2 * keys * p.scale);
+        double s = 0;
+        for (int64_t d = 0; d < o.dim; ++d) s += query[d] * k.Get(at.page, at.slot, kv_head, d);
         s *= p.scale;
         if (p.softcap != 0) s = p.softcap * std::tanh(s / p.softcap);
         score.push_back(s), top = std::max(top, s);
@@ -87,20 +86,20 @@ void RunCase(Checks& check, Random& random, const Options& o) {
         const Place at = tree.Of(tree.row_node[r], t);
         const double weight = std::exp(score[t - first] - top) / total;
         const double v_scale = o.form == KvForm::kFloat ? 1.0 : v.Scale(at.page, at.slot, kv_head);
-        rounded.largest = std::max(rounded.largest, weight * v_scale);
+        largest = std::max(largest, weight * v_scale);
         for (int64_t d = 0; d < o.v_dim; ++d) {
           const double value = v.Get(at.page, at.slot, kv_head, d);
           want[d] += weight * value, magnitude[d] += weight * std::fabs(value), integers[d] += std::fabs(value) / v_scale;
         }
       }
-      const double grown = std::exp(2 * rounded.moved), most_p = o.form == KvForm::kInt16 ? 8191 : 32767;
-      const double half = o.form == KvForm::kFloat ? 0.0 : grown * rounded.largest / most_p / 2;
-      const double relative = 2e-5 + (rounded_weights && o.form == KvForm::kFloat ? 0x1p-8 : 0.0) + grown - 1;
+      // A rounded weight, times V's scale, is off by half a step of the row's largest, and meets V's integer.
+      const double half = o.form == KvForm::kFloat ? 0.0 : largest / (o.form == KvForm::kInt16 ? 8191 : 32767) * 0.5001;
+      const double relative = 2e-5 + (rounded_weights && o.form == KvForm::kFloat ? 0x1p-8 : 0.0);
       for (int64_t d = 0; d < o.v_dim; ++d) {
         check.Near(d, out.Get(r * out_stride + h * o.v_dim + d), want[d],
                    relative * magnitude[d] + half * integers[d] + Rounding(o.type) * std::fabs(want[d]) + 1e-7);
       }
-      check.Near(h, lse.Get(r * o.q_heads + h), top + std::log(total), 3e-5 + rounded.moved);
+      check.Near(h, lse.Get(r * o.q_heads + h), top + std::log(total), 3e-5);
     }
     for (int64_t d = o.q_heads * o.v_dim; d < out_stride; ++d) check.Equal(d, out.Get(r * out_stride + d), kNan);
   }

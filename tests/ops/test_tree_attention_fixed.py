@@ -1,8 +1,8 @@
-"""Attention over int16 and int8 pages: within what rounding q and the weights may cost, and the same bits for any plan."""
+"""Attention over int16 and int8 pages: within what rounding the weights may cost, and the same bits for any plan."""
 
 import pytest
 import torch
-from attention import DEEP, DEEP_ROWS, fixed_bounds, fixed_pools, make, make_fixed
+from attention import DEEP, DEEP_ROWS, fixed_bounds, fixed_pools, fixed_query, make, make_fixed
 from budget import ROUNDING
 from plans import MODES, build_plan, make_trees, random_trees
 
@@ -31,14 +31,15 @@ def exact_of(q, k, v, plan, scale, softcap, window, sinks, cache={}):  # noqa: B
     key = (*(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (q, k, v, plan)), scale, softcap, window)
     if key not in cache:
         options = (plan, scale, softcap, window, sinks)
-        exact = reference.tree_attention(q.double(), k, v, *options)
-        low = reference.tree_attention(q, k, v, *options)  # the same pages in float32, rounded to q's dtype
-        cache[key] = exact, low, fixed_bounds(q, k, v, *options)
+        rounded = fixed_query(q, k.dtype)
+        exact = reference.tree_attention(rounded, k, v, *options)
+        low, low_lse = reference.tree_attention(rounded.float(), k, v, *options)
+        cache[key] = exact, (low.to(q.dtype), low_lse), fixed_bounds(rounded, k, v, *options)
     return cache[key]
 
 
 def check(q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
-    """Against float64 over the values of the same pages."""
+    """Against float64 over q as it is rounded and the values of the same pages."""
     scale = q.shape[2] ** -0.5 if scale is None else scale
     got = run(q, k, v, plan, scale=scale, softcap=softcap, window=window, sinks=sinks)
     exact, low, bounds = exact_of(q, k, v, plan, scale, softcap, window, sinks)
@@ -50,6 +51,18 @@ def check(q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
         allowed = 2 * own + ROUNDING.get(ours.dtype, 2**-23) * size + bound[finite]
         assert (error <= allowed).all(), f"error {error.max():.3g}, {(error / allowed).max():.3g} of what is allowed"
     return got
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 128, 256])
+def test_how_q_is_rounded(form, head_dim):
+    """To half a step of at least 11 bits; the largest products fit."""
+    q = torch.randn(5, 3, head_dim).bfloat16()
+    most_k = layout.MOST[layout.FIXED[form]]
+    step = q.double().abs().amax(-1, keepdim=True) / min(2**15 - 1, (2**31 - 1) // (most_k * head_dim))
+    assert ((fixed_query(q, layout.FIXED[form]) - q).abs() <= 0.5001 * step).all()
+    assert (q.double().abs().amax(-1, keepdim=True) / step * most_k * head_dim < 2**31).all()
+    assert step.max() * 2047 <= q.double().abs().max() * 1.0001
 
 
 def assert_same(a, b):

@@ -73,18 +73,25 @@ def fixed_pools(trees, k, v, form):
     return pools
 
 
-def fixed_bounds(q, k, v, plan, scale, softcap, window, sinks):
-    """`[rows, q_heads, v_dim]` and `[rows, q_heads]`: how far out and lse may be from the exact result over these very pages.
+def fixed_query(q, dtype):
+    """q as the kernel rounds it over pages of this dtype, in float64: head_dim products with the largest K fit in int32."""
+    most = min(2**15 - 1, (2**31 - 1) // (layout.MOST[dtype] * q.shape[2]))
+    wide = q.float()
+    top = wide.abs().amax(-1, keepdim=True)
+    ints = (wide * torch.where(top > 0, torch.full_like(top, most) / top, 0.0)).round()
+    return ints.double() * (top / most).double()
 
-    A rounded q moves a score by at most half its step times sum |k|; a softcap only damps that. Scores that move by d change
-    every weight by a factor of at most e^2d. A rounded weight, times V's scale, is off by half a step, which is no larger than
-    the largest weight of the row asks for; it meets V's integer.
+
+def fixed_bounds(q, k, v, plan, scale, softcap, window, sinks):
+    """`[rows, q_heads, v_dim]` and `[rows, q_heads]`: how far out and lse may be from the exact result over these very pages and
+    `fixed_query`.
+
+    Scores are exact but for a few float32 operations; scores that move by d change every weight by a factor of at most e^2d. A
+    rounded weight, times V's scale, is off by half a step, which is no larger than the row's largest one asks for; it meets
+    V's integer.
     """
-    dtype = k.dtype
-    most_q = min(2**15 - 1, (2**31 - 1) // (layout.MOST[dtype] * q.shape[2]))
+    dtype, exact = k.dtype, q.double()
     most_weight = 8191 if dtype == torch.int16 else 32767
-    exact = q.double()
-    step = exact.abs().amax(-1) / most_q  # [rows, q_heads]
     scales = layout.fixed_parts(v, keys=False)[1][..., None].expand(-1, -1, -1, 2)  # as values of two columns
     out = torch.zeros(*q.shape[:2], layout.dim_of(v), dtype=torch.float64)
     lse = torch.zeros(q.shape[:2], dtype=torch.float64)
@@ -96,17 +103,16 @@ def fixed_bounds(q, k, v, plan, scale, softcap, window, sinks):
         group = q.shape[1] // keys.shape[1]
         keys, vals, v_scale = (t.double().repeat_interleave(group, dim=1) for t in (keys, vals, v_scale[..., 0]))
         scores = torch.einsum("hd,thd->ht", exact[row], keys) * scale
-        magnitude = torch.einsum("hd,thd->ht", exact[row].abs(), keys.abs()) * scale
-        moved = (step[row, :, None] / 2 * keys.abs().sum(2).T * scale + 2**-21 * magnitude).amax(1)
+        moved = 2**-21 * scores.abs().amax(1)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
+            moved = moved + 2**-20 * softcap
         if sinks is not None:
             scores = torch.cat([scores, sinks.double()[:, None]], 1)
         lse[row] = moved
         weights = scores.softmax(1)[:, : len(keys)]
-        grown = weights * torch.exp(2 * moved)[:, None]
         out[row] = torch.einsum("ht,thd->hd", weights, vals.abs()) * (torch.expm1(2 * moved) + 2**-20)[:, None]
-        half = (grown * v_scale.T).amax(1) / most_weight / 2
+        half = (weights * v_scale.T).amax(1) * torch.exp(2 * moved) / most_weight / 2
         whole = torch.where(v_scale[..., None] > 0, vals.abs() / v_scale[..., None], 0.0).sum(0)
         out[row] += half[:, None] * whole
     return out, lse + 2**-20

@@ -72,7 +72,10 @@ void PutFixed(const float* values, int64_t dim, float most, bool keys, int64_t s
   int16_t row[kMaxDim];
   const float scale = FixVector(values, dim, most, row);
   if (keys) {
-    for (int64_t i = 0; i < dim; ++i) run[(i / 2 * 16 + slot) * 2 + i % 2] = static_cast<P>(row[i]);
+    for (int64_t i = 0; i < dim; i += 2) {
+      P* to = run + i * 16 + slot * 2;
+      to[0] = static_cast<P>(row[i]), to[1] = static_cast<P>(row[i + 1]);
+    }
   } else {
     for (int64_t i = 0; i < dim; ++i) run[(slot / 2 * dim + i) * 2 + slot % 2] = static_cast<P>(row[i]);
   }
