@@ -29,6 +29,14 @@ Bytes Copy(const void* data, int64_t count, DType dtype) {
   return Bytes(bytes, bytes + count * SizeOf(dtype));
 }
 
+// `to` is `dtype` or float32.
+Bytes CopyAs(const void* data, int64_t count, DType dtype, DType to) {
+  if (to == dtype) return Copy(data, count, dtype);
+  Bytes wide(count * 4);
+  for (int64_t i = 0; i < count; ++i) reinterpret_cast<float*>(wide.data())[i] = ElementAsFloat(data, i, dtype);
+  return wide;
+}
+
 void AppendBias(std::vector<float>& bias, const void* part, int64_t n, DType dtype, bool any) {
   if (!any) return;
   for (int64_t i = 0; i < n; ++i) bias.push_back(part != nullptr ? ElementAsFloat(part, i, dtype) : 0.0f);
@@ -51,14 +59,15 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t, shape.form), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
   embed_ = Copy(embed, shape.vocab * h, t);
-  final_norm_ = Copy(final_norm, h, t);
+  final_norm_ = CopyAs(final_norm, h, t, InnerType());
   if (lm_head != nullptr) {
     lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, HeadForm()), 0);
     LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), HeadForm());
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
-    layer.input_norm = Copy(w.input_norm, h, t), layer.post_norm = Copy(w.post_norm, h, t);
+    layer.input_norm = CopyAs(w.input_norm, h, t, InnerType());
+    layer.post_norm = CopyAs(w.post_norm, h, t, InnerType());
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
     layer.qkv = pack(wide_q + 2 * kv, h);
     LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data(), shape.form);
@@ -117,16 +126,16 @@ T* Decoder::Scratch(int index, int64_t count) {
 
 void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const {
   const int64_t h = shape_.hidden;
-  TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, shape_.dtype});
+  TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, InnerType()});
 }
 
-void Decoder::Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
+void Decoder::Project(const void* x, DType x_dtype, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
                       int64_t n, int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form) {
   LinearParams p{};
   p.x = x, p.packed = packed.data(), p.bias = bias.empty() ? nullptr : bias.data(), p.y = y;
   p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(rows, k));
   p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = swiglu ? n / 2 : n;
-  p.x_dtype = p.weight_dtype = shape_.dtype, p.y_dtype = y_dtype;
+  p.x_dtype = x_dtype, p.weight_dtype = shape_.dtype, p.y_dtype = y_dtype;
   p.epilogue = swiglu ? LinearEpilogue::kSwiGlu : add ? LinearEpilogue::kAdd : LinearEpilogue::kStore;
   p.form = form;
   TTSK_SELECT(Linear)(p);
@@ -137,15 +146,16 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
                       float* out) {
   if (rows == 0 || layers_.empty()) return;
   const DecoderShape& s = shape_;
-  const int64_t h = s.hidden, size = SizeOf(s.dtype);
+  const DType inner = InnerType(), heads = pools.form == KvForm::kFloat ? s.dtype : inner;
+  const int64_t h = s.hidden;
   const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim;
   const int64_t wide_q = WholePanels(q), qkv_dim = wide_q + 2 * kv, most = std::max(rows, num_out);
   float* x = Scratch<float>(kX, rows * h);
-  char* normed = Scratch<char>(kNormed, most * h * size);
+  char* normed = Scratch<char>(kNormed, most * h * SizeOf(inner));
   float* qkv = Scratch<float>(kQkv, most * qkv_dim);
-  char* rotated = Scratch<char>(kQ, most * q * size);
-  char* attended = Scratch<char>(kAttended, most * q * size);
-  char* act = Scratch<char>(kAct, most * s.intermediate * size);
+  char* rotated = Scratch<char>(kQ, most * q * SizeOf(heads));
+  char* attended = Scratch<char>(kAttended, most * q * SizeOf(heads));
+  char* act = Scratch<char>(kAct, most * s.intermediate * SizeOf(inner));
   const std::vector<float> no_bias;
 
   const int64_t pairs = s.head_dim / 2;
@@ -164,7 +174,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
       p.bias = layer.qkv_bias.empty() ? nullptr : layer.qkv_bias.data() + first;
       p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(live, h));
       p.rows = live, p.n = n, p.k = h, p.x_stride = h, p.y_stride = qkv_dim;
-      p.x_dtype = p.weight_dtype = s.dtype, p.y_dtype = DType::kFloat32, p.epilogue = LinearEpilogue::kStore;
+      p.x_dtype = inner, p.weight_dtype = s.dtype, p.y_dtype = DType::kFloat32, p.epilogue = LinearEpilogue::kStore;
       p.form = s.form;
       TTSK_SELECT(Linear)(p);
     };
@@ -178,7 +188,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
       p.rows = live, p.q_heads = q_heads, p.kv_heads = kv_heads;
       p.head_dim = p.v_dim = s.head_dim, p.pairs = pairs;
       p.q_in_stride = p.k_in_stride = p.v_in_stride = qkv_dim, p.q_out_stride = q;
-      p.in_dtype = DType::kFloat32, p.dtype = p.norm_dtype = s.dtype;
+      p.in_dtype = DType::kFloat32, p.dtype = heads, p.norm_dtype = s.dtype;
       TTSK_SELECT(RopeAppend)(p);
     };
     Norm(x, layer.input_norm, live, normed);
@@ -201,22 +211,22 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     attention.q = rotated, attention.out = attended, attention.k = k_pages, attention.v = v_pages;
     attention.plan = plan, attention.rows = live, attention.q_heads = s.q_heads, attention.kv_heads = s.kv_heads;
     attention.head_dim = attention.v_dim = s.head_dim, attention.q_stride = attention.out_stride = q;
-    attention.dtype = s.dtype, attention.packed = true, attention.scale = s.scale, attention.softcap = s.softcap;
+    attention.dtype = heads, attention.packed = true, attention.scale = s.scale, attention.softcap = s.softcap;
     attention.form = pools.form, attention.window = static_cast<int32_t>(s.window);
     attention.workspace = Scratch<char>(kAttention, TreeAttentionWorkspaceBytes(attention));
     TTSK_SELECT(TreeAttention)(attention);
 
-    Project(attended, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false, s.form);
+    Project(attended, heads, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false, s.form);
     Norm(x, layer.post_norm, live, normed);
-    Project(normed, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, s.dtype, true, s.form);
-    Project(act, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.form);
+    Project(normed, inner, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, inner, true, s.form);
+    Project(act, inner, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.form);
   }
   if (output == DecoderOutput::kHidden) {
     std::memcpy(out, x, num_out * h * 4);
     return;
   }
   Norm(x, final_norm_, num_out, normed);
-  Project(normed, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, HeadForm());
+  Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, HeadForm());
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {

@@ -83,8 +83,10 @@ class Decoder {
   T* Scratch(int index, int64_t count);
   // Int8 rows of the vocabulary would cost most of the accuracy (bench/LOG.md): they stay int16.
   LinearForm HeadForm() const { return shape_.form == LinearForm::kInt8 ? LinearForm::kInt16 : shape_.form; }
+  // What linears read: fixed-point ones round it themselves, to more bits than bf16 has.
+  DType InnerType() const { return shape_.form == LinearForm::kFloat ? shape_.dtype : DType::kFloat32; }
   void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;
-  void Project(const void* x, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
+  void Project(const void* x, DType x_dtype, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
                int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form);
 
   DecoderShape shape_;
