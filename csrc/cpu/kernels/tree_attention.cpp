@@ -30,7 +30,7 @@ void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim
 }
 
 // Up to so many q rows a tile is widened in registers as it is read, above it is copied to floats first (GFLOP/s of both
-// in bench/LOG.md: in place wins at 7 and 28 rows, the copy at 56 and 112).
+// in bench/LOG.md: in place wins at 7 and 28 rows, the copy at 56 and 112). Bytes are widened to int16, with less to gain.
 constexpr int64_t kInPlaceRows = 32, kInPlaceRowsOfBytes = 12;
 
 template <int kN>
