@@ -61,18 +61,19 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   embed_ = Copy(embed, shape.vocab * h, t);
   final_norm_ = CopyAs(final_norm, h, t, InnerType());
   if (lm_head != nullptr) {
-    lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, HeadForm()), 0);
-    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), HeadForm());
+    lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, KeptForm()), 0);
+    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), KeptForm());
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
     layer.input_norm = CopyAs(w.input_norm, h, t, InnerType());
     layer.post_norm = CopyAs(w.post_norm, h, t, InnerType());
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
-    layer.qkv = pack(wide_q + 2 * kv, h);
+    const int64_t q_bytes = LinearPackedBytes(wide_q, h, t, shape.form);
+    layer.qkv = Bytes(q_bytes + LinearPackedBytes(2 * kv, h, t, KeptForm()), 0);
     LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data(), shape.form);
-    LinearPack(w.k, kv, h, h, t, whole(wide_q, kv), layer.qkv.data(), shape.form);
-    LinearPack(w.v, kv, h, h, t, whole(wide_q + kv, kv), layer.qkv.data(), shape.form);
+    LinearPack(w.k, kv, h, h, t, whole(0, kv), layer.qkv.data() + q_bytes, KeptForm());
+    LinearPack(w.v, kv, h, h, t, whole(kv, kv), layer.qkv.data() + q_bytes, KeptForm());
     const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
     AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
     layer.qkv_bias.resize(biased ? wide_q : 0);
@@ -168,14 +169,14 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     const Layer& layer = layers_[l];
     char* k_pages = static_cast<char*>(pools.k) + l * pools.k_layer_bytes;
     char* v_pages = static_cast<char*>(pools.v) + l * pools.v_layer_bytes;
-    const auto project = [&](int64_t first, int64_t n) {  // columns of q, k, v
+    const auto project = [&](int64_t first, int64_t n, LinearForm form) {  // columns of q, k, v, from q or from k on
       LinearParams p{};
       p.x = normed, p.packed = layer.qkv.data() + LinearPackedBytes(first, h, s.dtype, s.form), p.y = qkv + first;
       p.bias = layer.qkv_bias.empty() ? nullptr : layer.qkv_bias.data() + first;
       p.workspace = Scratch<char>(kWorkspace, LinearWorkspaceBytes(live, h));
       p.rows = live, p.n = n, p.k = h, p.x_stride = h, p.y_stride = qkv_dim;
       p.x_dtype = inner, p.weight_dtype = s.dtype, p.y_dtype = DType::kFloat32, p.epilogue = LinearEpilogue::kStore;
-      p.form = s.form;
+      p.form = form;
       TTSK_SELECT(Linear)(p);
     };
     const auto rope = [&](int64_t q_heads, int64_t kv_heads) {
@@ -193,17 +194,19 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     };
     Norm(x, layer.input_norm, live, normed);
     if (l + 1 < layers_.size() || out_plan == nullptr) {
-      project(0, qkv_dim);
+      const bool alike = KeptForm() == s.form;
+      project(0, alike ? qkv_dim : wide_q, s.form);
+      if (!alike) project(wide_q, 2 * kv, KeptForm());
       rope(s.q_heads, s.kv_heads);
     } else {  // nothing reads the other rows any more
-      project(wide_q, 2 * kv);
+      project(wide_q, 2 * kv, KeptForm());
       rope(0, s.kv_heads);
       float* out_x = Scratch<float>(kOutX, num_out * h);
       for (int64_t i = 0; i < num_out; ++i) std::memcpy(out_x + i * h, x + out_rows[i] * h, h * 4);
       x = out_x, live = num_out, plan = out_plan;
       RopeTable(PlanSection(plan, kFieldRowPos), live, inv_freq_.data(), pairs, s.rope_scale, cos_sin);
       Norm(x, layer.input_norm, live, normed);
-      project(0, wide_q);
+      project(0, wide_q, s.form);
       rope(s.q_heads, 0);
     }
 
@@ -226,7 +229,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     return;
   }
   Norm(x, final_norm_, num_out, normed);
-  Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, HeadForm());
+  Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, KeptForm());
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {

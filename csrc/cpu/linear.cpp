@@ -27,17 +27,48 @@ void PackRows(const void* weight, int64_t n, int64_t k, int64_t row_stride, cons
   });
 }
 
+// Squared error of `count` values, rounded after multiplication with up. Eight partial sums, for the vector units.
+float RoundingError(const float* in, int64_t count, float up, float scale) {
+  constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to nearest even
+  float sums[8] = {};
+  for (int64_t i = 0; i + 8 <= count; i += 8) {
+    for (int j = 0; j < 8; ++j) {
+      const float error = in[i + j] - ((in[i + j] * up + kRound) - kRound) * scale;
+      sums[j] += error * error;
+    }
+  }
+  float sum = 0.0f;
+  for (const float part : sums) sum += part;
+  for (int64_t i = count / 8 * 8; i < count; ++i) {
+    const float error = in[i] - ((in[i] * up + kRound) - kRound) * scale;
+    sum += error * error;
+  }
+  return sum;
+}
+
+// The integer that the largest value becomes: for int8 the one of kByteTries, half a unit apart, that rounds best.
+template <typename T>
+float LargestInteger(const float* in, int64_t count, float most) {
+  if (sizeof(T) == 2) return kMostWord;
+  float best = kMostByte, least = INFINITY;
+  for (int t = 0; t < kByteTries; ++t) {
+    const float top = kMostByte - 0.5f * static_cast<float>(t), error = RoundingError(in, count, top / most, most / top);
+    if (error < 0.999f * least) best = top, least = error;
+  }
+  return best;
+}
+
 // One group of a row: `count` values at `in`, to column c of a packed block of T.
 template <typename T>
 void PackGroup(const float* in, int64_t count, int64_t c, uint8_t* block) {
-  constexpr float kMost = sizeof(T) == 2 ? kMostWord : kMostByte;
   float most = 0.0f;
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
   float* scales = reinterpret_cast<float*>(block);
   T* out = reinterpret_cast<T*>(block + kPanelColumns * 4);
-  scales[c] = !finite ? NAN : most < kLeastScaled ? 0.0f : most / kMost;
-  const float up = scales[c] > 0.0f ? kMost / most : 0.0f;
+  const bool scaled = finite && most >= kLeastScaled;
+  const float top = scaled ? LargestInteger<T>(in, count, most) : 1.0f, up = scaled ? top / most : 0.0f;
+  scales[c] = scaled ? most / top : finite ? 0.0f : NAN;
   for (int64_t i = 0; i < count; ++i) {
     out[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<T>(finite ? std::nearbyint(in[i] * up) : 0.0f);
   }

@@ -5,6 +5,7 @@ from torch import Tensor
 
 GROUP = 64
 MOST = {"int16": (4095, 8191), "int8": (127, 32767)}  # largest integers of a weight and of x
+BYTE_TRIES = 8
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -13,21 +14,29 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
-def fixed_groups(x: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Integers `[rows, groups, 64]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group."""
+def fixed_groups(x: Tensor, most: int, tries: int = 1) -> tuple[Tensor, Tensor]:
+    """Integers `[rows, groups, 64]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group. The
+    largest value becomes `most`, or of `tries` numbers from there down, half a unit apart, the one that rounds best."""
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    top = x.abs().amax(-1)
-    scales = torch.where(top < 1e-30, 0.0, top / most)
-    up = torch.where(scales > 0, torch.full_like(top, most) / top, 0.0)  # a scalar's quotient would be rounded twice
-    values = (x * up[..., None]).round()
     finite = x.isfinite().all(-1)
-    return torch.where(finite[..., None], values, 0.0), torch.where(finite, scales, torch.nan)
+    x = torch.where(finite[..., None], x, 0.0)
+    top = x.abs().amax(-1)
+    scaled, least = top >= 1e-30, torch.full_like(top, torch.inf)
+    values, scales = torch.zeros_like(x), torch.zeros_like(top)
+    for t in range(tries):
+        largest = torch.full_like(top, most - t / 2)  # a scalar's quotient would be rounded twice
+        rounded, scale = (x * (largest / top)[..., None]).round(), top / largest
+        error = (x - rounded * scale[..., None]).square().sum(-1)
+        better = scaled & (error < 0.999 * least) if t else scaled
+        values = torch.where(better[..., None], rounded, values)
+        scales, least = torch.where(better, scale, scales), torch.where(better, error, least)
+    return values, torch.where(finite, scales, torch.nan)
 
 
 def linear_fixed(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
     """The product in fixed point: exact sums of 64, scaled and added up as float32."""
     most_weight, most_x = MOST[form]
-    w, w_scales = fixed_groups(weight, most_weight)
+    w, w_scales = fixed_groups(weight, most_weight, BYTE_TRIES if form == "int8" else 1)
     a, a_scales = fixed_groups(x, most_x)
     y = torch.zeros(len(x), len(weight))
     for g in range(w.shape[1]):

@@ -18,6 +18,7 @@ from ttskernels.ops.silu_mul import silu_mul
 from ttskernels.ops.tree_attention import tree_attention
 
 LM_HEAD = "lm_head.weight"
+KEPT = (LM_HEAD, "k_proj.weight", "v_proj.weight")
 
 
 class Decoder(Protocol):
@@ -52,7 +53,10 @@ class PythonDecoder:
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
         if lm_head:
             matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
-        self.packed = {name: linear_pack(tensor, form=form, impl=impl) for name, tensor in matrices.items()}
+        kept = "int16" if form == "int8" else form  # of what would cost most of the accuracy
+        self.packed = {
+            name: linear_pack(tensor, form=kept if name.endswith(KEPT) else form, impl=impl) for name, tensor in matrices.items()
+        }
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
     def forward(

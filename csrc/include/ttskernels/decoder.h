@@ -81,8 +81,8 @@ class Decoder {
   };
   template <typename T>
   T* Scratch(int index, int64_t count);
-  // Int8 rows of the vocabulary would cost most of the accuracy (bench/LOG.md): they stay int16.
-  LinearForm HeadForm() const { return shape_.form == LinearForm::kInt8 ? LinearForm::kInt16 : shape_.form; }
+  // Of the vocabulary's rows and of k and v: in int8 they would cost most of the accuracy (bench/LOG.md).
+  LinearForm KeptForm() const { return shape_.form == LinearForm::kInt8 ? LinearForm::kInt16 : shape_.form; }
   // What linears read: fixed-point ones round it themselves, to more bits than bf16 has.
   DType InnerType() const { return shape_.form == LinearForm::kFloat ? shape_.dtype : DType::kFloat32; }
   void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;

@@ -7,6 +7,7 @@ namespace ttsk {
 // 127 * 32767 * 64).
 constexpr float kMostWord = 4095.0f, kMostByte = 127.0f;
 constexpr float kMostRowOfWords = 8191.0f, kMostRowOfBytes = 32767.0f;
+constexpr int kByteTries = 8;           // numbers that the largest of a group of int8 weights may become
 constexpr float kLeastScaled = 1e-30f;  // vectors of smaller values are zero
 
 }  // namespace ttsk
