@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <thread>
 
 #include "check.h"
@@ -70,6 +71,7 @@ TTSK_TEST(threads) {
   }
   for (std::thread& caller : callers) caller.join();
   check.True(right == 200, "every member runs, and waits");
+  if (std::getenv("TTSK_EMULATED") != nullptr) return;  // qemu's fork crashes in a program with threads
   check.what = "after fork, in the child and in the parent";
   const pid_t child = fork();
   if (child == 0) _exit(Rounds(3, 10) ? 0 : 1);

@@ -171,6 +171,7 @@ def test_gsm8k_on_a_real_model(strategy, smollm2_backend):
         assert record["num_voted"] >= 0 and cost["tokens_decoded"] > 100
         assert cost["tokens_prefilled"] < 400, "the prompt, once, and one token for each step that went on"
         assert cost["tokens_reused"] > 16 * 50, "sixteen branches start from one stored prompt"
+    smollm2_backend.engine.forget_prompts()
     assert not smollm2_backend.engine.policy_forest._live
 
 

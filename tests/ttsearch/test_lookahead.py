@@ -68,7 +68,7 @@ def test_unknown_switch():
 def load(speculate, **options):
     """The demo models; a step may end at many tokens, so that steps are ragged. The last branches of a batch take their
     time, as those of a larger model do: strategies have enough of it to say what goes on."""
-    backend = LocalBackend.load(policy_path(), verifier_path(), speculate=speculate, **options)
+    backend = LocalBackend.load(policy_path(), verifier_path(), speculate=speculate, keep_prompts=False, **options)
     runner, step = backend.engine._policy, backend.engine._policy.step
 
     def slow_step():

@@ -25,7 +25,8 @@ class Prompts:
         node = self._kept.pop(tuple(ids), None)
         if node is None:
             return self.forest.add(None, ids)
-        node.seen = node.cached  # what was evicted meanwhile is computed for its new session, not again
+        # What was evicted meanwhile, and the last token's row, are computed for the new session, not again.
+        node.seen = min(node.cached, len(node.ids) - 1)
         return node
 
     def close(self, node: Node) -> None:

@@ -64,6 +64,7 @@ def score(verifier, steps, cuts=(), problem=PROBLEM):
     scores = asyncio.run(main(session))
     cost = session.cost()
     session.close()
+    verifier.engine.forget_prompts()
     assert not verifier.engine.verifier_forest._live
     return scores, cost
 

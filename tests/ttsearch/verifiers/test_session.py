@@ -155,6 +155,7 @@ def test_cancelled_calls_leave_nothing_behind(verifier):
     verifier.engine._call(forest.check_integrity).result(60)
     session.close()
     session.close()
+    verifier.engine.forget_prompts()
     assert not forest._live
 
 
@@ -208,6 +209,7 @@ def test_a_question_behind_the_solution_rolls_back(judge):
     forest = verifier.engine.verifier_forest
     verifier.engine._call(forest.check_integrity).result(60)
     session.close()
+    verifier.engine.forget_prompts()
     assert not forest._live
 
 
