@@ -5,7 +5,6 @@ import random
 
 import pytest
 from engines import Search, make_engine, run_together
-from tiny_models import write_tiny
 
 from ttskernels.engine.ahead import Decoding, Wish
 from ttskernels.engine.keys import root_key
@@ -13,14 +12,6 @@ from ttskernels.engine.work import Sampling
 
 PROMPTS = [[(11 * i + 5 * t) % 100 + 8 for t in range(5 + 4 * i)] for i in range(6)]
 SHAPE = dict(width=4, keep=3, depth=4)
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
-    write_tiny(policy, "llama", seed=1)
-    write_tiny(verifier, "qwen2", seed=2, kind="ForTokenClassification", num_labels=2)
-    return policy, verifier
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,6 @@ from ttskernels.models.model import load_model
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
-    write_tiny(policy, "llama", seed=1)
-    write_tiny(verifier, "qwen2", seed=2, kind="ForTokenClassification", num_labels=2)
-    return policy, verifier
-
-
 @pytest.fixture
 def engine(folders):
     engine = make_engine(*folders)

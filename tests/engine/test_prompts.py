@@ -2,17 +2,8 @@
 
 import pytest
 from engines import Search, make_engine, run_together
-from tiny_models import write_tiny
 
 PROMPTS = [[(7 * i + 3 * t) % 100 + 8 for t in range(5 + 6 * i)] for i in range(6)]
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
-    write_tiny(policy, "llama", seed=1)
-    write_tiny(verifier, "qwen2", seed=2, kind="ForTokenClassification", num_labels=2)
-    return policy, verifier
 
 
 def held(engine):
