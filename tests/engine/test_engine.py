@@ -46,6 +46,16 @@ def test_problems_together_equal_problems_alone(engine, cpu_extension):
     assert leaked(engine) == 0
 
 
+def test_shutdown_frees_the_pages_whoever_refers_to_the_engine(folders):
+    engine = make_engine(*folders)
+    pools = engine.policy_forest.pool, engine.verifier_forest.pool
+    Search(engine, PROMPT, seed=0).run()
+    assert all(pool.k.nbytes and pool.v.nbytes for pool in pools)
+    engine.shutdown()
+    engine.shutdown()
+    assert not any(pool.k.nbytes + pool.v.nbytes for pool in pools)
+
+
 @pytest.mark.parametrize("kv", ["float", "int8"])
 def test_a_quarter_of_the_memory_changes_nothing_but_time(folders, kv, cpu_extension):
     searches = dict(width=4, keep=3, depth=4)

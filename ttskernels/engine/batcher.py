@@ -285,10 +285,13 @@ class Engine:
         self._call(self._sessions.forget_prompts).result()
 
     def shutdown(self) -> None:
-        """Stop the engine's thread; sessions still open are closed."""
+        """Stop the engine's thread and free its KV; sessions still open are closed."""
         if self._thread.is_alive():
             self._commands.put(None)
             self._thread.join()
+        for forest in (self.policy_forest, self.verifier_forest):
+            if forest is not None:
+                forest.pool.free()
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 

@@ -154,6 +154,10 @@ class PagePool:
         if self.budget is not None:
             self.budget.change(-len(pages) * self.page_bytes)
 
+    def free(self) -> None:
+        """Give the memory back to the system, whoever still refers to the pool; it is of no use afterwards."""
+        self.k, self.v = self.k.new_empty(0), self.v.new_empty(0)
+
     def describe_free(self) -> str:
         """`3 of 4096 are free`, with the shared budget if that is what is short."""
         text = f"{self.num_free} of {self.num_pages} are free"
