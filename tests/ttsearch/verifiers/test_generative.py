@@ -1,6 +1,7 @@
 """Generative verifiers on the engine: equal to plain transformers at temperature 0, the same in any company, no page left."""
 
 import asyncio
+import time
 
 import pytest
 import torch
@@ -163,6 +164,8 @@ def test_a_step_without_text_and_one_too_long(checkpoints):
 def test_cancelled_in_the_middle_ends_clean(checkpoints, family, turns):
     folder, _ = checkpoints["b"]
     with load(folder, family) as verifier:
+        runner, step = verifier.engine._policy, verifier.engine._policy.step
+        runner.step = lambda: (time.sleep(0.01), step())[1]  # so that what is cancelled is not done
 
         async def main():
             session = verifier.open(PROBLEM)
