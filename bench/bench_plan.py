@@ -48,7 +48,7 @@ def bench_build_cpp(benchmark, annotate, leaves, monkeypatch):
     monkeypatch.setattr(planning, "_build", lambda spec, *rest: packed.append(spec) or build(spec, *rest))
     plan = build_plan(forest, rows, HEADS)
     lib, sizes, us = planning._library(), (ctypes.c_int64 * 7)(), (ctypes.c_double * 2)()
-    costs = planning._packed_costs(planning.cost_constants(HEADS, planning.CPU))
+    costs = planning._packed_costs(planning.cost_constants(HEADS, planning.cpu_machine()))
     address = packed[0].ctypes.data
 
     def work():
