@@ -9,7 +9,8 @@ fixed-point pages, `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
 with a tree mask. A round calls every method twice and times the second; medians are over rounds, and so is the ratio
 shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
-nodes of max(flops / FMA peak, KV bytes / read bandwidth), both measured by this run, over our time.
+nodes of max(flops / peak, KV bytes / read bandwidth), both measured by this run, over our time; the peak is that of the products
+which the first method is made of: float32 multiply-adds, or pairs of bf16 (avx512_bf16) or int16 (fixed-point pages).
 """
 
 import argparse
@@ -87,13 +88,18 @@ def torch_call(case, method: str):
     return lambda: F.scaled_dot_product_attention(q, k, v, scale=case.scale, enable_gqa=method == "gqa")
 
 
-def roofline_seconds(case: Case, peak: dict[str, float]) -> float:
+def product_gflops(method: str, peak: dict[str, float]) -> float:
+    pairs = method in FIXED or _dispatch.isa_name() == "avx512_bf16"
+    return peak["dot_gflops" if pairs else "fma_gflops"]
+
+
+def roofline_seconds(case: Case, gflops: float, read_gbps: float) -> float:
     """Every node read once, for all rows whose path it is on."""
     (_, q_heads, dim), kv_heads, total = case.q.shape, case.k.shape[1], 0.0
     rows = Counter(node for leaf, _ in case.trees.rows for node in case.trees.path(leaf))
     for i, node in enumerate(case.trees.nodes):
         flops, moved = 4 * q_heads * dim * node.length * rows[i], 4 * kv_heads * dim * node.length
-        total += max(flops / peak["fma_gflops"], moved / peak["read_gbps"]) / 1e9
+        total += max(flops / gflops, moved / read_gbps) / 1e9
     return total
 
 
@@ -107,7 +113,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
     peak, records = peaks(), []
-    print(f"FMA peak {peak['fma_gflops']:.0f} GFLOP/s, read {peak['read_gbps']:.1f} GB/s, isa {_dispatch.isa_name()}")
+    gflops = product_gflops(args.methods[0], peak)
+    print(f"peak {gflops:.0f} GFLOP/s, read {peak['read_gbps']:.1f} GB/s, isa {_dispatch.isa_name()}")
     print("| N, heads x dim, P, S | % of roofline | GFLOP/s | pairs shared / flat | " + " | ".join(args.methods) + " |")
     print("|---" * (4 + len(args.methods)) + "|")
     chosen = SETS[args.set]
@@ -123,7 +130,7 @@ def main() -> None:
                     times[method].append(time.perf_counter() - started)
         median = {method: statistics.median(t) for method, t in times.items()}
         base = median[args.methods[0]]
-        share = 100 * roofline_seconds(tree, peak) / base
+        share = 100 * roofline_seconds(tree, gflops, peak["read_gbps"]) / base
         pairs = [a / b for a, b in zip(times.get("shared", ()), times.get("flat", ()), strict=False)]
         paired = statistics.median(pairs) if pairs else None
         n, h, kv, d, p, s, kind = (*shape, "")[:7]

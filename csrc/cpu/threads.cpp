@@ -24,6 +24,7 @@ namespace {
 constexpr int kMostThreads = 255;
 constexpr auto kSpin = std::chrono::microseconds(200);  // a few times what sleeping and waking costs
 constexpr int kSpinsALook = 16;                         // at the clock
+constexpr auto kStay = std::chrono::milliseconds(2);    // on a CPU, before asking for another one
 
 using Word = std::atomic<uint32_t>;
 
@@ -122,12 +123,35 @@ class Team {
     return true;
   }
 
+  // Whether one of the threads [first, last) last ran where thread `index`, the caller, is now.
+  bool Shares(int index, int first, int last) const {
+    const int cpu = CurrentCpu();
+    for (int i = first; i < last; ++i) {
+      if (i != index && cpu >= 0 && cpus_[i].load(std::memory_order_relaxed) == cpu) return true;
+    }
+    return false;
+  }
+
+  // To a CPU that no other of `count` threads has. A thread is often woken where its waker runs; both are then too short of
+  // work for the scheduler to part them, and one CPU does everything.
+  void MoveAway(int index, int count) {
+#if defined(__linux__)
+    cpu_set_t allowed;
+    if (sched_getaffinity(0, sizeof(allowed), &allowed) != 0) return;
+    cpu_set_t left = allowed;
+    for (int i = 0; i < count; ++i) {
+      const int cpu = cpus_[i].load(std::memory_order_relaxed);
+      if (i != index && cpu >= 0 && cpu < CPU_SETSIZE) CPU_CLR(cpu, &left);
+    }
+    if (CPU_COUNT(&left) == 0 || sched_setaffinity(0, sizeof(left), &left) != 0) return;
+    sched_setaffinity(0, sizeof(allowed), &allowed);  // it stays where it is, but need not
+    cpus_[index].store(CurrentCpu(), std::memory_order_relaxed);
+#endif
+  }
+
   // Thread `index` waits for those of [first, last). Where one of them last ran on this very CPU, spinning keeps it away.
   void WaitChange(const Word& word, uint32_t old, int index, int first, int last) {
-    const int cpu = CurrentCpu();
-    bool shared = false;
-    for (int i = first; i < last; ++i) shared |= i != index && cpu >= 0 && cpus_[i].load(std::memory_order_relaxed) == cpu;
-    if (!shared) {
+    if (!Shares(index, first, last)) {
       const auto until = std::chrono::steady_clock::now() + kSpin;
       do {
         for (int i = 0; i < kSpinsALook; ++i) {
@@ -156,12 +180,17 @@ class Team {
     pthread_sigmask(SIG_BLOCK, &all, nullptr);  // signals are the caller's
 #endif
     in_team = true;
+    auto moved = std::chrono::steady_clock::now() - kStay;
     for (;;) {
       WaitChange(region_, seen, index, 0, 1);
       seen = region_.load(std::memory_order_acquire);
       const int count = static_cast<int>(seen & 0xff);
       cpus_[index].store(CurrentCpu(), std::memory_order_relaxed);
       if (index >= count) continue;  // a region does not end without its own threads, so the rest of it is not read here
+      if (Shares(index, 0, index) && std::chrono::steady_clock::now() - moved > kStay) {
+        MoveAway(index, count);
+        moved = std::chrono::steady_clock::now();
+      }
       body_(context_, Member(index, count));
       Arrive();
     }
