@@ -36,12 +36,12 @@ def peaks() -> dict[str, float]:
     data = np.ones(READ_FLOATS, np.float32)
     if _dispatch.load_extension() is None:
         lib = _dispatch.library()
-        for name in ("ttsk_peak_fma_gflops", "ttsk_peak_dot_gflops", "ttsk_read_gb_per_second"):
+        for name in ("ttsk_peak_fma_gflops", "ttsk_peak_dot_gflops", "ttsk_peak_words_gflops", "ttsk_read_gb_per_second"):
             getattr(lib, name).restype = ctypes.c_double
         lib.ttsk_read_gb_per_second.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         return {
             "fma_gflops": lib.ttsk_peak_fma_gflops(),
-            "dot_gflops": lib.ttsk_peak_dot_gflops(),
+            "dot_gflops": max(lib.ttsk_peak_dot_gflops(), lib.ttsk_peak_words_gflops()),
             "read_gbps": lib.ttsk_read_gb_per_second(data.ctypes.data, data.size),
         }
     square = np.ones((1024, 1024), np.float32)

@@ -67,10 +67,13 @@ class Work:
         return len(self.problem) + self.length * torch.arange(1, k + 1) - 1
 
 
+ROOM = 4 << 30  # bytes of KV: a round's state comes to 454 MiB, and what did not fit would be evicted and computed again
+
+
 class Ours:
     def __init__(self, folder: Path, work: Work, engine: Engine | None = None, reuse: bool = True):
         head = HeadSpec(rows=ROWS, squash="softmax", mix=(1.0, 0.0))
-        self.engine = engine or Engine(None, load_model(folder, torch.bfloat16, head=head), kv_bytes=1 << 30)
+        self.engine = engine or Engine(None, load_model(folder, torch.bfloat16, head=head), kv_bytes=ROOM)
         self.work, self.reuse = work, reuse
         self.session = self.engine.open(None, work.problem.tolist())
         self.nodes = [self.session.verifier_root] * work.paths
