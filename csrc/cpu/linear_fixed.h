@@ -15,9 +15,6 @@ struct FixedRows {
   int64_t groups;
 };
 
-template <int kValue>
-struct Constant { static constexpr int value = kValue; };
-
 // A row of x to int16, a scale for each group of 64; T is its type.
 template <typename T>
 void FixRow(const T* x, int64_t k, float most_value, int16_t* values, float* scales) {
@@ -114,17 +111,10 @@ void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* pan
     int fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + block + fetched * 64;
-      const auto run = [&](auto from_zero, auto lines) {
+      WithFetch(g == 0, fetched * 64 < block, few, [&](auto from_zero, auto lines) {
         FixedGroupRows<decltype(from_zero)::value, decltype(lines)::value>(size, x, row + first, g, words, scales, ahead,
                                                                            acc + first * kPanel);
-      };
-      const auto with_lines = [&](auto from_zero) {
-        if (fetched * 64 >= block) run(from_zero, Constant<0>{});
-        else if (few) run(from_zero, Constant<4>{});
-        else run(from_zero, Constant<1>{});
-      };
-      if (g == 0) with_lines(Constant<1>{});
-      else with_lines(Constant<0>{});
+      });
       fetched += lines_a_group;
     });
   }

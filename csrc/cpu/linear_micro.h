@@ -151,6 +151,21 @@ void Multiply(const float* x, int64_t x_stride, const uint8_t* panel, int rows, 
   });
 }
 
+template <int kValue>
+struct Constant { static constexpr int value = kValue; };
+
+// Calls f(whether sums begin at zero, cache lines to fetch a step): none if nothing is left, four for few rows, else one.
+template <typename F>
+inline void WithFetch(bool from_zero, bool left, bool few, F f) {
+  const auto with_lines = [&](auto zero) {
+    if (!left) f(zero, Constant<0>{});
+    else if (few) f(zero, Constant<4>{});
+    else f(zero, Constant<1>{});
+  };
+  if (from_zero) with_lines(Constant<1>{});
+  else with_lines(Constant<0>{});
+}
+
 #if defined(__AVX512BF16__)
 template <bool kFromZero, int kLines>
 void DotGroup(int rows, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, const uint8_t* ahead,
@@ -176,20 +191,12 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
     const int64_t count = steps - s < kDotSteps ? steps - s : kDotSteps;
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
-      const uint8_t* ahead = panel + kDotSteps * kStepBytes + fetched;
-      const float* xg = x + first * x_stride + s;
-      float* out = acc + first * kPanel;
-      const bool left = fetched < kDotSteps * kStepBytes;
+      const uint8_t* ahead = panel + count * kStepBytes + fetched;
+      WithFetch(s == 0, fetched < kDotSteps * kStepBytes, few, [&](auto from_zero, auto lines) {
+        DotGroup<decltype(from_zero)::value, decltype(lines)::value>(size, x + first * x_stride + s, x_stride, panel,
+                                                                     count, ahead, acc + first * kPanel);
+      });
       fetched += few ? count * kStepBytes : count * 64;
-      if (s == 0) {
-        if (!left) DotGroup<true, 0>(size, xg, x_stride, panel, count, ahead, out);
-        else if (few) DotGroup<true, 4>(size, xg, x_stride, panel, count, ahead, out);
-        else DotGroup<true, 1>(size, xg, x_stride, panel, count, ahead, out);
-      } else {
-        if (!left) DotGroup<false, 0>(size, xg, x_stride, panel, count, ahead, out);
-        else if (few) DotGroup<false, 4>(size, xg, x_stride, panel, count, ahead, out);
-        else DotGroup<false, 1>(size, xg, x_stride, panel, count, ahead, out);
-      }
     });
   }
 }
