@@ -7,7 +7,7 @@
 `time` loads each side once and runs one side at a time (the others are stopped processes), in rounds that begin with another
 side each; every result is written at once, and a second call goes on where the first ended. A side of which one call took
 longer than --long seconds is not repeated. `--hold COMMAND` times while `COMMAND sh -c ...` lives, for machines whose use is
-negotiated (`--hold "flock /tmp/bench.lock"`), and lets go of it every --hold-seconds. README.md says what is fair here
+negotiated (`--hold "flock bench.lock"`), and lets go of it every --hold-seconds. README.md says what is fair here
 and what is not.
 """
 

@@ -29,12 +29,8 @@ out, err = Console(), Console(stderr=True)
 Strategy = Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")]
 N = Annotated[int, typer.Option("--n", help="Budget: paths kept alive per problem.")]
 Width = Annotated[int, typer.Option(help="Beam width M: children per survivor.")]
-Policy = Annotated[
-    str | None, typer.Option(help="Policy: checkpoint folder or hub id [default: the demo policy].")
-]
-Verifier = Annotated[
-    str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')
-]
+Policy = Annotated[str | None, typer.Option(help="Policy: checkpoint folder or hub id [default: the demo policy].")]
+Verifier = Annotated[str | None, typer.Option(help='Process reward model, or "none" [default: the demo verifier].')]
 PrmFamily = Annotated[
     str | None, typer.Option(help="What the verifier reads or writes: a name, or a file that says [default: seen in its config].")
 ]
@@ -44,17 +40,13 @@ PrmReference = Annotated[
 PrmBase = Annotated[
     str | None, typer.Option(help="Of an adapter or PQM, the model it was trained on [default: what its config names].")
 ]
-PromptStyle = Annotated[
-    str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")
-]
+PromptStyle = Annotated[str | None, typer.Option(help="plain, qwen, llama or r1 [default: by the chat template].")]
 Limit = Annotated[int | None, typer.Option(help="Only the first problems of the file.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same tree.")]
 Temperature = Annotated[float, typer.Option(help="0: always the likeliest token.")]
 TopK = Annotated[int, typer.Option(help="Sample among the k likeliest tokens; 0: all.")]
 TopP = Annotated[float, typer.Option(help="Sample within this probability mass.")]
-MinP = Annotated[
-    float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")
-]
+MinP = Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest one's probability.")]
 Aggregate = Annotated[str, typer.Option(help="Path score from step scores: product, min, mean or last.")]
 Vote = Annotated[str, typer.Option(help="Answer from paths: max, weighted, softmax or majority.")]
 MaxTokens = Annotated[int, typer.Option(help="Generated tokens per path.")]
