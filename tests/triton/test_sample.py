@@ -12,11 +12,11 @@ def make(count, vocab, params, spread=3.0):
     return logits, torch.arange(count, dtype=torch.int32), keys, positions, torch.tensor([params] * count)
 
 
-@pytest.mark.parametrize("vocab", [1, 17, 300, 2500])
+@pytest.mark.parametrize("vocab", [1, 17, 300, 2500, 9000])
 @pytest.mark.parametrize(
     "params",
     [(1.0, 0.0, 1.0, 0.0), (0.0, 0, 1, 0), (1, 20, 1, 0), (0.8, 0, 0.95, 0), (1, 0, 1, 0.05), (1.3, 50, 0.9, 0.02),
-     (1e-6, 0, 1, 0), (1, 1e9, 1, 0)],
+     (1e-6, 0, 1, 0), (1, 1e9, 1, 0), (1, 200, 0.9, 0)],
 )  # fmt: skip
 def test_sample(device, vocab, params):
     params = tuple(map(float, params))
@@ -45,6 +45,27 @@ def test_ties_go_to_the_smallest_id(device):
     two = torch.tensor([[1.0, 2, 1, 0]] * 24, device=device)
     many = (torch.zeros(24, dtype=torch.int32), torch.randint(0, 2**40, (24,)), torch.arange(24, dtype=torch.int32))
     assert set(sample(args[0], *(t.to(device) for t in many), two, impl="triton")[0].tolist()) == {17, 300}
+
+
+@pytest.mark.parametrize("params", [(1.0, 3000, 1, 0), (1.0, 0, 0.6, 0), (1.0, 3000, 0.5, 0), (1.0, 0, 1, 0.5)])
+@pytest.mark.parametrize("levels", [1, 7])
+def test_more_equal_logits_than_are_set_aside(device, levels, params):
+    _, *args = make(3, 1, tuple(map(float, params)))
+    logits = torch.randint(0, levels, (3, 5000)).float() / 4
+    got = sample(*(a.to(device) for a in (logits, *args)), impl="triton")[0].cpu()
+    cdf = reference.kept_probabilities(logits, args[-1]).cumsum(-1)
+    assert (cdf.gather(1, got.long()[:, None])[:, 0] - reference.uniform(args[1], args[2])).abs().max() < 1e-3
+    assert (reference.kept_probabilities(logits, args[-1]).gather(1, got.long()[:, None]) > 0).all()
+
+
+def test_a_row_alone_equals_it_in_a_batch(device):
+    logits, rows, keys, positions, _ = make(5, 5000, (1.0, 0.0, 1.0, 0.0))
+    rows_of = torch.tensor([[1.0, 0, 1, 0], [0.0, 0, 1, 0], [1.0, 20, 0.9, 0], [0.7, 0, 0.8, 0], [1.0, 0, 1, 0.1]])
+    args = [a.to(device) for a in (rows, keys, positions, rows_of)]
+    tokens, logprobs = sample(logits.to(device), *args, impl="triton")
+    for i in range(5):
+        token, logprob = sample(logits.to(device), *(a[i : i + 1] for a in args), impl="triton")
+        assert token == tokens[i] and logprob == logprobs[i]
 
 
 def test_a_row_that_is_not_finite(device):
