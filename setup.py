@@ -34,12 +34,22 @@ def all_units() -> list[Unit]:
     return cpu_units(platform.machine()) + bind
 
 
-CUDA_ARCHS = ("80", "90a")
+CUDA_ARCHS, CUDA_LIBRARY = ("80", "90a"), "_C_cuda.so"
+
+
+def find_nvcc() -> str:
+    """$NVCC, the one on PATH, or that of the CUDA toolkit torch finds."""
+    found = os.environ.get("NVCC") or shutil.which("nvcc")
+    if found is None:
+        from torch.utils.cpp_extension import CUDA_HOME
+
+        found = f"{CUDA_HOME}/bin/nvcc" if CUDA_HOME else "nvcc"
+    return found
 
 
 def nvcc_command() -> list[str]:
     """Flags shared by the library and by the tests' compile checks."""
-    return [os.environ.get("NVCC", "nvcc"), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc' / 'include'}"]
+    return [find_nvcc(), "-std=c++17", "-O3", "-Xcompiler", "-fPIC", f"-I{ROOT / 'csrc' / 'include'}"]
 
 
 def build_cuda(out: Path) -> None:
@@ -73,7 +83,7 @@ class BuildCpp(build_ext):
             print(f"ttskernels: no C++ extension ({error}); the slow reference implementation serves", file=sys.stderr)
         try:
             if wants_cuda():
-                build_cuda(Path(self.get_ext_fullpath(ext.name)).parent / "_C_cuda.so")
+                build_cuda(Path(self.get_ext_fullpath(ext.name)).parent / CUDA_LIBRARY)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             if os.environ.get("TTSK_BUILD_CUDA") == "1":
                 raise
@@ -83,6 +93,11 @@ class BuildCpp(build_ext):
         for old in (ROOT / "ttskernels").glob("_C.*so"):  # writing into it would change it under processes that run it
             old.unlink()
         super().copy_extensions_to_source()
+        cuda = Path(self.build_lib) / "ttskernels" / CUDA_LIBRARY
+        if cuda.exists():
+            fresh = ROOT / "ttskernels" / f"{CUDA_LIBRARY}.tmp"
+            shutil.copy(cuda, fresh)
+            fresh.replace(fresh.with_suffix(""))
 
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")

@@ -39,7 +39,8 @@ def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = Tru
     """Time of one call of `work(i)`, `i < copies` naming the inputs to use: microseconds, median, p20 and p80.
 
     A graph of many calls is replayed: through all copies in turn (cold; what the layers of a model do), and of the first
-    alone (warm). `graph=False` takes eager calls between events. A dry run calls once and returns {}.
+    alone (warm). `graph=False` takes eager calls between events. What takes long is repeated less often. A dry run calls
+    once and returns {}.
     """
     if not GPU:
         work(0)
@@ -48,7 +49,13 @@ def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = Tru
     with torch.cuda.stream(capture_stream()):
         work(0)  # compiles, and grows workspaces of the stream that is captured
     torch.cuda.synchronize()
-    calls = max(4, copies)
+    started = time.perf_counter()
+    with torch.cuda.stream(capture_stream()):
+        work(0)
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    calls = max(4, copies) if seconds < 0.02 else 1
+    replays = REPLAYS if seconds * calls * REPLAYS < 1.0 else 5
     out = {}
     for state in ("cold", "warm"):
         order = [i % copies if state == "cold" else 0 for i in range(calls)]
@@ -64,7 +71,7 @@ def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = Tru
                 run()
             replay = captured.replay
         times = []
-        for number in range(REPLAYS + 2):
+        for number in range(replays + 2):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             start.record()
             replay()
@@ -73,7 +80,7 @@ def measure(work: Callable[[int], object], copies: int = 1, *, graph: bool = Tru
             if number >= 2:
                 times.append(start.elapsed_time(end) * 1e3 / calls)
         times.sort()
-        out[state] = {"median_us": statistics.median(times), "p20_us": times[REPLAYS // 5], "p80_us": times[-REPLAYS // 5]}
+        out[state] = {"median_us": statistics.median(times), "p20_us": times[replays // 5], "p80_us": times[-replays // 5]}
     return out
 
 
@@ -88,12 +95,14 @@ def attempt(make: Callable[[], Timing]) -> Timing | str:
 
 
 def copy_bandwidth() -> float:
-    """Bytes per second of a large copy, read and written."""
+    """Bytes per second of a large copy, read and written: by the driver or by a kernel, whichever is faster."""
     if not GPU:
         return 1e9
-    a = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
+    a = torch.zeros(1 << 28, dtype=torch.float32, device=DEVICE)
     b = torch.empty_like(a)
-    return 2 * a.numel() / (measure(lambda _: b.copy_(a))["warm"]["median_us"] * 1e-6)
+    ways = (lambda _: b.copy_(a), lambda _: torch.neg(a, out=b))
+    fastest = min(measure(way, graph=False)["warm"]["median_us"] for way in ways)
+    return 2 * a.numel() * a.element_size() / (fastest * 1e-6)
 
 
 class Rows:

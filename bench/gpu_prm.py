@@ -6,9 +6,9 @@ import torch
 from gpu_measure import DEVICE, DTYPE, GPU, attempt, copies_for, measure
 
 from ttskernels.kv import HeadShape, PagePool, plan_from_parents
-from ttskernels.kv.machines import gpu_machine
 from ttskernels.models.config import DecoderConfig
-from ttskernels.models.decoder import PythonDecoder
+from ttskernels.models.device import device_machine
+from ttskernels.models.device_decoder import DeviceDecoder
 from ttskernels.ops.step_score import step_score
 from ttskernels.ops.token_logprob import token_logprob
 from ttskernels.roofline import SHAPES, Shape
@@ -85,19 +85,19 @@ def model_case(shape: Shape, branches: int, prompt: int, old: int, new: int) -> 
     leaves = range(branches + 1, 2 * branches + 1)
     row_node = [leaf for leaf in leaves for _ in range(new)]
     row_pos = [prompt + old + i for _ in leaves for i in range(new)]
-    plan = plan_from_parents(parent, length, indptr, range(indptr[-1]), row_node, row_pos, heads, machine=gpu_machine(heads),
+    plan = plan_from_parents(parent, length, indptr, range(indptr[-1]), row_node, row_pos, heads, machine=device_machine(DEVICE, heads),
                              cached=[prompt] + [old] * branches + [0] * branches)  # fmt: skip
     ends = torch.arange(new - 1, branches * new, new, dtype=torch.int32)
-    on_device, out_plan = plan.to(DEVICE), plan.of_rows(ends.tolist()).to(DEVICE)
+    out_plan = plan.of_rows(ends.tolist())
     pool = PagePool(shape.layers, shape.kv_heads, shape.head_dim, indptr[-1], DTYPE, device=DEVICE, strided=True)
     pool.k.normal_(), pool.v.normal_()
-    ids = torch.randint(shape.vocab, (branches * new,), dtype=torch.int32).to(DEVICE)
-    ends, mix = ends.to(DEVICE), torch.tensor([0.0, 1.0], device=DEVICE)
+    ids, mix = torch.randint(shape.vocab, (branches * new,), dtype=torch.int32), torch.tensor([0.0, 1.0], device=DEVICE)
+    head = torch.randn(2, shape.hidden, device=DEVICE, dtype=DTYPE) * shape.hidden**-0.5
     every = torch.arange(branches, dtype=torch.int32, device=DEVICE)
 
     def ours(_):
-        hidden = decoder.forward(ids, on_device, pool, out_plan, ends, "hidden")
-        return step_score(hidden, every, decoder.head, norm_weight=decoder.vectors["model.norm.weight"], mix=mix, impl="triton")
+        hidden = decoder.forward(ids, plan, pool, out_plan, ends, "hidden")
+        return step_score(hidden, every, head, norm_weight=decoder.norm, mix=mix, impl="triton")
 
     if GPU:
         torch.cuda.reset_peak_memory_stats()
@@ -140,15 +140,15 @@ def theirs(config: dict, heads: HeadShape, branches: int, old: int, new: int) ->
     @torch.no_grad()
     def appended(_):
         logits = model(ids[:, old:], past_key_values=cache, logits_to_keep=1, use_cache=True).logits
-        cache.crop(old)
+        cache.crop(-new)
         return torch.softmax(logits[:, -1, :2].float(), -1)
 
     row["cache_by_hand"] = attempt(lambda: measure(appended, graph=False))
     return row
 
 
-def random_decoder(shape: Shape) -> PythonDecoder:
-    """A decoder of this shape with random weights; `.head` `[2, hidden]` scores steps."""
+def random_decoder(shape: Shape) -> DeviceDecoder:
+    """A decoder of this shape with random weights, as the engine runs a verifier."""
     c = DecoderConfig(
         shape.vocab, shape.hidden, shape.layers, shape.q_heads, shape.kv_heads, shape.head_dim, shape.intermediate,
         1e-6, (1e4 ** -(torch.arange(shape.head_dim // 2) / shape.head_dim * 2)).to(DEVICE), 1.0, 1 << 20,
@@ -159,11 +159,9 @@ def random_decoder(shape: Shape) -> PythonDecoder:
              "self_attn.v_proj": (keys, c.hidden), "self_attn.o_proj": (c.hidden, queries),
              "mlp.gate_proj": (c.intermediate, c.hidden), "mlp.up_proj": (c.intermediate, c.hidden),
              "mlp.down_proj": (c.hidden, c.intermediate)}  # fmt: skip
-    weights = {"model.embed_tokens.weight": (c.vocab, c.hidden), "lm_head.weight": (c.vocab, c.hidden)}
+    weights = {"model.embed_tokens.weight": (c.vocab, c.hidden)}
     weights |= {f"model.layers.{i}.{n}.weight": s for i in range(c.layers) for n, s in sizes.items()}
     made = {n: torch.randn(s, device=DEVICE, dtype=DTYPE).mul_(s[1] ** -0.5) for n, s in weights.items()}
     norms = [f"model.layers.{i}.{n}.weight" for i in range(c.layers) for n in ("input_layernorm", "post_attention_layernorm")]
     made |= {n: torch.ones(c.hidden, device=DEVICE, dtype=DTYPE) for n in [*norms, "model.norm.weight"]}
-    decoder = PythonDecoder(c, made, "triton")
-    decoder.head = torch.randn(2, c.hidden, device=DEVICE, dtype=DTYPE) * c.hidden**-0.5
-    return decoder
+    return DeviceDecoder(c, made, False, DEVICE)

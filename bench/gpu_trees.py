@@ -6,9 +6,11 @@ import random
 from dataclasses import dataclass
 from functools import cached_property
 
+from gpu_measure import DEVICE
+
 from ttskernels.kv import HeadShape, plan_from_parents
-from ttskernels.kv.machines import gpu_machine
 from ttskernels.kv.plan import Plan
+from ttskernels.models.device import device_machine
 
 PAGE = 16
 # (nodes of each level, tokens of each node), verbatim.
@@ -95,7 +97,7 @@ class Tree:
             cached[end] -= uncached
         depth = [sum(self.length[v] for v in self.path(leaf)) - 1 for leaf in self.leaves]
         return plan_from_parents(parent, length, indptr, [p for part in pages for p in part], ends, depth, heads,
-                                 cached=cached, machine=gpu_machine(heads))  # fmt: skip
+                                 cached=cached, machine=device_machine(DEVICE, heads))  # fmt: skip
 
 
 def of_levels(levels: list[tuple[int, int]]) -> Tree:

@@ -130,7 +130,7 @@ void Planner::Choose() {
     }
     if (node.seen > 0) {
       const double tokens = node.seen;
-      const int64_t rows = node.total, groups = (node.seen + kPartialTokens - 1) / kPartialTokens;
+      const int64_t rows = node.total, groups = (node.seen + PartialTokens() - 1) / PartialTokens();
       node.flat += tokens * node.flat_rate;
       const double push = tokens * node.rate + static_cast<double>(node.empty) * costs_.item_us;
       const double once_rate = RowRate(rows);
@@ -196,14 +196,13 @@ void Planner::AppendSegs(const TreeSpec& spec, int32_t v) {
   }
   node.seg_lo = static_cast<int32_t>(segs_.size());
   const int32_t* pages = spec.pages + spec.page_indptr[v];
-  int32_t offset = spec.first_offset[v], to_partial = 0;
+  int32_t offset = spec.first_offset[v], left = 0;
   for (int32_t token = 0; token < node.extent;) {
-    const bool begin = to_partial == 0;
-    if (begin) to_partial = kPartialTokens;
-    const int32_t count = std::min({page_size_ - offset, node.extent - token, to_partial});
-    segs_.push_back({*pages, offset, count, begin});
+    if (left == 0) left = std::min(PartialTokens(), node.extent - token);
+    const int32_t count = std::min(page_size_ - offset, left);
+    segs_.push_back({*pages, offset, count, left});
     token += count;
-    to_partial -= count;
+    left -= count;
     offset += count;
     if (offset == page_size_) {
       offset = 0;
@@ -240,24 +239,28 @@ void Planner::MakeItems(const TreeSpec& spec) {
   }
 }
 
-// Cuts long items at partial starts while there are too few (item, kv head) tasks for the workers.
+// Cuts long items while there are too few (item, kv head) tasks for the workers: at partial starts or, where items fold,
+// at any segment behind whole tiles of one.
 void Planner::SplitItems() {
   double total = 0.0;
   for (const Item& item : items_) total += item.cost;
   const double target = total / costs_.tasks * costs_.kv_heads;
   split_.clear();
   for (const Item& item : items_) {
-    const int64_t pieces = static_cast<int64_t>(
-        std::min(std::ceil(item.cost / target), std::floor(item.cost / costs_.min_piece_us)));
-    if (pieces <= 1 || item.tokens <= kPartialTokens) {
+    const double wanted = Folds() ? std::floor(item.cost / target + 0.5) : std::ceil(item.cost / target);
+    const int64_t pieces = static_cast<int64_t>(std::min(wanted, std::floor(item.cost / costs_.min_piece_us)));
+    if (pieces <= 1 || item.tokens <= (Folds() ? kTileTokens : kPartialTokens)) {
       split_.push_back(item);
       continue;
     }
-    int32_t lo = item.seg_lo, start = 0, token = 0;
+    int32_t lo = item.seg_lo, start = 0, token = 0, tiles_from = 0;
     int64_t made = 1;
     const int32_t end = item.seg_lo + item.seg_n;
     for (int32_t s = lo; s <= end; ++s) {
-      const bool cut = s == end || (segs_[s].begin != 0 && s > item.seg_lo && token * pieces >= item.tokens * made);
+      const bool starts = s > item.seg_lo && s < end && Starts(s);
+      if (starts) tiles_from = token;
+      const bool may = starts || (Folds() && (token - tiles_from) % kTileTokens == 0);
+      const bool cut = s == end || (s > item.seg_lo && may && token * pieces >= item.tokens * made);
       if (cut) {
         Item piece = item;
         piece.seg_lo = lo;
@@ -271,7 +274,7 @@ void Planner::SplitItems() {
         piece.cost = costs_.item_us + static_cast<double>(std::max(0, seen)) * BlockRate(piece.row_n);
         split_.push_back(piece);
         lo = s;
-        start = token;
+        start = tiles_from = token;
         ++made;
       }
       if (s < end) token += segs_[s].count;
@@ -293,9 +296,10 @@ void Planner::AssignSlots() {
     bool direct = item.pos0 == 0;
     for (int32_t r = item.row_lo; direct && r < item.row_lo + item.row_n; ++r) direct = parts_[r] == 1;
     if (direct) continue;
-    int32_t groups = item.pos0 == 0;
+    int32_t groups = Folds() || item.pos0 == 0;
     if (groups == 0) {
-      for (int32_t s = item.seg_lo; s < item.seg_lo + item.seg_n; ++s) groups += segs_[s].begin;
+      groups = 1;
+      for (int32_t s = item.seg_lo + 1; s < item.seg_lo + item.seg_n; ++s) groups += Starts(s);
     }
     item.slot = num_slots_;
     num_slots_ += groups * item.row_n;
@@ -320,12 +324,18 @@ void Planner::AssignSlots() {
   }
 }
 
-// Most expensive item first; longest processing time first over the queues.
+// Most expensive item first, where items fold the large ones before the small; longest processing time first over the
+// queues.
 void Planner::AssignQueues() {
   const int32_t n = static_cast<int32_t>(items_.size()), queues = static_cast<int32_t>(costs_.queues);
   order_.resize(n);
   std::iota(order_.begin(), order_.end(), 0);
   std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return items_[a].cost > items_[b].cost; });
+  large_items_ = 0;
+  if (Folds()) {
+    const auto large = [&](int32_t i) { return items_[i].row_n * costs_.group > costs_.tile_rows; };
+    large_items_ = static_cast<int32_t>(std::stable_partition(order_.begin(), order_.end(), large) - order_.begin());
+  }
   worker_indptr_.assign(queues + 1, 0);
   worker_indptr_[queues] = n;
   if (queues == 1) return;
@@ -376,8 +386,9 @@ void Planner::Write(int32_t* plan) const {
   plan[kFieldNumSlots] = num_slots_;
   plan[kFieldNumMerges] = merges();
   int32_t breaks = 0;
-  for (size_t s = 1; s < segs_.size(); ++s) breaks += segs_[s].begin == 0 && segs_[s].page != segs_[s - 1].page + 1;
+  for (int32_t s = 1; s < segs(); ++s) breaks += !Starts(s) && segs_[s].page != segs_[s - 1].page + 1;
   plan[kFieldPageBreaks] = breaks;
+  plan[kFieldLargeItems] = large_items_;
   const auto copy = [&](PlanField field, const auto& from) {
     if (!from.empty()) std::memcpy(PlanSection(plan, field), from.data(), from.size() * sizeof(from[0]));
   };
@@ -392,7 +403,7 @@ void Planner::Write(int32_t* plan) const {
   auto* out = reinterpret_cast<PlanItem*>(PlanSection(plan, kFieldItems));
   for (const int32_t i : order_) {
     const Item& item = items_[i];
-    *out++ = {item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, item.slot, item.pos0 == 0 ? kFold : 0,
+    *out++ = {item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, item.slot, Folds() || item.pos0 == 0 ? kFold : 0,
               item.tokens};
   }
 }

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from ttskernels._reference import tree_attention as reference
 from ttskernels._triton import workspace
-from ttskernels._triton.tiles import BOX_TABLE, Tiles, lookup
+from ttskernels._triton.tiles import BOX_TABLE, Tile, Tiles, lookup
 from ttskernels._triton.tree_attention import tree_attention as launch
 from ttskernels.kv import Forest, HeadShape, PagePool
 from ttskernels.kv import build_plan as plan_forest
@@ -20,7 +20,8 @@ from ttskernels.kv.machines import gpu_machine
 from ttskernels.ops.tree_attention import tree_attention
 
 pytestmark = pytest.mark.gpu
-TILES = [Tiles(16, 64, 4, 3), Tiles(64, 64, 4, 3), Tiles(64, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 2)]
+TILES = [Tiles(tile, tile) for tile in (Tile(16, 64, 1, 3), Tile(16, 128, 2, 2), Tile(16, 64, 4, 3), Tile(64, 64, 4, 3),
+                                        Tile(128, 64, 8, 3), Tile(128, 128, 8, 2))]  # fmt: skip
 SHAPES = [(8, 2, 64, 64), (6, 3, 80, 80), (4, 1, 96, 96), (28, 4, 128, 128), (5, 1, 128, 128), (6, 2, 192, 128), (8, 1, 256, 256)]
 
 
@@ -78,14 +79,13 @@ def test_random_forests(device, dtype, seed):
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("entry", [e for e in BOX_TABLE if e[0] == "sm_90"], ids=str)
 def test_boxes_of_rows(device, dtype, entry, window, mode):
-    """TMA: nodes on consecutive pages, but for one that is not; NaN in every unused slot."""
+    """TMA: nodes on consecutive pages; NaN in every unused slot."""
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
     trees = make_trees(DEEP, [row for row in DEEP_ROWS for _ in range(5)])
     first = 0
     for node in trees.nodes:
         node.pages, first = list(range(first, first + len(node.pages))), first + len(node.pages)
-    trees.nodes[3].pages.reverse()
     _, head_dim, size = entry
     kv_dtype = torch.float8_e4m3fn if size == 1 else dtype
     q, k, v = make(trees, 8, 2, head_dim, dtype, packed=False, kv_dtype=kv_dtype)

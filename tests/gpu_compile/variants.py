@@ -16,13 +16,16 @@ from ttskernels._triton import (
     token_logprob,
 )
 from ttskernels._triton import tree_attention as attention
-from ttskernels._triton.tiles import BOX_TABLE, Tiles, lookup
+from ttskernels._triton.tiles import BOX_TABLE, lookup
+from ttskernels._triton.tiles import options as launch_options
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 # Bytes of local memory of a thread that are accepted, by how a variant's name begins; none otherwise.
 ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
+    "sample-draw": 64,  # a row's scalars, kept outside the loops of sm_80 and sm_100
     "tree_attention-fp32": 1024,  # for checks, not for speed
+    "tree_attention-bf16-128": 32,  # large tiles with Triton 3.6; nothing with 3.9
 }
 
 
@@ -48,37 +51,38 @@ MATRIX_OPS = {"sm_80": ("HMMA",), "sm_89": ("HMMA",), "sm_90": ("HMMA",), "sm_10
 WIDE_OPS = MATRIX_OPS | {"sm_90": ("HGMMA",), "sm_100": ("UTC",)}  # tiles of 64 rows and more
 
 
-def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, window=False, sinks=False, tiles=None, ci=False,
-                   tma=False):  # fmt: skip
+def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, window=False, sinks=False, tile=None, ci=False,
+                   tma=False, large=True):  # fmt: skip
     v_dim, scaled = v_dim or head_dim, kv.startswith("fp8")
     pool = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp8": "*fp8e5" if arch == "sm_80" else "*fp8e4nv"}[kv]
-    tiles = tiles or lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "fp32": 4}.get(kv, 2))
+    tiles = lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "fp32": 4}.get(kv, 2))
+    tile, beside = tile or (tiles.large if large else tiles.small), arch in ("sm_90", "sm_100")
     dense = "*bf16" if scaled else pool
     types = {"q": dense, "k_pages": pool, "v_pages": pool, "plan": "*i32", "out": dense, "lse": "*fp32"}
     types |= dict.fromkeys(("partial_o", "partial_ml"), "*fp32")
-    types |= {"arrived": "*i32", "scale": "fp32", "window": "i32", "num_queues": "i32"}
+    types |= {"queue": "*i32", "scale": "fp32", "window": "i32"}
     strides = ("q_row", "q_head", "k_page", "k_slot", "k_head", "v_page", "v_slot", "v_head", "out_row")
     types |= dict.fromkeys(strides, "i32!")
     constants = {
         "Q_HEADS": heads[0], "KV_HEADS": heads[1], "HEAD_DIM": head_dim, "V_DIM": v_dim, "PAGE_SIZE": 16,
         "WINDOWED": window, "SOFTCAP": softcap,
-        "SMALL_M": tiles.small_m, "LARGE_M": tiles.large_m, "BLOCK_N": tiles.block_n, "STAGES": tiles.stages,
+        "BLOCK_M": tile.rows, "BLOCK_N": tile.tokens, "STAGES": tile.stages,
+        "LARGE": large, "BESIDE": beside, "MERGED": beside,
     }  # fmt: skip
     for name, wanted in (("sinks", sinks), ("k_scale", scaled), ("v_scale", scaled)):
         (types if wanted else constants)[name] = "*fp32" if wanted else None
     for name, width in (("k_rows", head_dim), ("v_rows", v_dim)):
-        (types if tma else constants)[name] = f"tensordesc<{pool[1:]}[{tiles.block_n},{width}]>" if tma else None
+        (types if tma else constants)[name] = f"tensordesc<{pool[1:]}[{tile.tokens},{width}]>" if tma else None
     ops = () if kv == "fp32" else MATRIX_OPS[arch]
-    if arch == "sm_90" and tiles.large_m >= 64 and ops:
-        ops = ("HGMMA",) if tiles.small_m >= 64 else ("HGMMA", *ops)  # tiles for leaves stay on mma.sync
-    elif arch == "sm_100" and tiles.small_m >= 64 and ops:
-        ops = ("UTC",)
+    if tile.rows >= 64 and ops:
+        ops = WIDE_OPS[arch]  # smaller ones stay on mma.sync
     ops += ("UTMALDG",) if tma else ()
     named = {"tma": tma, "softcap": softcap, "window": window, "sinks": sinks, f"v{v_dim}": v_dim != head_dim}
     extras = "".join(f"-{name}" for name, wanted in named.items() if wanted)
-    tile = f"{tiles.large_m}x{tiles.block_n}w{tiles.warps}s{tiles.stages}"
-    name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{tile}"
-    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tiles.warps, ops, ci)
+    size = f"{'large' if large else 'small'}-{tile.rows}x{tile.tokens}w{tile.warps}s{tile.stages}"
+    name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{size}"
+    options = launch_options(tile, beside and not large)
+    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tile.warps, ops, ci, options)
 
 
 def small_ops(arch: str) -> list[Variant]:
@@ -92,9 +96,17 @@ def small_ops(arch: str) -> list[Variant]:
          {"BLOCK": 1024}, 4, ()),
         ("path_aggregate", path_aggregate.path_aggregate_kernel,
          {"state": "*fp32", "scores": "*fp32", "indptr": "*i32", "out": "*fp32"}, {}, 1, ()),
-        ("sample", sample.sample_kernel,
-         {"logits": "*fp32", "rows": "*i32", "keys": "*i64", "positions": "*i32", "params": "*fp32", "tokens": "*i32",
-          "logprobs": "*fp32", "vocab": "i32", "logits_row": "i32"}, {"BLOCK": 1024}, 8, ()),
+        ("sample-chunk", sample.chunk_kernel,
+         {"logits": "*fp32", "rows": "*i32", "settings": "*fp32", "tops": "*i32", "sums": "*fp32", "vocab": "i32!",
+          "logits_row": "i32!", "chunks": "i32"}, {}, 4, ()),
+        ("sample-draw", sample.draw_kernel,
+         {"logits": "*fp32", "rows": "*i32", "keys": "*i64", "positions": "*i32", "settings": "*fp32", "tops": "*i32",
+          "sums": "*fp32", "candidates": "*i32", "kept": "*fp32", "equals": "*i32", "tokens": "*i32",
+          "logprobs": "*fp32", "vocab": "i32!", "logits_row": "i32!", "chunks": "i32"}, {"MOST_CHUNKS": 256}, 8, ()),
+        ("tree_attention-merge", attention.merge_kernel,
+         {"partial_o": "*fp32", "partial_ml": "*fp32", "plan": "*i32", "sinks": "*fp32", "v_scale": "*fp32", "out": "*bf16",
+          "lse": "*fp32", "out_row": "i32!"},
+         {"Q_HEADS": 32, "GROUP": 4, "V_DIM": 128, "WAITS": arch in ("sm_90", "sm_100")}, attention.MERGE_WARPS, ()),
         ("page_copy", page_copy.page_copy_kernel,
          {"k_pool": "*bf16", "v_pool": "*bf16", "pairs": "*i32"}
          | i32(("k_layer", "k_page", "k_slot", "k_head", "v_layer", "v_page", "v_slot", "v_head"), "i32!"),
@@ -147,7 +159,7 @@ def variants() -> list[Variant]:
         for head_dim in (64, 80, 96, 128, 192, 256):
             for kv in ("bf16", "fp8"):
                 ci = head_dim == 128 and (kv == "bf16" or arch in ("sm_89", "sm_90"))
-                made.append(tree_attention(arch, kv, head_dim, ci=ci))
+                made += [tree_attention(arch, kv, head_dim, ci=ci and large, large=large) for large in (True, False)]
         made += [
             tree_attention(arch, "fp16", 64),
             tree_attention(arch, "fp32", 64),
@@ -158,7 +170,7 @@ def variants() -> list[Variant]:
         made += small_ops(arch)
     made.append(tree_attention("sm_90", "bf16", 128, window=True))
     for (arch, head_dim, size), tiles in BOX_TABLE.items():
-        made.append(tree_attention(arch, {2: "bf16", 1: "fp8"}[size], head_dim, tiles=tiles, tma=True, ci=head_dim == 128))
-    for tiles in (Tiles(16, 64, 4, 3), Tiles(128, 64, 8, 3)):
-        made.append(tree_attention("sm_90", "bf16", 128, tiles=tiles, ci=tiles.large_m == 128 and tiles.block_n == 64))
+        for large, tile in ((True, tiles.large), (False, tiles.small)):
+            kv = {2: "bf16", 1: "fp8"}[size]
+            made.append(tree_attention(arch, kv, head_dim, tile=tile, tma=True, ci=head_dim == 128, large=large))
     return made

@@ -28,5 +28,5 @@ def test_views_and_upload():
 
 def test_another_capacity_is_refused():
     big = plan_from_parents([-1], [20], [0, 2], [3, 1], [0] * 20, list(range(20)), HEADS)
-    with pytest.raises(ValueError, match="capacities of the one that was uploaded first"):
+    with pytest.raises(ValueError, match="capacities and launches of the one that was uploaded first"):
         plan_of(5).to("cpu").upload(big)

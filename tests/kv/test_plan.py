@@ -22,6 +22,7 @@ MACHINES = [
         item_us=1e-4, partial_bytes_per_second=1e15, min_piece_us=1e-6, tasks_per_worker=64, block_rows=16
     ),
     Machine(item_us=5.0, partial_bytes_per_second=1e9),
+    Machine(workers=9, fold=True, item_us=0.5, min_piece_us=0.1, tile_rows=16, block_rows=64, tasks_per_worker=8),
     Machine(
         workers=132, queues=132, flops_per_second=6e14, bytes_per_second=3e12, tile_rows=16, min_piece_us=0.01
     ),

@@ -23,7 +23,7 @@ void CheckCoverage(Checks& check, const Tree& tree, const std::vector<int32_t>& 
       int32_t pos = item.pos0, partial = -1, total = 0;
       for (const PlanSeg* seg = segs + item.seg_lo; seg < segs + item.seg_lo + item.seg_n; ++seg) {
         total += seg->count;
-        if (item.slot >= 0 && (partial < 0 || ((item.flags & kFold) == 0 && seg->begin == 1))) {
+        if (item.slot >= 0 && (partial < 0 || ((item.flags & kFold) == 0 && seg[-1].left == seg[-1].count))) {
           ++partial;
           const int32_t slot = item.slot + partial * item.row_n + r - item.row_lo;
           check.True(slot < p[kFieldNumSlots] && !slot_used[slot]++, "a slot is shared or out of range");

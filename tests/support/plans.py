@@ -1,5 +1,6 @@
 """Random forests of KV nodes and several plans of the same rows, made straight from plan.h."""
 
+import itertools
 import random
 from dataclasses import dataclass, field
 
@@ -84,7 +85,12 @@ def segments(trees: Trees, node: int) -> list[list[tuple[int, int, int, int]]]:
         if last and last[-1][0] == page:
             last[-1] = (page, last[-1][1], last[-1][2] + 1, last[-1][3])
         else:
-            last.append((page, slot, 1, int(not last)))
+            last.append((page, slot, 1, 0))
+    for part in partials:
+        left = 0
+        for i in reversed(range(len(part))):
+            left += part[i][2]
+            part[i] = (*part[i][:3], left)
     return partials
 
 
@@ -193,6 +199,7 @@ def pack(trees, order, items, segs, slots, merges) -> torch.Tensor:
                    sum(map(len, merges)), 1, n, len(items), len(segs), sum(map(len, merges))]  # fmt: skip
     covered = {r for row_lo, row_n, *_ in items for r in range(row_lo, row_lo + row_n)}
     header[23] = n - len(covered)
+    header[24] = sum(a[2] < a[3] and b[0] != a[0] + 1 for a, b in itertools.pairwise(segs))
     body: list[int] = []
     for key, values in sections.items():
         header[key] = HEADER + len(body)

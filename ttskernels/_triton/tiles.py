@@ -1,57 +1,66 @@
-"""Tile sizes of tree_attention: the largest that compile without spills (tests/gpu_compile). No GPU has timed them yet."""
+"""Tile sizes of tree_attention, by what was measured (sm_90) or compiles without spills (tests/gpu_compile)."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
-@dataclass(frozen=True)
-class Tiles:
-    """Rows of the large tile, tokens of a K, V tile, warps, stages of the load pipeline, and rows of the tile for leaves
-    (no second one if it is as large: that saves registers)."""
+class Tile(NamedTuple):
+    """Rows ((row, query head of a group) pairs), tokens of a K, V tile, warps, stages of the load pipeline, programs of a
+    multiprocessor, and the most registers of a thread. Saying 255 keeps ptxas from spilling for the sake of occupancy; 0
+    says nothing (AMD)."""
 
-    large_m: int
-    block_n: int
+    rows: int
+    tokens: int
     warps: int
     stages: int
-    small_m: int = 16
+    programs: int = 2
+    registers: int = 255
 
 
+class Tiles(NamedTuple):
+    """For items of many rows, and for the others."""
+
+    large: Tile
+    small: Tile
+
+
+SMALL, WIDE_SMALL, AMD_SMALL = Tile(16, 64, 4, 3), Tile(16, 32, 8, 3), Tile(16, 64, 4, 1, 2, 0)
 # By architecture, padded head size and bytes of a KV element. wgmma (sm_90) needs 64 rows to four warps.
 TABLE = {
-    ("sm_80", 64, 2): Tiles(32, 64, 8, 3), ("sm_80", 64, 1): Tiles(32, 64, 8, 3),
-    ("sm_80", 128, 2): Tiles(32, 64, 8, 3), ("sm_80", 128, 1): Tiles(32, 64, 8, 3),
-    ("sm_80", 256, 2): Tiles(32, 64, 8, 2), ("sm_80", 256, 1): Tiles(16, 64, 8, 2),
-    ("sm_90", 64, 2): Tiles(64, 64, 4, 3), ("sm_90", 64, 1): Tiles(64, 64, 4, 3),
-    ("sm_90", 128, 2): Tiles(64, 64, 8, 3), ("sm_90", 128, 1): Tiles(64, 64, 8, 3, 64),
-    ("sm_90", 256, 2): Tiles(32, 64, 8, 2), ("sm_90", 256, 1): Tiles(16, 64, 8, 3),
-    ("sm_100", 64, 2): Tiles(64, 64, 4, 3), ("sm_100", 64, 1): Tiles(64, 64, 4, 3),
-    ("sm_100", 128, 2): Tiles(64, 64, 8, 3, 64), ("sm_100", 128, 1): Tiles(64, 64, 8, 3),
-    ("sm_100", 256, 2): Tiles(32, 64, 8, 3), ("sm_100", 256, 1): Tiles(16, 64, 8, 3),
-    ("gfx942", 64, 2): Tiles(64, 64, 4, 2), ("gfx942", 64, 1): Tiles(64, 64, 4, 2),
-    ("gfx942", 128, 2): Tiles(64, 64, 4, 2), ("gfx942", 128, 1): Tiles(64, 64, 4, 2),
-    ("gfx942", 256, 2): Tiles(16, 64, 4, 1), ("gfx942", 256, 1): Tiles(16, 64, 4, 1),
+    ("sm_80", 64, 2): Tiles(Tile(32, 64, 8, 3), SMALL), ("sm_80", 64, 1): Tiles(Tile(32, 64, 8, 3), SMALL),
+    ("sm_80", 128, 2): Tiles(Tile(32, 64, 8, 3), SMALL), ("sm_80", 128, 1): Tiles(Tile(32, 64, 8, 3), SMALL),
+    ("sm_80", 256, 2): Tiles(Tile(32, 64, 8, 2), WIDE_SMALL), ("sm_80", 256, 1): Tiles(Tile(16, 64, 8, 2), WIDE_SMALL),
+    ("sm_90", 64, 2): Tiles(Tile(64, 64, 4, 3), SMALL), ("sm_90", 64, 1): Tiles(Tile(64, 64, 4, 3), SMALL),
+    ("sm_90", 128, 2): Tiles(Tile(64, 64, 4, 3), SMALL), ("sm_90", 128, 1): Tiles(Tile(64, 64, 8, 3), SMALL),
+    ("sm_90", 256, 2): Tiles(Tile(32, 64, 8, 2), WIDE_SMALL), ("sm_90", 256, 1): Tiles(Tile(16, 64, 8, 3), WIDE_SMALL),
+    ("sm_100", 64, 2): Tiles(Tile(64, 64, 4, 3), SMALL), ("sm_100", 64, 1): Tiles(Tile(64, 64, 4, 3), SMALL),
+    ("sm_100", 128, 2): Tiles(Tile(64, 64, 8, 3), SMALL), ("sm_100", 128, 1): Tiles(Tile(64, 64, 8, 3), SMALL),
+    ("sm_100", 256, 2): Tiles(Tile(32, 64, 8, 3), WIDE_SMALL), ("sm_100", 256, 1): Tiles(Tile(16, 64, 8, 3), WIDE_SMALL),
+    ("gfx942", 64, 2): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL), ("gfx942", 64, 1): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL),
+    ("gfx942", 128, 2): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL), ("gfx942", 128, 1): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL),
+    ("gfx942", 256, 2): Tiles(Tile(16, 64, 4, 1, 2, 0), AMD_SMALL), ("gfx942", 256, 1): Tiles(Tile(16, 64, 4, 1, 2, 0), AMD_SMALL),
 }  # fmt: skip
 
-# The same for kernels that read boxes of pool rows (TMA), where that compiles without spills; gathering serves the rest.
+# The same for kernels that read boxes of pool rows (TMA), where that compiles; gathering serves the rest. On an H200 two
+# warps and short tiles, four programs to a multiprocessor, were fastest for leaves, and large tiles of 128 rows or 128
+# tokens slower than these (bench/LOG.md).
+BOX_SMALL = Tile(16, 32, 2, 3, 4)
 BOX_TABLE = {
-    ("sm_90", 64, 2): Tiles(64, 64, 4, 3, 64), ("sm_90", 64, 1): Tiles(64, 64, 8, 3, 64),
-    ("sm_90", 128, 2): Tiles(64, 64, 4, 3, 64),
-    ("sm_90", 256, 2): Tiles(32, 64, 8, 2, 32), ("sm_90", 256, 1): Tiles(32, 64, 8, 2, 32),
-    ("sm_100", 128, 2): Tiles(64, 64, 8, 3, 64),
+    ("sm_90", 64, 2): Tiles(Tile(64, 64, 4, 3), BOX_SMALL), ("sm_90", 64, 1): Tiles(Tile(64, 64, 8, 3), SMALL),
+    ("sm_90", 128, 2): Tiles(Tile(64, 64, 4, 3), BOX_SMALL),
+    ("sm_90", 256, 2): Tiles(Tile(32, 64, 8, 2), WIDE_SMALL),
+    ("sm_90", 256, 1): Tiles(Tile(32, 64, 8, 2), WIDE_SMALL),
+    ("sm_100", 128, 2): Tiles(Tile(64, 64, 8, 3), SMALL),
 }  # fmt: skip
 
 
 def lookup(arch: str, head_dim: int, v_dim: int, kv_bytes: int) -> Tiles:
     if kv_bytes == 4:  # float32 is for checks, not for speed
-        return Tiles(16, 64, 8, 1 if arch == "gfx942" else 3)
+        tile = Tile(16, 64, 8, 1, 2, 0) if arch == "gfx942" else Tile(16, 64, 8, 3)
+        return Tiles(tile, tile)
     width = next(w for w in (64, 128, 256) if w >= max(head_dim, v_dim))
     return TABLE[arch, width, kv_bytes]
-
-
-def choose_tiles(q: Tensor, k_pages: Tensor, v_pages: Tensor) -> Tiles:
-    return lookup(architecture(q.device), q.shape[2], v_pages.shape[3], k_pages.element_size())
 
 
 def architecture(device: torch.device) -> str:
@@ -64,9 +73,14 @@ def architecture(device: torch.device) -> str:
     return "sm_80" if major < 9 else "sm_90" if major == 9 else "sm_100"
 
 
-def default_queues(device: torch.device, kv_heads: int) -> int:
-    """Queues (each of kv_heads programs) for a plan with one shared list: two programs a multiprocessor."""
+def programs(device: torch.device, tile: Tile, kv_heads: int) -> int:
+    """Programs of a launch, a multiple of `kv_heads`."""
     if device.type != "cuda":
-        return 3
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, programs // kv_heads)
+        return 3 * kv_heads
+    most = tile.programs * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, most // kv_heads) * kv_heads
+
+
+def options(tile: Tile | None, early: bool) -> dict:
+    """Compile options of a launch; `early`: it may begin before the one in front has ended."""
+    return ({"launch_pdl": True} if early else {}) | ({"maxnreg": tile.registers} if tile and tile.registers else {})

@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttskernels.attention_launches import attention_launches
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv.plan import Plan
+
+
+def _fixed(plan: Plan) -> tuple:
+    """What launches that are captured keep of a plan: capacities and offsets, and how attention runs it."""
+    header = plan.header
+    return header[at.CAP_ROWS : at.WORKER_INDPTR + 1], attention_launches(header)
 
 
 class DevicePlan:
@@ -23,10 +30,13 @@ class DevicePlan:
         """Copy `plan`: the one this was made of, advanced, or another written into its buffer (`reuse`).
 
         Raises:
-            ValueError: a plan of other capacities; make a new DevicePlan.
+            ValueError: a plan of other capacities, or one that attention runs with other launches (large items, pages
+                that do not follow each other: `attention_launches`); make a new DevicePlan.
         """
-        if plan.buffer.shape != self.buffer.shape or plan.header[at.CAP_ROWS :] != self._plan.header[at.CAP_ROWS :]:
-            raise ValueError("plan must have the capacities of the one that was uploaded first; call plan.to(device)")
+        if plan.buffer.shape != self.buffer.shape or _fixed(plan) != _fixed(self._plan):
+            raise ValueError(
+                "plan must have the capacities and launches of the one that was uploaded first; call plan.to(device)"
+            )
         self._plan = plan
         if self._copied is not None:
             self._copied.synchronize()  # the last copy may still be reading

@@ -1,4 +1,5 @@
-"""Planner constants of GPUs. Calculated from data sheets and published kernels: nothing here was measured yet."""
+"""Planner constants of GPUs: copy bandwidths measured on an H200, cost of an item and number of tasks tried out there
+(bench/LOG.md); the rest from data sheets and published kernels."""
 
 from __future__ import annotations
 
@@ -26,20 +27,20 @@ DEVICES = {d.name.lower(): d for d in (H100, H200, A100)}
 
 
 def gpu_machine(heads: HeadShape, device: Device = H100, block_rows: int = 64) -> Machine:
-    """A queue is one program for each kv head; two programs share a multiprocessor.
+    """A worker is one program for each kv head, two programs share a multiprocessor, and all draw from one list.
 
-    `block_rows`: rows of the kernel's large tile (`Tiles.large_m`).
+    `block_rows`: rows of the kernel's large tile (`Tiles.large`).
     """
-    queues = max(1, 2 * device.processors // heads.kv_heads)
     return Machine(
-        workers=queues,
-        queues=queues,
+        workers=max(1, 2 * device.processors // heads.kv_heads),
+        queues=1,
+        fold=True,
         flops_per_second=device.flops_per_second,
         bytes_per_second=device.bytes_per_second,
         partial_bytes_per_second=2 * device.bytes_per_second,  # mostly in the second-level cache
-        item_us=1.0,
+        item_us=2.0,
         tile_rows=16,
         block_rows=block_rows,
-        tasks_per_worker=2 * heads.kv_heads,  # about two items a queue
+        tasks_per_worker=max(1, 3 * heads.kv_heads // 2),  # of a program: one or two
         min_piece_us=2.0,
     )

@@ -112,6 +112,11 @@ class Plan:
         picked = np.concatenate([tree, spec.row_node[chosen], spec.row_pos[chosen]])
         return _build(picked, heads, machine, None, self._impl)
 
+    @property
+    def folds(self) -> bool:
+        """Whether it was made for a machine whose items fold (`Machine.fold`)."""
+        return self._source[2].fold
+
     def stats(self) -> PlanStats:
         return self._stats
 
@@ -314,8 +319,9 @@ def _build_reference(packed: np.ndarray, costs: at.Costs, reuse: Plan | None) ->
     plan = _room(need, costs.queues, reuse, "reference")
     a = plan._array
     a[at.PAGE_SIZE_AT : at.NUM_MERGES + 1] = (spec.page_size, *need[:3], built.num_slots, need.merges)
-    pages, begin = np.asarray(built.segs[::4]), np.asarray(built.segs[3::4])
-    a[at.PAGE_BREAKS] = np.count_nonzero((begin[1:] == 0) & (np.diff(pages) != 1))
+    pages, count, left = (np.asarray(built.segs[i::4]) for i in (0, 2, 3))
+    a[at.PAGE_BREAKS] = np.count_nonzero((left > count)[:-1] & (np.diff(pages) != 1))
+    a[at.LARGE_ITEMS] = built.large_items
     for field, values in (
         (at.ROW_POS, spec.row_pos),
         (at.ROW_SLOT, built.row_slot),

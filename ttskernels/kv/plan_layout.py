@@ -21,12 +21,12 @@ FOLD = 1  # PlanItem.flags
     CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES,
     ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR, MERGE_SLOTS, WORKER_INDPTR,
 ) = range(23)  # fmt: skip
-PAGE_BREAKS = 24
+PAGE_BREAKS, LARGE_ITEMS = 24, 25
 
 ITEM_DTYPE = np.dtype(
     [(n, np.int32) for n in ("row_lo", "row_n", "seg_lo", "seg_n", "pos0", "slot", "flags", "tokens")]
 )
-SEG_DTYPE = np.dtype([(n, np.int32) for n in ("page", "offset", "count", "begin")])
+SEG_DTYPE = np.dtype([(n, np.int32) for n in ("page", "offset", "count", "left")])
 
 
 @dataclass(frozen=True)
@@ -64,10 +64,13 @@ class Machine:
     block_rows: int = 192  # most (row, query head of a group) rows of one item
     tasks_per_worker: int = 4  # split long items until there are about this many (item, kv head) tasks
     min_piece_us: float = 20.0  # but never below this much work
+    fold: bool = False  # for GPUs: one record a row and item, not one a partial, and items of two sizes (`tile_rows`)
 
     def __post_init__(self):
-        if any(v <= 0 for v in vars(self).values()) or self.queues not in (1, self.workers):
+        if any(v <= 0 for k, v in vars(self).items() if k != "fold") or self.queues not in (1, self.workers):
             raise ValueError(f"every field of Machine must be positive and queues 1 or workers, got {self}")
+        if self.fold and self.queues > 1:
+            raise ValueError(f"queues must be 1 where items fold, got {self}")
 
 
 class Costs(NamedTuple):
@@ -85,6 +88,7 @@ class Costs(NamedTuple):
     workers: int
     tasks: int
     queues: int
+    fold: bool
 
 
 @functools.lru_cache(maxsize=64)
@@ -105,6 +109,7 @@ def cost_constants(heads: HeadShape, machine: Machine) -> Costs:
         workers=machine.workers,
         tasks=machine.workers * machine.tasks_per_worker,
         queues=machine.queues,
+        fold=machine.fold,
     )
 
 

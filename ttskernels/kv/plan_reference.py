@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttskernels.kv.plan_layout import FOLD, PARTIAL_TOKENS, Costs, PlanStats, TreeSpec
+from ttskernels.kv.plan_layout import FOLD, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
 
 
 class Item(NamedTuple):
@@ -48,6 +48,7 @@ class Built(NamedTuple):
     merge_slots: list[int]
     num_slots: int
     worker_indptr: list[int]
+    large_items: int
     stats: PlanStats
 
 
@@ -84,10 +85,20 @@ def rates(costs: Costs) -> tuple[BlockRates, RowRates]:
     return block_rates, RowRates(block_rates)
 
 
+def partial_tokens(costs: Costs) -> int:
+    return 1 << 30 if costs.fold else PARTIAL_TOKENS
+
+
+def starts(segs: array, s: int) -> bool:
+    """Whether a partial begins at segment s: where the one before has ended."""
+    return s == 0 or segs[s * 4 - 1] == segs[s * 4 - 2]
+
+
 class Tree:
     """Per-node facts: positions, rows, how much is read, and whether its one row may advance."""
 
-    def __init__(self, spec: TreeSpec):
+    def __init__(self, spec: TreeSpec, costs: Costs):
+        self.partial_tokens = partial_tokens(costs)
         self.parent = parent = spec.parent.tolist()
         self.length = length = spec.length.tolist()
         self.offset = spec.first_offset.tolist()
@@ -128,15 +139,17 @@ class Tree:
         self.pos = spec.row_pos[self.perm].tolist()  # by plan row
 
     def segments(self, v: int) -> array:
-        """[page, offset, count, begin] of each page piece of the node, cut where a partial begins."""
-        if self.offset[v] == 0 and PARTIAL_TOKENS % self.page_size == 0:  # every piece is a page: the common case
+        """[page, offset, count, left] of each page piece of the node, cut where a partial begins."""
+        partial = self.partial_tokens
+        if self.offset[v] == 0 and partial % self.page_size == 0:  # every piece is a page: the common case
             return self.whole_pages[4 * self.page_lo[v] : 4 * self.page_lo[v + 1]]
         out = array("i")
         token, end = 0, self.extent[v]
         while token < end:
             page, offset = divmod(self.offset[v] + token, self.page_size)
-            count = min(self.page_size - offset, end - token, PARTIAL_TOKENS - token % PARTIAL_TOKENS)
-            out.extend((self.pages[self.page_indptr[v] + page], offset, count, int(token % PARTIAL_TOKENS == 0)))
+            left = min(end - token, partial - token % partial)
+            count = min(self.page_size - offset, left)
+            out.extend((self.pages[self.page_indptr[v] + page], offset, count, left))
             token += count
         return out
 
@@ -150,7 +163,8 @@ class Tree:
         at = spec.page_indptr[:-1].repeat(used) + piece
         out[:, 0] = spec.pages[np.minimum(at, len(spec.pages) - 1)]
         out[:, 2] = np.minimum(self.page_size, extent.repeat(used) - piece * self.page_size)
-        out[:, 3] = piece * self.page_size % PARTIAL_TOKENS == 0
+        first, partial = piece * self.page_size, self.partial_tokens
+        out[:, 3] = np.minimum(extent.repeat(used) - first, partial - first % partial)
         self.whole_pages, self.page_lo = array("i", out.tobytes()), bounds.tolist()
 
 
@@ -177,7 +191,7 @@ def choose(tree: Tree, costs: Costs) -> tuple[list[bool], float, float]:
             empty[v] += own_blocks
         tokens, rows = tree.seen[v], tree.total[v]
         if tokens:
-            groups = -(-tokens // PARTIAL_TOKENS)
+            groups = -(-tokens // partial_tokens(costs))
             flat[v] += tokens * flat_rate[v]
             push = tokens * rate[v] + empty[v] * costs.item_us
             once_rate, blocks = row_rate[rows], -(-rows // costs.block_rows)
@@ -271,7 +285,8 @@ def block_items(
 
 
 def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> list[Item]:
-    """Cut long items at partial starts while there are too few (item, kv head) tasks for the workers."""
+    """Cut long items while there are too few (item, kv head) tasks for the workers: at partial starts or, where items
+    fold, at any segment behind whole tiles of one."""
     total = 0.0
     for item in items:
         total += item.cost
@@ -279,16 +294,22 @@ def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> lis
     block_rate = rates(costs)[0]
     out: list[Item] = []
     for item in items:
-        pieces = min(math.ceil(item.cost / target), int(item.cost / costs.min_piece_us))
-        if pieces <= 1 or item.tokens <= PARTIAL_TOKENS:
+        wanted = math.floor(item.cost / target + 0.5) if costs.fold else math.ceil(item.cost / target)
+        pieces = min(wanted, int(item.cost / costs.min_piece_us))
+        if pieces <= 1 or item.tokens <= (TILE_TOKENS if costs.fold else PARTIAL_TOKENS):
             out.append(item)
             continue
         cuts, before = [item.seg_lo], [0]
-        token = 0
+        token = tiles_from = 0
         for s in range(item.seg_lo, item.seg_lo + item.seg_n):
-            if segs[s * 4 + 3] and s > item.seg_lo and token * pieces >= item.tokens * len(cuts):
+            may = s > item.seg_lo and starts(segs, s)
+            if may:
+                tiles_from = token
+            may = may or (costs.fold and (token - tiles_from) % TILE_TOKENS == 0)
+            if s > item.seg_lo and may and token * pieces >= item.tokens * len(cuts):
                 cuts.append(s)
                 before.append(token)
+                tiles_from = token
             token += segs[s * 4 + 2]
         cuts.append(item.seg_lo + item.seg_n)
         before.append(token)
@@ -303,7 +324,7 @@ def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> lis
 
 
 def assign_slots(
-    items: list[Item], segs: array, rows: int
+    items: list[Item], segs: array, rows: int, fold: bool
 ) -> tuple[list[int], list[int], list[int], int]:
     """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
     change = [0] * (rows + 1)
@@ -317,7 +338,9 @@ def assign_slots(
         if item.pos0 == 0 and max(parts[item.row_lo : item.row_lo + item.row_n]) == 1:
             slots.append(-1)
             continue
-        groups = 1 if item.pos0 == 0 else sum(segs[item.seg_lo * 4 + 3 : (item.seg_lo + item.seg_n) * 4 : 4])
+        groups = 1
+        if not fold and item.pos0:
+            groups += sum(starts(segs, s) for s in range(item.seg_lo + 1, item.seg_lo + item.seg_n))
         slots.append(used)
         rows_of_item = merges[item.row_lo : item.row_lo + item.row_n]
         for _ in range(groups):
@@ -330,11 +353,16 @@ def assign_slots(
     return slots, indptr, [s for part in merges for s in part], used
 
 
-def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]:
-    """Items' order (dearest first; longest processing time first over queues) and queues' bounds."""
+def assign_queues(items: list[Item], costs: Costs) -> tuple[list[int], list[int], int]:
+    """Items' order (dearest first, where items fold the large ones before the small; longest processing time first over
+    queues), queues' bounds, and how many are large."""
     order = sorted(range(len(items)), key=lambda i: -items[i].cost)
-    lists: list[list[int]] = [[] for _ in range(queues)]
-    heap = [(0.0, q) for q in range(queues)]
+    large = []
+    if costs.fold:
+        large = [i for i in order if items[i].row_n * costs.group > costs.tile_rows]
+        order = large + [i for i in order if items[i].row_n * costs.group <= costs.tile_rows]
+    lists: list[list[int]] = [[] for _ in range(costs.queues)]
+    heap = [(0.0, q) for q in range(costs.queues)]
     for i in order:
         load, q = heap[0]
         lists[q].append(i)
@@ -342,7 +370,7 @@ def assign_queues(items: list[Item], queues: int) -> tuple[list[int], list[int]]
     indptr = [0]
     for part in lists:
         indptr.append(indptr[-1] + len(part))
-    return [i for part in lists for i in part], indptr
+    return [i for part in lists for i in part], indptr, len(large)
 
 
 def row_targets(
@@ -369,18 +397,18 @@ def row_targets(
 
 
 def build(spec: TreeSpec, costs: Costs) -> Built:
-    tree = Tree(spec)
+    tree = Tree(spec, costs)
     pushed, modelled, flat = choose(tree, costs)
     items, segs, grows = block_items(tree, pushed, costs)
     items = split_items(tree, items, segs, costs)
     rows = len(tree.pos)
-    slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows)
-    order, worker_indptr = assign_queues(items, costs.queues)
+    slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows, costs.fold)
+    order, worker_indptr, large_items = assign_queues(items, costs)
     row_slot, row_leaf = row_targets(spec, tree, segs, grows)
     packed = []
     for i in order:
         item = items[i]
-        flags = FOLD if item.pos0 == 0 else 0
+        flags = FOLD if costs.fold or item.pos0 == 0 else 0
         packed.append(
             (item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, slots[i], flags, item.tokens)
         )
@@ -393,5 +421,6 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
         flat_us=flat / costs.workers,
     )
     return Built(
-        row_slot, tree.perm, row_leaf, packed, segs, merge_indptr, merge_slots, num_slots, worker_indptr, stats
+        row_slot, tree.perm, row_leaf, packed, segs, merge_indptr, merge_slots, num_slots, worker_indptr,
+        large_items, stats
     )  # fmt: skip

@@ -44,7 +44,7 @@ def device_machine(device: torch.device, heads: HeadShape) -> Machine:
 
     tiles = lookup(architecture(device), heads.head_dim, heads.v_dim, heads.kv_bytes)
     if device.type != "cuda":  # the interpreter: as few programs as there can be more than one of
-        return gpu_machine(heads, replace(H100, processors=heads.kv_heads), tiles.large_m)
+        return gpu_machine(heads, replace(H100, processors=heads.kv_heads), tiles.large.rows)
     found = torch.cuda.get_device_properties(device)
     known = next((known for known in DEVICES.values() if known.name in found.name), H100)
-    return gpu_machine(heads, replace(known, processors=found.multi_processor_count), tiles.large_m)
+    return gpu_machine(heads, replace(known, processors=found.multi_processor_count), tiles.large.rows)

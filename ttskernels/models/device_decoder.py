@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
+from ttskernels.attention_launches import attention_launches
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
@@ -180,8 +181,8 @@ class DeviceDecoder:
         """What a captured launch keeps: sizes, addresses, and how attention reads pages. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
-        straight = launch.header[at.PAGE_BREAKS] == 0  # read as boxes; a plan with breaks is better off without
-        return id(self), name, rows, launch.header[at.CAP_MERGES], straight, pool.k.data_ptr(), pool.v.data_ptr(), *more
+        launches = attention_launches(launch.header)
+        return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pool.k.data_ptr(), pool.v.data_ptr(), *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:

@@ -105,4 +105,4 @@ def workspace_in_use(device: torch.device):
     """Scratch that kernels captured just now keep the address of; whoever replays them must hold it."""
     from ttskernels._triton.workspace import workspace
 
-    return workspace(device, 0, 0)
+    return workspace(device, 0)

@@ -239,8 +239,9 @@ struct Kernel {
     const PlanSeg* last = task.last;
     while (seg < last) {
       const SegCursor cursor = {seg, 0};
-      int32_t tokens = (seg++)->count;
-      while (seg < last && seg->begin == 0) tokens += (seg++)->count;
+      int32_t tokens = seg->count;
+      for (; seg->left > seg->count && seg + 1 < last; ++seg) tokens += seg[1].count;
+      ++seg;
       for (int64_t r = 0; r < count; ++r) {
         state[r].m = -kInf;
         Store(state[r].l, Zero());

@@ -9,11 +9,14 @@
 // max(0, p - window + 1) .. p. A segment's `count` may reach past p (slack to the end of the reserved pages, or the
 // causal part of a prefill); kernels clip at p. So advancing a plan is `row_pos += 1` and the next row_slot.
 //
-// Numerics: a "partial" begins at every segment with begin = 1 (a node's first token and every 512th token of a node),
-// starts from a fresh accumulator, runs in KV tiles of 64 tokens counted from its first token, and partials are merged
-// left to right, root to leaf. Within a partial every segment but the first starts at slot 0 of its page, and every one
-// but the last ends at the end of its page: the GPU finds a token's segment by division. An item with kFold covers its rows' paths from the root on and folds its partials as it
-// goes; any other item writes each partial to its own slot. Which items exist therefore never changes a result's bits.
+// Numerics: a "partial" begins at an item's first segment and where the one before ended (left == count): at a node's
+// first token and every 512th token of a node. It starts from a fresh accumulator, runs in KV tiles of 64 tokens counted
+// from its first token, and partials are merged left to right, root to leaf. Within a partial every segment but the first
+// starts at slot 0 of its page, and every one but the last ends at the end of its page: the GPU finds a token's segment by
+// division. An item with kFold covers its rows' paths from the root on and folds its partials as it goes; any other item
+// writes each partial to its own slot. Which items exist therefore never changes a result's bits.
+// Plans for a GPU (PlanCosts.fold) fold in every item, one record a row and item; a node is one partial, which items may
+// cut between any two segments. There, which items exist may show in the last bits.
 #pragma once
 
 #include <cstdint>
@@ -52,6 +55,7 @@ enum PlanField : int {
   kFieldWorkerIndptr = 22,// [workers + 1] items of each persistent worker (GPU); the CPU pulls items from a counter
   kFieldUncoveredRows = 23,  // rows that no item covers, whose result is 0 and -inf; the planner makes none
   kFieldPageBreaks = 24,  // segments that go on with a partial on a page that does not follow the one before
+  kFieldLargeItems = 25,  // plans for a GPU: the first so many items have more (row, head of a group) pairs than a small tile
   kPlanHeaderInts = 32,
 };
 
@@ -69,7 +73,7 @@ struct PlanItem {
 
 struct PlanSeg {
   int32_t page, offset, count;  // tokens [offset, offset + count) of one page
-  int32_t begin;                // 1: a partial begins at the first token
+  int32_t left;                 // tokens of its partial from its first token on
 };
 
 inline const int32_t* PlanSection(const int32_t* plan, PlanField field) { return plan + plan[field]; }

@@ -12,7 +12,7 @@ namespace ttsk {
 // Microseconds of one worker; the twin of Costs in ttskernels/kv/plan_layout.py, same order, all double.
 struct PlanCosts {
   double item_us, byte_us, flop_us, partial_us, min_piece_us;
-  double group, tile_rows, block_rows, kv_heads, workers, tasks, queues;
+  double group, tile_rows, block_rows, kv_heads, workers, tasks, queues, fold;
 };
 
 // One int32 array: {nodes, rows, pages, page_size}, then parent, length, capacity, cached, first_offset [nodes],
@@ -54,6 +54,9 @@ class Planner {
     bool growing;
   };
 
+  bool Folds() const { return costs_.fold != 0; }
+  int32_t PartialTokens() const { return Folds() ? 1 << 30 : kPartialTokens; }
+  bool Starts(int32_t s) const { return s == 0 || segs_[s - 1].left == segs_[s - 1].count; }
   double BlockRate(int64_t rows) const;
   double RowRate(int64_t rows) const;
   int64_t Blocks(int64_t rows) const;
@@ -68,7 +71,7 @@ class Planner {
   void SetRowTargets(const TreeSpec& spec);
 
   PlanCosts costs_{};
-  int32_t page_size_ = 0, num_slots_ = 0;
+  int32_t page_size_ = 0, num_slots_ = 0, large_items_ = 0;
   int64_t unique_tokens_ = 0, flat_tokens_ = 0;
   double modelled_us_ = 0, flat_us_ = 0;
   std::vector<Node> nodes_;
