@@ -18,28 +18,30 @@ TINY = {"tiny": of_levels([(1, 33), (2, 16), (4, 5)])}
 
 
 def cases(tiny: bool) -> dict:
-    """Name -> function that gives a row. Search trees first, then FastTree's, then PAT's."""
+    """Name -> function that gives a row. Search trees first, then FastTree's, then PAT's, then other heads and float8."""
     bandwidth = copy_bandwidth()
-    chosen = [("", TINY, [(4, 2, 64)], (DTYPE, torch.float8_e4m3fn))]
+    dtypes, float8 = (DTYPE,), (torch.float8_e4m3fn,)
+    fast, pat = ({t: of_text(t) for t in texts} for texts in (FASTTREE, PAT))
+    chosen = [("", TINY, [(4, 2, 64)], dtypes + float8)]
     if not tiny:
         chosen = [
-            ("", ours(), OUR_HEADS[:1], (DTYPE, torch.float8_e4m3fn)),
-            ("FastTree ", {t: of_text(t) for t in FASTTREE}, FASTTREE_HEADS, (DTYPE,)),
-            ("", ours(), OUR_HEADS[1:], (DTYPE,)),
-            ("PAT ", {t: of_text(t) for t in PAT}, PAT_HEADS, (DTYPE,)),
-        ]
-    made = {}
-    for source, trees, all_heads, dtypes in chosen:
+            ("", ours(), OUR_HEADS[:1], dtypes), ("FastTree ", fast, FASTTREE_HEADS[:1], dtypes),
+            ("PAT ", pat, PAT_HEADS[:1], dtypes), ("", ours(), OUR_HEADS[1:], dtypes), ("", ours(), OUR_HEADS[:1], float8),
+            ("FastTree ", fast, FASTTREE_HEADS[1:], dtypes), ("PAT ", pat, PAT_HEADS[1:], dtypes),
+        ]  # fmt: skip
+    made, flex = {}, {}
+    for source, trees, all_heads, kinds in chosen:
         for heads in all_heads:
-            for dtype in dtypes:
+            for dtype in kinds:
                 for name, tree in trees.items():
                     key = f"{source}{name}; {heads[0]}/{heads[1]} x {heads[2]}; {str(dtype).removeprefix('torch.')}"
-                    flex = heads == (32, 8, 128) and source + name in FLEX_TREES
-                    made[key] = lambda a=(tree, heads, dtype, bandwidth, flex or tiny): case(*a)
-    return made
+                    made[key] = lambda a=(tree, heads, dtype, bandwidth): case(*a)
+                    if dtype == DTYPE and (tiny or (heads == (32, 8, 128) and source + name in FLEX_TREES)):
+                        flex[f"{key}; FlexAttention"] = lambda a=(tree, heads): flex_case(*a)
+    return made | flex  # torch.compile takes long
 
 
-def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwidth: float, flex: bool) -> dict:
+def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwidth: float) -> dict:
     gc.collect()
     if GPU:
         torch.cuda.empty_cache()
@@ -48,14 +50,10 @@ def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwid
     start = time.perf_counter()
     plan = tree.plan(heads)
     row = {"plan_us": (time.perf_counter() - start) * 1e6}
-    stats, pages = plan.stats(), tree.first_page[-1]
+    stats = plan.stats()
     unique = stats.unique_tokens * 2 * kv_heads * dim * kv_dtype.itemsize
     copies = copies_for(unique)
-    k, v = (torch.empty(copies, pages, PAGE, kv_heads, dim, device=DEVICE, dtype=kv_dtype) for _ in range(2))
-    for pool in (k, v):
-        for i in range(copies):
-            pool[i] = torch.randn(pool.shape[1:], device=DEVICE, dtype=DTYPE).to(kv_dtype)
-    q = torch.randn(copies, len(tree.leaves), q_heads, dim, device=DEVICE, dtype=DTYPE)
+    q, k, v = inputs(tree, sizes, kv_dtype, copies)
     outs = {}
     # Scattered pages are gathered by index, others may be read as boxes (TMA): the one figure beside the other.
     plans = {"tree": plan, "flat": tree.plan(heads, flat=True), "tree_scattered": tree.plan(heads, scattered=True)}
@@ -74,12 +72,27 @@ def case(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, bandwid
         row |= judge(row)
     if kv_dtype == DTYPE:
         row["torch_sdpa"] = attempt(lambda: sdpa(tree, q, k, v, outs["tree"]))
-        if flex:
-            row["flex_attention"] = attempt(lambda: flex_attention(tree, q, k, v, outs["tree"]))
         row["flashinfer_cascade"] = attempt(lambda: flashinfer_cascade(tree, q, k, v, outs["tree"]))
     if row["max_difference"] > 0.05:
         row["failed"] = "tree and flat differ"
     return row
+
+
+def inputs(tree: Tree, sizes: tuple[int, int, int], kv_dtype: torch.dtype, copies: int) -> tuple:
+    """Random q `[copies, rows, q_heads, dim]` and pools `[copies, pages, 16, kv_heads, dim]`."""
+    q_heads, kv_heads, dim = sizes
+    k, v = (torch.empty(copies, tree.first_page[-1], PAGE, kv_heads, dim, device=DEVICE, dtype=kv_dtype) for _ in range(2))
+    for pool in (k, v):
+        for i in range(copies):
+            pool[i] = torch.randn(pool.shape[1:], device=DEVICE, dtype=DTYPE).to(kv_dtype)
+    return torch.randn(copies, len(tree.leaves), q_heads, dim, device=DEVICE, dtype=DTYPE), k, v
+
+
+def flex_case(tree: Tree, sizes: tuple[int, int, int]) -> dict:
+    q, k, v = inputs(tree, sizes, DTYPE, copies_for(2 * tree.first_page[-1] * PAGE * sizes[1] * sizes[2] * 2))
+    plan = tree.plan(HeadShape(*sizes, sizes[2], DTYPE.itemsize)).to(DEVICE)
+    expected = tree_attention(q[0], k[0], v[0], plan, impl="triton").float()
+    return {"flex_attention": attempt(lambda: flex_attention(tree, q, k, v, expected))}
 
 
 def judge(row: dict) -> dict:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -23,7 +24,7 @@ def run(rows: Rows, tiny: bool) -> None:
     for path in [*files, *sorted(others)]:
         name = str(path.relative_to(ROOT))
         only = ["-m", "gpu"] if path in others else []
-        commands[name] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *only, name]
+        commands[name] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(), *only, name]
     for tool in ("memcheck", "racecheck", "synccheck"):
         commands[f"compute-sanitizer {tool}, merge"] = [
             shutil.which("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", sys.executable, SANITIZED,
@@ -37,6 +38,11 @@ def run(rows: Rows, tiny: bool) -> None:
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "python")])
     environment |= {} if GPU else {"TTSK_GPU_DRY_RUN": "1"}
     rows.run({name: lambda c=command: step(rows, c, environment) for name, command in commands.items()})
+
+
+def workers() -> list[str]:
+    """Most of the time goes to the compiler: several processes, where pytest-xdist is installed."""
+    return ["-n", str(min(16, os.cpu_count() or 1))] if importlib.util.find_spec("xdist") and GPU else []
 
 
 def step(rows: Rows, command: list[str | None], environment: dict[str, str]) -> dict:
