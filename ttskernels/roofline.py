@@ -12,15 +12,17 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, fields
 
+from ttskernels.attention_launches import attention_launches
 from ttskernels.kv.machines import DEVICES, H100, Device, gpu_machine
 from ttskernels.kv.plan import Plan, plan_from_parents
 from ttskernels.kv.plan_layout import ITEMS, HeadShape, section
 
 PAGE = 16
-# Launches of a captured decode iteration (models/device_decoder.py), per layer and once: q, k, v and gate, up are one
-# product each, o and down add the residual themselves.
-LAYER_LAUNCHES = {"rms_norm": 2, "linear": 4, "rope_append": 1, "tree_attention": 1, "silu_mul": 1}
-ITERATION_LAUNCHES = {"embedding": 1, "rms_norm": 1, "linear": 1, "sample": 1, "decode_advance": 1}
+# Calls of a captured decode iteration (models/device_decoder.py), per layer and once: q, k, v and gate, up are one
+# product each, o and down add the residual themselves. Each is a launch, attention and sampling up to three and two.
+LAYER_CALLS = {"rms_norm": 2, "linear": 4, "rope_append": 1, "tree_attention": 1, "silu_mul": 1}
+ITERATION_CALLS = {"embedding": 1, "rms_norm": 1, "linear": 1, "sample": 1, "decode_advance": 1}
+SAMPLE_LAUNCHES = 2
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Expectation:
     plan_partial_us: float  # partial results, written and read
     plan_items: int
     launches: int  # of the whole iteration
-    launch_us: float
+    launch_us: float  # of those that wait for the one in front
     weights_us: float
     iteration_us: float  # floor: weights, attention of every layer, launches
     flat_iteration_us: float
@@ -131,13 +133,16 @@ def expect(shape: Shape, levels: list[tuple[int, int]], kv_bytes: int = 2, devic
     items = section(plan.buffer.numpy(), ITEMS)
     read = int(items["tokens"].sum()) * token_bytes * second
     partial = stats.partial_slots * shape.q_heads * (shape.head_dim + 2) * 8 * second
-    launches = shape.layers * sum(LAYER_LAUNCHES.values()) + sum(ITERATION_LAUNCHES.values())
+    in_turn = shape.layers * sum(LAYER_CALLS.values()) + sum(ITERATION_CALLS.values()) + SAMPLE_LAUNCHES - 1
+    attention = attention_launches(plan.header)
+    launches = in_turn + shape.layers * (attention.large + attention.small + attention.merge - 1)
+    launch_us = (in_turn if device.early_launches else launches) * device.launch_us
     weights = shape.weight_bytes * second
-    fixed = weights + launches * device.launch_us
+    fixed = weights + launch_us
     return Expectation(
         flat_us=flat, shared_us=shared, compute_us=compute, floor_us=floor, gain=flat / floor,
         plan_read_us=read, plan_partial_us=partial, plan_items=len(items),
-        launches=launches, launch_us=launches * device.launch_us, weights_us=weights,
+        launches=launches, launch_us=launch_us, weights_us=weights,
         iteration_us=fixed + shape.layers * floor, flat_iteration_us=fixed + shape.layers * flat,
         kv_bytes=stats.unique_tokens * token_bytes * shape.layers,
     )  # fmt: skip

@@ -23,7 +23,6 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 # Bytes of local memory of a thread that are accepted, by how a variant's name begins; none otherwise.
 ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
-    "sample-draw": 64,  # a row's scalars, kept outside the loops of sm_80 and sm_100
     "tree_attention-fp32": 1024,  # for checks, not for speed
     "tree_attention-bf16-128": 32,  # large tiles with Triton 3.6; nothing with 3.9
 }
@@ -150,7 +149,9 @@ def small_ops(arch: str) -> list[Variant]:
             (types if norm else constants)[name] = "*bf16" if norm else None
         name = "rope_append-norm" if norm else "rope_append"
         made.append((name, rope_append.rope_append_kernel, types, constants, 1, ()))
-    return [Variant(name, arch, kernel, t, c, warps, ops, ci) for name, kernel, t, c, warps, ops in made]
+    options = {"sample-draw": {"maxnreg": 255}} if arch.startswith("sm_") else {}
+    return [Variant(name, arch, kernel, t, c, warps, ops, ci, options.get(name, {}))
+            for name, kernel, t, c, warps, ops in made]  # fmt: skip
 
 
 def variants() -> list[Variant]:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.tiles import all_registers
+
 CHUNK = tl.constexpr(1024)
 GROUP = tl.constexpr(4)  # chunks of a program of the first launch
 TILE_ROWS, TILE_LANES = tl.constexpr(4), tl.constexpr(1024)  # of a step of a pass of the second: its lanes are threads
@@ -299,6 +301,6 @@ def sample(logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params
         chunk_kernel[(count, triton.cdiv(chunks, GROUP.value))](logits, rows, params, tops, sums, *size, num_warps=4)
         draw_kernel[(count,)](
             logits, rows, keys, positions, params, tops, sums, candidates, kept, equals, tokens, logprobs, *size,
-            max(16, triton.next_power_of_2(chunks)), num_warps=8,
+            max(16, triton.next_power_of_2(chunks)), num_warps=8, **all_registers(logits.device),
         )  # fmt: skip
     return tokens, logprobs

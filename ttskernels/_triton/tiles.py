@@ -84,3 +84,8 @@ def programs(device: torch.device, tile: Tile, kv_heads: int) -> int:
 def options(tile: Tile | None, early: bool) -> dict:
     """Compile options of a launch; `early`: it may begin before the one in front has ended."""
     return ({"launch_pdl": True} if early else {}) | ({"maxnreg": tile.registers} if tile and tile.registers else {})
+
+
+def all_registers(device: torch.device) -> dict:
+    """Compile option of a kernel that is to have a multiprocessor to itself: no spilling for the sake of occupancy."""
+    return {"maxnreg": 255} if device.type == "cuda" and not torch.version.hip else {}

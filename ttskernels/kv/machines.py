@@ -10,7 +10,8 @@ from ttskernels.kv.plan_layout import HeadShape, Machine
 
 @dataclass(frozen=True)
 class Device:
-    """What a GPU can reach: memory bandwidth, dense bf16 rate of a Triton kernel, and the cost of one more launch."""
+    """What a GPU can reach: memory bandwidth, dense bf16 rate of a Triton kernel, the cost of one more launch, and whether
+    a launch may begin before the one in front has ended (attention's own do)."""
 
     name: str
     processors: int
@@ -18,11 +19,12 @@ class Device:
     flops_per_second: float
     launch_us: float  # inside a CUDA graph
     memory_bytes: int
+    early_launches: bool = True
 
 
 H100 = Device("H100", 132, 3.0e12, 600e12, 1.25, 80 << 30)
 H200 = Device("H200", 132, 4.3e12, 600e12, 1.25, 141 << 30)
-A100 = Device("A100", 108, 1.7e12, 250e12, 1.5, 80 << 30)
+A100 = Device("A100", 108, 1.7e12, 250e12, 1.5, 80 << 30, early_launches=False)
 DEVICES = {d.name.lower(): d for d in (H100, H200, A100)}
 
 
