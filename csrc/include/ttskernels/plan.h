@@ -52,7 +52,7 @@ enum PlanField : int {
   kFieldSegs = 19,        // [segs] PlanSeg
   kFieldMergeIndptr = 20, // [rows + 1] plan-row order; empty: the row has one direct item
   kFieldMergeSlots = 21,  // [merges] slots, root to leaf
-  kFieldWorkerIndptr = 22,// [workers + 1] items of each persistent worker (GPU); the CPU pulls items from a counter
+  kFieldWorkerIndptr = 22,// [workers + 1] items of each worker with a list of its own; where there is one list, workers draw from it
   kFieldUncoveredRows = 23,  // rows that no item covers, whose result is 0 and -inf; the planner makes none
   kFieldPageBreaks = 24,  // segments that go on with a partial on a page that does not follow the one before
   kFieldLargeItems = 25,  // plans for a GPU: the first so many items have more (row, head of a group) pairs than a small tile
