@@ -1,4 +1,4 @@
-"""Test files one by one, and compute-sanitizer over the merge of attention's partial results, each as one case."""
+"""Folders of tests, and compute-sanitizer over the merge of attention's partial results, each as one case."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ SANITIZED = "tests/gpu/sanitize_merge.py"
 
 def run(rows: Rows, tiny: bool) -> None:
     commands = {}
-    files = sorted(p for folder in ("gpu", "triton", "device") for p in (ROOT / "tests" / folder).glob("test_*.py"))
+    pytest = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *workers()]
+    folders = ("gpu", "device", "triton")
+    files = {p for folder in folders for p in (ROOT / "tests" / folder).glob("test_*.py")}
     others = [p for p in ROOT.glob("tests/**/test_*.py") if "mark.gpu" in p.read_text() and p not in files]
-    for path in [*files, *sorted(others)]:
-        name = str(path.relative_to(ROOT))
-        only = ["-m", "gpu"] if path in others else []
-        commands[name] = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *workers(), *only, name]
+    for folder in folders:
+        commands[f"tests/{folder}"] = [*pytest, f"tests/{folder}"]
     for tool in ("memcheck", "racecheck", "synccheck"):
         commands[f"compute-sanitizer {tool}, merge"] = [
             shutil.which("compute-sanitizer"), "--tool", tool, "--error-exitcode", "9", sys.executable, SANITIZED,
         ]  # fmt: skip
+    commands |= {str(p.relative_to(ROOT)): [*pytest, "-m", "gpu", str(p)] for p in sorted(others)}
     if tiny:
         commands = {
-            "tests/gpu": [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"],
+            "tests/gpu": [*pytest, "tests/gpu"],
             "merge": [sys.executable, SANITIZED],
         }
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET" or not GPU}

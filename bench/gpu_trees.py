@@ -8,7 +8,7 @@ from functools import cached_property
 
 from gpu_measure import DEVICE
 
-from ttskernels.kv import HeadShape, plan_from_parents
+from ttskernels.kv import HeadShape, Machine, plan_from_parents
 from ttskernels.kv.plan import Plan
 from ttskernels.models.device import device_machine
 
@@ -71,8 +71,10 @@ class Tree:
         """Slot (page * 16 + offset) of every token of a leaf's path."""
         return [self.first_page[v] * PAGE + i for v in self.path(leaf) for i in range(self.length[v])]
 
-    def plan(self, heads: HeadShape, *, flat: bool = False, uncached: int = 0, scattered: bool = False) -> Plan:
-        """One row a leaf. `flat`: each path read for itself, from the same pages. `uncached`: last tokens of a leaf
+    def plan(
+        self, heads: HeadShape, *, flat: bool = False, uncached: int = 0, scattered: bool = False, machine: Machine | None = None
+    ) -> Plan:
+        """One row a leaf, for this GPU or another `machine`. `flat`: each path read for itself, from the same pages. `uncached`: last tokens of a leaf
         whose K and V the caller will write. `scattered`: nodes on shuffled pages, as in a pool that was used for long."""
         chains = [self.path(leaf) for leaf in self.leaves] if flat else None
         parent, nodes = self.parent, list(range(len(self.parent)))
@@ -97,7 +99,7 @@ class Tree:
             cached[end] -= uncached
         depth = [sum(self.length[v] for v in self.path(leaf)) - 1 for leaf in self.leaves]
         return plan_from_parents(parent, length, indptr, [p for part in pages for p in part], ends, depth, heads,
-                                 cached=cached, machine=device_machine(DEVICE, heads))  # fmt: skip
+                                 cached=cached, machine=machine or device_machine(DEVICE, heads))  # fmt: skip
 
 
 def of_levels(levels: list[tuple[int, int]]) -> Tree:

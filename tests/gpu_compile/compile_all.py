@@ -20,6 +20,9 @@ from variants import ACCEPTED_LOCAL, variants  # noqa: E402
 def cost(index: int) -> dict:
     v = variants()[index]
     line = {"variant": v.key, "problems": []}
+    hidden = {"params", "options", "specialization", "backend"} & set(v.kernel.arg_names)
+    if hidden:
+        return line | {"problems": [f"arguments {sorted(hidden)} are hidden by local variables of Triton 3.6's launcher"]}
     try:
         made = compile_kernel(v.kernel, v.types, v.constants, v.arch, v.warps, **v.options)
     except Exception as error:  # noqa: BLE001 - whatever a compiler raises is the result

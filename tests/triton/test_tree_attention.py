@@ -153,6 +153,12 @@ def test_the_planners_own_plans(device, seed, queues):
         assert not workspace(device, 0).counters.any()
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(device, scale):
+    trees = random_trees(6)
+    check(device, *make(trees, 4, 2, 64, torch.float32, packed=False), build_plan(trees), scale=scale)
+
+
 def test_strided_q_and_given_out(device):
     trees = random_trees(2)
     q, k, v = (t.to(device) for t in make(trees, 4, 2, 64, torch.float32, packed=False))

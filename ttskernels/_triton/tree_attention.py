@@ -335,8 +335,8 @@ def tree_attention(
     size = header[13] * q_heads
     scratch = workspace(q.device, size * (v_dim + 2))
     records = scratch.records, scratch.records[size * v_dim :]
-    if scale < 0.0:
-        q, scale = -q, -scale  # the kernel takes the scale out of a maximum
+    if scale <= 0.0:  # the kernel takes the scale out of a maximum
+        q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
     early = q.is_cuda and arch in EARLY_ARCHS
     beside, merged = early and large and small, early and merge
     for is_large in [True] * large + [False] * small:

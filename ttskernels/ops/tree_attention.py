@@ -41,7 +41,7 @@ def tree_attention(
         softcap: if not 0, `softcap * tanh(score / softcap)`.
         window: if not 0, a row at position p sees positions `p - window + 1 .. p`.
         sinks: `[q_heads]` float32; `exp(sink)` joins the denominator (and lse) of rows that see a token.
-        k_scale, v_scale: `[kv_heads]` float32, factors of float8 K and V.
+        k_scale, v_scale: `[kv_heads]` float32, factors of float8 K and V, positive.
         return_lse: also return the natural log of the denominator, `[rows, q_heads]` float32.
         out: `[rows, q_heads, v_dim]` in `q`'s dtype, rows contiguous, not overlapping `q`; written and returned.
     Returns:
