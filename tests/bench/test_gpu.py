@@ -100,9 +100,11 @@ class Cascade:
     def __init__(self, levels, workspace, layout):
         assert layout == "NHD" and workspace.dtype == torch.uint8
         self.levels = levels
+        self._batch_prefill_wrappers = [SimpleNamespace(_backend="auto") for _ in range(levels)]
 
     def plan(self, rows, pages, ids, last, q_heads, kv_heads, dim, page_size, q_data_type):
         assert len(rows) == len(pages) == len(ids) == len(last) == self.levels
+        assert all(level._backend == "fa2" for level in self._batch_prefill_wrappers)
         self.seen = [[] for _ in range(rows[0][-1])]
         for level in range(self.levels):
             for node in range(len(rows[level]) - 1):
@@ -136,7 +138,7 @@ def test_rivals_get_the_same_tree(bench, monkeypatch):
     k, v = (torch.randn(1, tree.first_page[-1], 16, 2, 64, dtype=torch.float16) for _ in range(2))
     plan = tree.plan(HeadShape(4, 2, 64, 64, 2))
     expected = tree_attention(q[0], k[0], v[0], plan, impl="reference").float()
-    for rival in (a.sdpa, a.flex_attention, a.flashinfer_cascade):
+    for rival in (a.sdpa, a.flex_attention, lambda *args: a.flashinfer_cascade(*args, "fa2")):
         assert rival(tree, q, k, v, expected) == {}
         with pytest.raises(RuntimeError, match="its result differs from ours by"):
             rival(tree, q, k, v, expected + 0.1)
