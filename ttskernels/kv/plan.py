@@ -113,8 +113,7 @@ class Plan:
         return _build(picked, heads, machine, None, self._impl)
 
     @property
-    def folds(self) -> bool:
-        """Whether it was made for a machine whose items fold (`Machine.fold`)."""
+    def folds(self) -> bool:  # `Machine.fold` of the machine it was made for
         return self._source[2].fold
 
     def stats(self) -> PlanStats:

@@ -1,4 +1,4 @@
-"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp, and its stand-in.
+"""The planner in Python and NumPy: the definition of csrc/cpu/plan_build.cpp and plan_assign.cpp, and their stand-in.
 
 Both make the same choices from the same float64 arithmetic in the same order, so their buffers are equal.
 
@@ -14,26 +14,14 @@ Both make the same choices from the same float64 arithmetic in the same order, s
 from __future__ import annotations
 
 import functools
-import heapq
-import itertools
 import math
 from array import array
 from typing import NamedTuple
 
 import numpy as np
 
+from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, row_targets, starts
 from ttskernels.kv.plan_layout import FOLD, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
-
-
-class Item(NamedTuple):
-    row_lo: int
-    row_n: int
-    seg_lo: int
-    seg_n: int
-    pos0: int
-    tokens: int
-    cost: float
-    growing: bool
 
 
 class Built(NamedTuple):
@@ -87,11 +75,6 @@ def rates(costs: Costs) -> tuple[BlockRates, RowRates]:
 
 def partial_tokens(costs: Costs) -> int:
     return 1 << 30 if costs.fold else PARTIAL_TOKENS
-
-
-def starts(segs: array, s: int) -> bool:
-    """Whether a partial begins at segment s: where the one before has ended."""
-    return s == 0 or segs[s * 4 - 1] == segs[s * 4 - 2]
 
 
 class Tree:
@@ -321,79 +304,6 @@ def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> lis
             cost = costs.item_us + seen * block_rate[row_hi - row_lo]
             out.append(Item(row_lo, row_hi - row_lo, lo, hi - lo, pos0, end - start, cost, item.growing))
     return out
-
-
-def assign_slots(
-    items: list[Item], segs: array, rows: int, fold: bool
-) -> tuple[list[int], list[int], list[int], int]:
-    """Slot of each item (-1: direct), merge lists of the rows, number of slots. Items come root to leaf."""
-    change = [0] * (rows + 1)
-    for item in items:
-        change[item.row_lo] += 1
-        change[item.row_lo + item.row_n] -= 1
-    parts = list(itertools.accumulate(change))  # items of each row
-    merges: list[list[int]] = [[] for _ in range(rows)]
-    slots, used = [], 0
-    for item in items:
-        if item.pos0 == 0 and max(parts[item.row_lo : item.row_lo + item.row_n]) == 1:
-            slots.append(-1)
-            continue
-        groups = 1
-        if not fold and item.pos0:
-            groups += sum(starts(segs, s) for s in range(item.seg_lo + 1, item.seg_lo + item.seg_n))
-        slots.append(used)
-        rows_of_item = merges[item.row_lo : item.row_lo + item.row_n]
-        for _ in range(groups):
-            for slot, part in enumerate(rows_of_item, used):
-                part.append(slot)
-            used += item.row_n
-    indptr = [0]
-    for part in merges:
-        indptr.append(indptr[-1] + len(part))
-    return slots, indptr, [s for part in merges for s in part], used
-
-
-def assign_queues(items: list[Item], costs: Costs) -> tuple[list[int], list[int], int]:
-    """Items' order (dearest first, where items fold the large ones before the small; longest processing time first over
-    queues), queues' bounds, and how many are large."""
-    order = sorted(range(len(items)), key=lambda i: -items[i].cost)
-    large = []
-    if costs.fold:
-        large = [i for i in order if items[i].row_n * costs.group > costs.tile_rows]
-        order = large + [i for i in order if items[i].row_n * costs.group <= costs.tile_rows]
-    lists: list[list[int]] = [[] for _ in range(costs.queues)]
-    heap = [(0.0, q) for q in range(costs.queues)]
-    for i in order:
-        load, q = heap[0]
-        lists[q].append(i)
-        heapq.heapreplace(heap, (load + items[i].cost, q))
-    indptr = [0]
-    for part in lists:
-        indptr.append(indptr[-1] + len(part))
-    return [i for part in lists for i in part], indptr, len(large)
-
-
-def row_targets(
-    spec: TreeSpec, tree: Tree, segs: array, grows: dict[int, tuple[int, int]]
-) -> tuple[list[int], list[int]]:
-    """row_slot and row_leaf of every row, caller's order."""
-    slots, leaves = [], []
-    cached = spec.cached.tolist()
-    for v, pos in zip(spec.row_node.tolist(), spec.row_pos.tolist(), strict=True):
-        token = pos - tree.pos0[v]
-        page, offset = divmod(tree.offset[v] + token, tree.page_size)
-        slots.append(
-            -1 if token < cached[v] else tree.pages[tree.page_indptr[v] + page] * tree.page_size + offset
-        )
-        if not tree.growing[v]:
-            leaves += (-1, 0, -1, 0)
-            continue
-        seg, end = grows[v]
-        while token >= segs[seg * 4 + 2]:
-            token -= segs[seg * 4 + 2]
-            seg += 1
-        leaves += (seg, token, end, 0)
-    return slots, leaves
 
 
 def build(spec: TreeSpec, costs: Costs) -> Built:
