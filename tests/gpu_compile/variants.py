@@ -24,7 +24,6 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
     "tree_attention-fp32": 1024,  # for checks, not for speed
-    "tree_attention-bf16-128": 32,  # large tiles with Triton 3.6; nothing with 3.9
 }
 
 

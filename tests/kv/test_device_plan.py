@@ -30,3 +30,10 @@ def test_another_capacity_is_refused():
     big = plan_from_parents([-1], [20], [0, 2], [3, 1], [0] * 20, list(range(20)), HEADS)
     with pytest.raises(ValueError, match="capacities and launches of the one that was uploaded first"):
         plan_of(5).to("cpu").upload(big)
+
+
+def test_other_launches_are_refused():
+    """Pages that do not follow each other: a launch that reads boxes of rows would read others."""
+    straight, broken = (plan_from_parents([-1], [20], [0, 2], pages, [0], [19], HEADS) for pages in ([2, 3], [3, 1]))
+    with pytest.raises(ValueError, match="capacities and launches"):
+        straight.to("cpu").upload(broken)
