@@ -76,10 +76,10 @@ void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M:
   }
 }
 
-// out[r][col ..] = out[r][col ..] * alpha[r] + weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..].
+// out[r] += weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
 template <typename M, int MR, int NV>
 void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-                       int64_t col, const float* alpha, const float* weight_scale, float* out) {
+                       int64_t col, const float* weight_scale, float* out) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -102,11 +102,11 @@ void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& t
   }
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r) {
-    const Vec a = Broadcast(alpha[r]), scale = Broadcast(weight_scale[r]);
+    const Vec scale = Broadcast(weight_scale[r]);
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) {
-      float* to = out + r * v_dim + col + j * kLanes;
-      Store(to, Fma(ToFloat(acc[r][j]), scale, Mul(Load(to), a)));
+      float* to = out + r * v_dim + j * kLanes;
+      Store(to, Fma(ToFloat(acc[r][j]), scale, Load(to)));
     }
   }
 }
@@ -127,12 +127,12 @@ void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Elem
 
 template <typename M, int MR>
 void FixedWeigh(const int16_t* p, const FixedTile<typename M::Element>& tile, int lo, int hi, int64_t v_dim, int64_t col,
-                int vectors, const float* alpha, const float* weight_scale, float* out) {
-  if (vectors == 1) FixedWeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, alpha, weight_scale, out);
+                int vectors, const float* weight_scale, float* out) {
+  if (vectors == 1) FixedWeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, weight_scale, out);
   if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) FixedWeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, alpha, weight_scale, out);
-    if (vectors == 3) FixedWeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, alpha, weight_scale, out);
-    if (vectors == 4) FixedWeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, alpha, weight_scale, out);
+    if (vectors == 2) FixedWeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, weight_scale, out);
+    if (vectors == 3) FixedWeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, weight_scale, out);
+    if (vectors == 4) FixedWeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, weight_scale, out);
   }
 }
 

@@ -9,7 +9,7 @@ namespace ttsk {
 namespace {
 
 // q rows (row, head) a task: enough to pay for loading a tile, few enough that q and o stay in a 1 MB L2 cache.
-constexpr int64_t kTaskRows = 192, kStateBytes = 80;
+constexpr int64_t kTaskRows = 192, kStateBytes = 16, kSumsBytes = 64;
 
 int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 
@@ -22,8 +22,8 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
   const int64_t cap = kTaskRows * 128 / (p.head_dim > 128 ? p.head_dim : 128);
   const int64_t block_rows = group < cap ? cap / group : 1;
   q_rows = block_rows * group;
-  scratch_bytes = Align(q_rows * head_dim * 4) + Align(TileElements() * 4) + Align(q_rows * kStateBytes) +
-                  Align(q_rows * kTileTokens * 4) + 3 * Align(q_rows * 4) + Align(q_rows * 8) +
+  scratch_bytes = Align(q_rows * head_dim * 4) + Align(TileElements() * 4) + Align(q_rows * kStateBytes) + q_rows * kSumsBytes +
+                  Align(q_rows * kTileTokens * 4) + 2 * Align(q_rows * 4) + Align(q_rows * 8) +
                   2 * Align(q_rows * v_dim * 4) + Align(q_rows * 8);
   char* at = static_cast<char*>(workspace);
   int64_t used = 0;
@@ -62,8 +62,8 @@ TreeScratch TreeLayout::Scratch(int thread) const {
   s.q = take(q_rows * head_dim * 4);
   s.tile = take(TileElements() * 4);
   s.state = take(q_rows * kStateBytes);
+  s.sums = reinterpret_cast<float*>(take(q_rows * kSumsBytes));
   s.weights = take(q_rows * kTileTokens * 4);
-  s.alpha = reinterpret_cast<float*>(take(q_rows * 4));
   s.row_scale = reinterpret_cast<float*>(take(q_rows * 4));
   s.weight_scale = reinterpret_cast<float*>(take(q_rows * 4));
   s.ranges = reinterpret_cast<GroupRange*>(take(q_rows * 8));

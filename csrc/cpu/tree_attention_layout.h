@@ -19,9 +19,9 @@ struct GroupRange {
 struct TreeScratch {
   void* q;         // [q rows, head_dim]
   void* tile;      // K, then V of a 64-token tile
-  void* state;     // [q rows] of 80 bytes
+  void* state;     // [q rows] of 16 bytes
+  float* sums;     // [q rows, 16]
   void* weights;   // [q rows, 64] p of one tile
-  float* alpha;    // [q rows]
   float* row_scale;     // [q rows] of q and the scores, over fixed-point pages
   float* weight_scale;  // [q rows] of p of one tile, there
   GroupRange* ranges;

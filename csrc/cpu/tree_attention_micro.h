@@ -112,17 +112,15 @@ void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M:
     for (int j = 0; j < NV; ++j) Store(scores + r * kTileTokens + (first + j) * kBlock, Mul(acc[r][j], s));
 }
 
-// out[r][col ..] = out[r][col ..] * alpha[r] + sum over tokens [lo, hi) of p[r][t] * v[t][col ..].
+// out[r] += sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
 template <typename M, int MR, int NV>
 void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-                  int64_t col, const float* alpha, float* out) {
+                  int64_t col, float* out) {
   Vec acc[MR][NV];
   TTSK_UNROLL
-  for (int r = 0; r < MR; ++r) {
-    const Vec a = Broadcast(alpha[r]);
+  for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) acc[r][j] = Mul(Load(out + r * v_dim + col + j * kLanes), a);
-  }
+    for (int j = 0; j < NV; ++j) acc[r][j] = Load(out + r * v_dim + j * kLanes);
   for (int t = lo / M::kPack * M::kPack; t < hi;) {
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * M::kPack;
@@ -144,7 +142,7 @@ void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& t
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) Store(out + r * v_dim + col + j * kLanes, acc[r][j]);
+    for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
 }
 
 template <typename M, int MR>
@@ -168,12 +166,12 @@ constexpr int ColumnVectors(int left) {
 
 template <typename M, int MR>
 void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-           int64_t col, int vectors, const float* alpha, float* out) {
-  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, alpha, out);
+           int64_t col, int vectors, float* out) {
+  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, out);
   if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, alpha, out);
-    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, alpha, out);
-    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, alpha, out);
+    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, out);
+    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, out);
+    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, out);
   }
 }
 
@@ -199,59 +197,94 @@ inline Vec Tanh(Vec x) {
   return SelectLess(z, Broadcast(0.625f * 0.625f), small, large);
 }
 
-// Running maximum (in log2 units), the sixteen partial sums of the denominator, and where the row may look.
+// The larger of each lane's scores.
+inline Vec MaxOf(const float* s, int blocks) {
+  Vec max = Load(s);
+  for (int j = 1; j < blocks; ++j) max = Max(max, Load(s + j * kBlock));
+  return max;
+}
+
+// 2^x for weights of a tile that are held as E; those of bf16 products need not have other levels' bits.
+template <typename E>
+inline Vec WeightExp2(Vec x) { return Exp2(x); }
+#if defined(__AVX512BF16__)
+template <>
+inline Vec WeightExp2<Bf16>(Vec x) { return Exp2FromFloor(x); }
+#endif
+
+// Where a row's online softmax stands, and where the row may look.
 struct RowState {
-  float m;
+  float m;             // what scores are taken relative to, in log2 units; 0 until one has been seen
+  float limit;         // m + kSlack, a score above it moves m; -inf until one has been seen
   int32_t first, end;  // absolute positions [first, end)
-  float l[kLanes];
+
+  void Reset() { m = 0.0f, limit = -kInf; }
+  bool Seen() const { return limit != -kInf; }
+};
+// m need not be the maximum, only near it: weights reach 2^kSlack, their relative accuracy is the same, and after a row's first
+// tile neither m nor the output is rescaled but rarely (as FlashAttention-4 skips rescaling).
+constexpr float kSlack = 8.0f;
+
+// A group's rows: their states, each lane's share of the denominators [rows, 16], and the outputs so far [rows, v_dim].
+struct RowsOf {
+  RowState* state;
+  float* sums;
+  float* o;
+  int64_t v_dim;
 };
 
-// Online softmax of `rows` score rows over a tile whose first token is at position pos0. Tokens from `hi` on do not
-// exist; scores of tokens a row may not see are replaced, whatever they hold. Writes p, which may be `scores`, and the
-// factors alpha.
-template <typename E>
-void Softmax(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, RowState* state, E* p,
-             float* alpha) {
-  float top[kLanes], before[kLanes] = {};
+// Caps the scores of a tile whose first token is at position pos0, and hides what rows may not see, whatever it holds. Tokens
+// from `hi` on do not exist.
+inline void MaskScores(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, const RowState* state) {
   const Vec hidden = Broadcast(-kInf);
   for (int r = 0; r < rows; ++r) {
-    float* s = scores + r * kTileTokens;
     const int first = state[r].first - pos0;
     const int end = state[r].end - pos0 < hi ? state[r].end - pos0 : hi;
-    const bool masked = first > 0 || end < blocks * kBlock;
-    Vec max = hidden;
     for (int j = 0; j < blocks; ++j) {
-      Vec x = Load(s + j * kBlock);
-      if (softcap != 0.0f) {
-        x = Mul(Tanh(Mul(x, Broadcast(1.0f / softcap))), Broadcast(softcap * kLog2e));
-      }
-      if (masked) {
-        const int a = first - j * kBlock, b = end - j * kBlock;
-        x = SelectFirst(b < 0 ? 0 : b < kLanes ? b : kLanes, x, hidden);
-        x = SelectFirst(a < 0 ? 0 : a < kLanes ? a : kLanes, hidden, x);
-      }
-      if (masked || softcap != 0.0f) Store(s + j * kBlock, x);
-      max = Max(max, x);
+      float* s = scores + r * kTileTokens + j * kBlock;
+      Vec x = Load(s);
+      if (softcap != 0.0f) x = Mul(Tanh(Mul(x, Broadcast(1.0f / softcap))), Broadcast(softcap * kLog2e));
+      const int a = first - j * kBlock, b = end - j * kBlock;
+      x = SelectFirst(b < 0 ? 0 : b < kLanes ? b : kLanes, x, hidden);
+      Store(s, SelectFirst(a < 0 ? 0 : a < kLanes ? a : kLanes, hidden, x));
     }
-    const float m = ReduceMax(max);
-    before[r] = state[r].m;
-    state[r].m = m > before[r] ? m : before[r];
-    top[r] = state[r].m == -kInf ? 0.0f : state[r].m;  // nothing seen yet: avoid (-inf) - (-inf)
   }
-  for (int r = rows; r < kLanes; ++r) top[r] = 0.0f;
-  float factor[kLanes];
-  Store(factor, Exp2(Sub(Load(before), Load(top))));
+}
+
+// A tile of scores has some above the limit: moves m there, and what was summed up relative to it.
+inline void MoveMaxima(const float* scores, int rows, int blocks, const RowsOf& of) {
   for (int r = 0; r < rows; ++r) {
+    RowState& state = of.state[r];
+    const float top = ReduceMax(MaxOf(scores + r * kTileTokens, blocks));
+    if (!(top > state.limit)) continue;
+    if (state.Seen()) {
+      const Vec factor = Exp2(Broadcast(state.m - top));
+      float* o = of.o + r * of.v_dim;
+      for (int64_t i = 0; i < of.v_dim; i += kLanes) Store(o + i, Mul(Load(o + i), factor));
+      Store(of.sums + r * kLanes, Mul(Load(of.sums + r * kLanes), factor));
+    }
+    state.m = top, state.limit = top + kSlack;
+  }
+}
+
+// Online softmax of MR score rows over a tile. Writes p, which may be `scores`.
+template <int MR, typename E>
+void Softmax(float* scores, int blocks, const RowsOf& of, E* p) {
+  bool moves = false;
+  for (int r = 0; r < MR; ++r) {
+    moves |= AnyGreater(MaxOf(scores + r * kTileTokens, blocks), Broadcast(of.state[r].limit));
+  }
+  if (moves) MoveMaxima(scores, MR, blocks, of);
+  for (int r = 0; r < MR; ++r) {
     const float* s = scores + r * kTileTokens;
-    const Vec m = Broadcast(top[r]);
-    Vec sum = Zero();
+    const Vec m = Broadcast(of.state[r].m);
+    Vec sum = Load(of.sums + r * kLanes);
     for (int j = 0; j < blocks; ++j) {
-      const Vec e = Exp2(Sub(Load(s + j * kBlock), m));
+      const Vec e = WeightExp2<E>(Sub(Load(s + j * kBlock), m));
       StoreP(p + r * kTileTokens + j * kBlock, e);
       sum = Add(sum, e);
     }
-    Store(state[r].l, Fma(Load(state[r].l), Broadcast(factor[r]), sum));
-    alpha[r] = factor[r];
+    Store(of.sums + r * kLanes, sum);
   }
 }
 

@@ -32,7 +32,12 @@ inline uint16_t FloatToBf16(float f) {
 // 2^x, relative error < 2e-7 for finite results; 2^0 is exactly 1, 2^-inf is exactly 0 (both keep merges exact). Below
 // 2^-125 the result is 0: a denormal one takes the processor a detour of 100 ns, once for each masked vector of a tile.
 inline Vec Exp2(Vec x) {
-  const Vec least = Broadcast(-125.0f), y = Max(least, x);  // this order lets NaN through
+  const Vec least = Broadcast(-125.0f);
+#if defined(__AVX512F__)
+  const Vec y = x;  // lanes below are cleared in the end, whatever they hold
+#else
+  const Vec y = Max(least, x);  // this order lets NaN through
+#endif
   const Vec n = RoundNearest(y);
   const Vec r = Sub(y, n);  // [-0.5, 0.5]
   Vec p = Broadcast(1.54353139e-4f);
@@ -42,7 +47,11 @@ inline Vec Exp2(Vec x) {
   p = Fma(p, r, Broadcast(2.40226507e-1f));
   p = Fma(p, r, Broadcast(6.93147182e-1f));
   p = Fma(p, r, Broadcast(1.0f));
+#if defined(__AVX512F__)
+  return ScaleUnlessLess(x, least, p, n);
+#else
   return SelectLess(x, least, Zero(), ScaleByPow2(p, n));
+#endif
 }
 constexpr float kLog2e = 1.44269504088896341f;
 inline Vec Exp(Vec x) { return Exp2(Mul(x, Broadcast(kLog2e))); }

@@ -53,6 +53,11 @@ inline Vec SelectFirst(int n, Vec a, Vec b) {
   const int32x4_t lane = {0, 1, 2, 3};
   TTSK_QUADS(vbslq_f32(vcltq_s32(lane, vdupq_n_s32(n - 4 * i)), a.q[i], b.q[i]))
 }
+inline bool AnyGreater(Vec a, Vec b) {
+  uint32x4_t greater = vcgtq_f32(a.q[0], b.q[0]);
+  for (int i = 1; i < 4; ++i) greater = vorrq_u32(greater, vcgtq_f32(a.q[i], b.q[i]));
+  return vmaxvq_u32(greater) != 0;
+}
 inline Vec SelectLess(Vec a, Vec b, Vec x, Vec y) { TTSK_QUADS(vbslq_f32(vcltq_f32(a.q[i], b.q[i]), x.q[i], y.q[i])) }
 
 inline Vec LoadBf16(const uint16_t* p) { TTSK_QUADS(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))) }

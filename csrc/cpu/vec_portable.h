@@ -30,6 +30,11 @@ inline Vec RoundNearest(Vec a) { TTSK_LANES(std::nearbyint(a.v[i])) }
 inline Vec ScaleByPow2(Vec a, Vec n) { TTSK_LANES(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) }
 inline Vec SelectFirst(int n, Vec a, Vec b) { TTSK_LANES(i < n ? a.v[i] : b.v[i]) }
 inline Vec SelectLess(Vec a, Vec b, Vec x, Vec y) { TTSK_LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i]) }
+inline bool AnyGreater(Vec a, Vec b) {
+  bool any = false;
+  for (int i = 0; i < 16; ++i) any |= a.v[i] > b.v[i];
+  return any;
+}
 // Pairwise halves, the order of the vector levels.
 inline float ReduceMax(Vec a) {
   for (int w = 8; w > 0; w /= 2)

@@ -36,6 +36,19 @@ constexpr int64_t kInPlaceRows = 32, kInPlaceRowsOfBytes = 12;
 template <int kN>
 struct Rows { static constexpr int kRows = kN; };
 
+// What the rows of a task see: positions from the least `first` to the greatest `end` at all, from the greatest first to the
+// least end each of them.
+struct Sight {
+  int32_t first, last_first, first_end, end;
+};
+
+// A tile: the position of its first token, the tokens [lo, hi) that some row sees, and whether some row does not see all.
+struct TileView {
+  int32_t pos;
+  int lo, hi;
+  bool masked;
+};
+
 // Rows [row, row + rows) of an item, one kv head.
 struct Task {
   const PlanItem* item;  // null: there is none
@@ -86,35 +99,52 @@ struct Kernel {
     if (p.lse != nullptr) p.lse[row * p.q_heads + head] = lse;
   }
 
-  // Scores and softmax of MR rows, then (for each few columns) their share of the output.
+  // Scores, softmax and rescaled output of `groups` groups of MR rows, from row `at` on.
   template <typename M, int MR, typename AnyTile>
-  void ScoreRows(int64_t at, const AnyTile& tile, int32_t pos, int hi, const TreeScratch& s) const {
+  void ScoreGroups(int64_t at, int64_t groups, const AnyTile& tile, const TileView& view, const GroupRange* ranges,
+                   const TreeScratch& s) const {
     alignas(64) float scores[MR * kTileTokens];
-    const int blocks = (hi + kBlock - 1) / kBlock;
-    const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
-    RowState* state = static_cast<RowState*>(s.state) + at;
-    E* weights = static_cast<E*>(s.weights) + at * kTileTokens;
-    if constexpr (kFixed) {
-      FixedScores<M, MR>(q, p.head_dim, tile, blocks, s.row_scale + at, scores);
-      Softmax<float>(scores, MR, pos, blocks, hi, p.softcap, state, scores, s.alpha + at);
-      FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
-    } else {
-      Scores<M, MR>(q, p.head_dim, tile, blocks, score_scale, scores);
-      Softmax<E>(scores, MR, pos, blocks, hi, p.softcap, state, weights, s.alpha + at);
+    for (; groups > 0; --groups, ++ranges, at += MR) {
+      if (ranges->lo >= ranges->hi) continue;
+      const int blocks = (ranges->hi + kBlock - 1) / kBlock;
+      const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
+      E* weights = static_cast<E*>(s.weights) + at * kTileTokens;
+      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, blocks, s.row_scale + at, scores);
+      else Scores<M, MR>(q, p.head_dim, tile, blocks, score_scale, scores);
+      const RowsOf rows = {static_cast<RowState*>(s.state) + at, s.sums + at * kLanes, s.o + at * p.v_dim, p.v_dim};
+      if (view.masked || p.softcap != 0.0f) MaskScores(scores, MR, view.pos, blocks, ranges->hi, p.softcap, rows.state);
+      if constexpr (kFixed) {
+        Softmax<MR, float>(scores, blocks, rows, scores);
+        FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
+      } else {
+        Softmax<MR, E>(scores, blocks, rows, weights);
+      }
     }
   }
+  // Adds those groups' share of a few columns of the output.
   template <typename M, int MR, typename AnyTile>
-  void WeighRows(int64_t at, const AnyTile& tile, GroupRange range, int64_t col, int vectors, const TreeScratch& s) const {
-    const E* weights = static_cast<const E*>(s.weights) + at * kTileTokens;
-    const float* alpha = s.alpha + at;
-    float* o = s.o + at * p.v_dim;
-    if constexpr (kFixed) {
-      FixedWeigh<M, MR>(weights, tile, range.lo, range.hi, p.v_dim, col, vectors, alpha, s.weight_scale + at, o);
-    } else {
-      Weigh<M, MR>(weights, tile, range.lo, range.hi, p.v_dim, col, vectors, alpha, o);
+  void WeighGroups(int64_t at, int64_t groups, const AnyTile& tile, const GroupRange* ranges, int64_t col, int vectors,
+                   const TreeScratch& s) const {
+    for (; groups > 0; --groups, ++ranges, at += MR) {
+      if (ranges->lo >= ranges->hi) continue;
+      const E* weights = static_cast<const E*>(s.weights) + at * kTileTokens;
+      float* o = s.o + at * p.v_dim + col;
+      if constexpr (kFixed) {
+        FixedWeigh<M, MR>(weights, tile, ranges->lo, ranges->hi, p.v_dim, col, vectors, s.weight_scale + at, o);
+      } else {
+        Weigh<M, MR>(weights, tile, ranges->lo, ranges->hi, p.v_dim, col, vectors, o);
+      }
     }
   }
 
+  // Divides `count` rows into groups of at most kMicroRows and calls f(rows, first row, first group, groups), rows as a constant,
+  // for those of each size.
+  template <typename F>
+  static void ForGroups(int64_t count, F f) {
+    const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
+    if (larger > 0) WithRows(static_cast<int>(size + 1), [&](auto n) { f(n, 0, 0, larger); });
+    WithRows(static_cast<int>(size), [&](auto n) { f(n, larger * (size + 1), larger, groups - larger); });
+  }
   // Calls f with the number of rows as a constant.
   template <typename F>
   static void WithRows(int rows, F f) {
@@ -128,77 +158,72 @@ struct Kernel {
     }
   }
 
+  // What each group of rows reads of a tile of hi tokens.
+  static void Ranges(const RowState* state, const TileView& view, int rows, int64_t groups, GroupRange* ranges) {
+    for (; groups > 0; --groups, ++ranges, state += rows) {
+      int32_t first = state->first, end = state->end;
+      for (int r = 1; view.masked && r < rows; ++r) {
+        if (state[r].first < first) first = state[r].first;
+        if (state[r].end > end) end = state[r].end;
+      }
+      ranges->lo = first > view.pos ? first - view.pos : 0;
+      ranges->hi = end - view.pos < view.hi ? end - view.pos : view.hi;
+    }
+  }
+
   // One tile for all rows: K serves every group of rows while it is in L1, then V, a few columns at a time.
   template <typename M, typename Loader>
-  void TileRows(Loader& loader, const SegCursor& cursor, int32_t pos, int lo, int hi, int64_t count,
-                const TreeScratch& s) const {
-    const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
-    const RowState* state = static_cast<const RowState*>(s.state);
-    auto tile = loader.LoadK(cursor, lo, hi);
-    for (int64_t g = 0, at = 0; g < groups; ++g) {
-      const int rows = static_cast<int>(size + (g < larger));
-      int32_t first = state[at].first, end = state[at].end;
-      for (int r = 1; r < rows; ++r) {
-        if (state[at + r].first < first) first = state[at + r].first;
-        if (state[at + r].end > end) end = state[at + r].end;
-      }
-      GroupRange& range = s.ranges[g];
-      range.lo = first > pos ? first - pos : 0;
-      range.hi = end - pos < hi ? end - pos : hi;
-      if (range.lo < range.hi) {
-        WithRows(rows, [&](auto n) { ScoreRows<M, n.kRows>(at, tile, pos, range.hi, s); });
-      }
-      at += rows;
-    }
+  void TileRows(Loader& loader, const SegCursor& cursor, const TileView& view, int64_t count, const TreeScratch& s) const {
+    auto tile = loader.LoadK(cursor, view.lo, view.hi);
+    ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
+      Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group0);
+      ScoreGroups<M, n.kRows>(at, groups, tile, view, s.ranges + group0, s);
+    });
     loader.LoadV(&tile);
     for (int64_t col = 0; col < p.v_dim;) {
       const int vectors = ColumnVectors(static_cast<int>((p.v_dim - col) / kLanes));
-      for (int64_t g = 0, at = 0; g < groups; ++g) {
-        const int rows = static_cast<int>(size + (g < larger));
-        const GroupRange range = s.ranges[g];
-        if (range.lo < range.hi) {
-          WithRows(rows, [&](auto n) { WeighRows<M, n.kRows>(at, tile, range, col, vectors, s); });
-        }
-        at += rows;
-      }
+      ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
+        WeighGroups<M, n.kRows>(at, groups, tile, s.ranges + group0, col, vectors, s);
+      });
       col += vectors * kLanes;
     }
   }
 
   template <typename M>
-  void RunTile(int64_t kv_head, const SegCursor& tile, int32_t pos, int lo, int hi, int64_t count,
-               const TreeScratch& s) const {
+  void RunTile(int64_t kv_head, const SegCursor& cursor, const TileView& view, int64_t count, const TreeScratch& s) const {
     using Element = typename M::Element;
     if constexpr (kFixed) {
       FixedLoader<P, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
-      TileRows<M>(loader, tile, pos, lo, hi, count, s);
+      TileRows<M>(loader, cursor, view, count, s);
     } else {
       TileLoader<T, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
-      TileRows<M>(loader, tile, pos, lo, hi, count, s);
+      TileRows<M>(loader, cursor, view, count, s);
     }
   }
 
-  // One partial: `tokens` tokens from `cursor` on, the first at position pos0; rows see [first, end) at most.
-  void Partial(int64_t kv_head, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, int32_t first,
-               int32_t end, const TreeScratch& s) const {
+  // One partial: `tokens` tokens from `cursor` on, the first at position pos0.
+  void Partial(int64_t kv_head, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, const Sight& sight,
+               const TreeScratch& s) const {
     for (int32_t t = 0; t < tokens; t += kTileTokens) {
       const int32_t n = tokens - t < kTileTokens ? tokens - t : kTileTokens, pos = pos0 + t;
-      if (pos >= end) return;
-      const int lo = first > pos ? first - pos : 0, hi = end - pos < n ? end - pos : n;
+      if (pos >= sight.end) return;
+      const TileView view = {
+          pos, sight.first > pos ? sight.first - pos : 0, sight.end - pos < n ? sight.end - pos : n,
+          sight.last_first > pos || sight.first_end < pos + n || n % kBlock != 0,
+      };
       const SegCursor tile = cursor;
       cursor.Skip(n);
-      if (lo >= hi) continue;
+      if (view.lo >= view.hi) continue;
       const bool aligned = p.packed && tile.seg->offset + tile.used == 0;
-      if (aligned && count <= kMostInPlace) RunTile<InPlace>(kv_head, tile, pos, lo, hi, count, s);
-      else RunTile<Copied>(kv_head, tile, pos, lo, hi, count, s);
+      if (aligned && count <= kMostInPlace) RunTile<InPlace>(kv_head, tile, view, count, s);
+      else RunTile<Copied>(kv_head, tile, view, count, s);
     }
   }
 
-  void LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, TreeScratch& s, int32_t* first,
-                   int32_t* end) const {
+  Sight LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, const TreeScratch& s) const {
     E* q = static_cast<E*>(s.q);
     RowState* state = static_cast<RowState*>(s.state);
-    *first = INT32_MAX, *end = 0;
+    Sight sight = {INT32_MAX, 0, INT32_MAX, 0};
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = row_perm[plan_row + r];
       const T* from = static_cast<const T*>(p.q) + row * p.q_stride + kv_head * group * p.head_dim;
@@ -215,12 +240,15 @@ struct Kernel {
       }
       const int32_t row_end = row_pos[row] + 1;
       const int32_t row_first = p.window > 0 && row_end > p.window ? row_end - p.window : 0;
-      if (row_first < *first) *first = row_first;
-      if (row_end > *end) *end = row_end;
+      if (row_first < sight.first) sight.first = row_first;
+      if (row_first > sight.last_first) sight.last_first = row_first;
+      if (row_end < sight.first_end) sight.first_end = row_end;
+      if (row_end > sight.end) sight.end = row_end;
       for (int64_t g = 0; g < group; ++g, ++state) {
         state->first = row_first, state->end = row_end;
       }
     }
+    return sight;
   }
 
   void Run(const Task& task, TreeScratch s) const {
@@ -229,8 +257,7 @@ struct Kernel {
     RowState* state = static_cast<RowState*>(s.state);
     const int64_t count = rows * group;
     const bool fold = (item.flags & kFold) != 0 || item.slot < 0;
-    int32_t first, end;
-    LoadQueries(row, rows, kv_head, s, &first, &end);
+    const Sight sight = LoadQueries(row, rows, kv_head, s);
     for (int64_t r = 0; r < count; ++r) s.fold_ml[2 * r] = -kInf, s.fold_ml[2 * r + 1] = 0.0f;
 
     int32_t pos = item.pos0;
@@ -243,14 +270,14 @@ struct Kernel {
       for (; seg->left > seg->count && seg + 1 < last; ++seg) tokens += seg[1].count;
       ++seg;
       for (int64_t r = 0; r < count; ++r) {
-        state[r].m = -kInf;
-        Store(state[r].l, Zero());
+        state[r].Reset();
+        Store(s.sums + r * kLanes, Zero());
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
-      Partial(kv_head, cursor, pos, tokens, count, first, end, s);
+      Partial(kv_head, cursor, pos, tokens, count, sight, s);
       for (int64_t r = 0; r < count; ++r) {
-        const float l = ReduceAdd(Load(state[r].l));
-        const float m = l == l ? state[r].m : 0.0f;  // scores that are all NaN have no maximum, but are not nothing
+        const float l = ReduceAdd(Load(s.sums + r * kLanes));
+        const float m = state[r].Seen() || l != l ? state[r].m : -kInf;  // NaN alone moves no m, but is not nothing
         const float* o = s.o + r * p.v_dim;
         if (fold) {
           MergePartial(m, l, o, p.v_dim, s.fold_ml + 2 * r, s.fold_ml + 2 * r + 1, s.fold_o + r * p.v_dim);
