@@ -14,12 +14,14 @@ struct WordDot {
   using Element = int16_t;
   using Query = int16_t;
   static constexpr bool kFixed = true;
+  static constexpr int kTile = kTileTokens;
   static Words Wide(const int16_t* p) { return LoadWords(p); }
 };
 struct ByteDot {
   using Element = int8_t;
   using Query = int16_t;
   static constexpr bool kFixed = true;
+  static constexpr int kTile = kTileTokens;
   static Words Wide(const int8_t* p) { return LoadBytes(p); }
 };
 template <> struct Modes<int16_t> { using InPlace = WordDot; using Copied = WordDot; };
@@ -43,9 +45,9 @@ struct FixedTile : Tile<E> {
 };
 
 // scores[r][16 * j ...] = row_scale[r] * k_scale * (q[r] . k) for blocks j = first .. first + NV - 1.
-template <typename M, int MR, int NV>
-void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile, int first,
-                      const float* row_scale, float* scores) {
+template <typename M, int MR, int NV, typename Ahead>
+TTSK_NOINLINE void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
+                      const Ahead& ahead, int first, const float* row_scale, float* scores) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -55,6 +57,8 @@ void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M:
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
   for (int64_t i = 0; i < dim; i += 2) {
+    TTSK_UNROLL
+    for (int j = 0; j < NV; ++j) Fetch(ahead.k[first + j], i * kBlock);
     Words b[NV];
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) b[j] = M::Wide(k[j] + i * kBlock);
@@ -77,9 +81,10 @@ void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M:
 }
 
 // out[r] += weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
-template <typename M, int MR, int NV>
-void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-                       int64_t col, const float* weight_scale, float* out) {
+template <typename M, int MR, int NV, typename Ahead>
+TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& tile,
+                       const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col,
+                       const float* weight_scale, float* out) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -89,6 +94,8 @@ void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& t
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * 2;
     for (; t < end; t += 2, v += v_dim * 2) {
+      TTSK_UNROLL
+      for (int j = 0; j < NV; ++j) Fetch(ahead.v[block], v + j * kLanes * 2 - tile.v[block]);
       Words b[NV];
       TTSK_UNROLL
       for (int j = 0; j < NV; ++j) b[j] = M::Wide(v + j * kLanes * 2);
@@ -111,28 +118,28 @@ void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& t
   }
 }
 
-template <typename M, int MR>
-void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile, int blocks,
-                 const float* row_scale, float* scores) {
+template <typename M, int MR, typename Ahead>
+void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
+                 const Ahead& ahead, int blocks, const float* row_scale, float* scores) {
   for (int j = 0; j < blocks; j += kMicroVecs) {
     const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    if (n == 1) FixedScoreBlocks<M, MR, 1>(q, dim, tile, j, row_scale, scores);
+    if (n == 1) FixedScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, row_scale, scores);
     if constexpr (kMicroVecs >= 4) {
-      if (n == 2) FixedScoreBlocks<M, MR, 2>(q, dim, tile, j, row_scale, scores);
-      if (n == 3) FixedScoreBlocks<M, MR, 3>(q, dim, tile, j, row_scale, scores);
-      if (n == 4) FixedScoreBlocks<M, MR, 4>(q, dim, tile, j, row_scale, scores);
+      if (n == 2) FixedScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, row_scale, scores);
+      if (n == 3) FixedScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, row_scale, scores);
+      if (n == 4) FixedScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, row_scale, scores);
     }
   }
 }
 
-template <typename M, int MR>
-void FixedWeigh(const int16_t* p, const FixedTile<typename M::Element>& tile, int lo, int hi, int64_t v_dim, int64_t col,
-                int vectors, const float* weight_scale, float* out) {
-  if (vectors == 1) FixedWeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, weight_scale, out);
+template <typename M, int MR, typename Ahead>
+void FixedWeigh(const int16_t* p, const FixedTile<typename M::Element>& tile, const Ahead& ahead,
+                int lo, int hi, int64_t v_dim, int64_t col, int vectors, const float* weight_scale, float* out) {
+  if (vectors == 1) FixedWeighColumns<M, MR, 1>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
   if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) FixedWeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, weight_scale, out);
-    if (vectors == 3) FixedWeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, weight_scale, out);
-    if (vectors == 4) FixedWeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, weight_scale, out);
+    if (vectors == 2) FixedWeighColumns<M, MR, 2>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
+    if (vectors == 3) FixedWeighColumns<M, MR, 3>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
+    if (vectors == 4) FixedWeighColumns<M, MR, 4>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
   }
 }
 

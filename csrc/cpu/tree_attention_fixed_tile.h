@@ -52,6 +52,15 @@ class FixedLoader {
     }
   }
 
+  // Where pages used in place hold the first blocks of `tokens` tokens from the cursor on; how many were found.
+  int Find(SegCursor cursor, int32_t tokens, Tile<E>* tile) const {
+    if constexpr (sizeof(E) != sizeof(P)) return 0;
+    return FindBlocks(cursor, tokens, [&](int b, int64_t page) {
+      tile->k[b] = reinterpret_cast<const E*>(k_ + page * k_page_);
+      tile->v[b] = reinterpret_cast<const E*>(v_ + page * v_page_);
+    });
+  }
+
  private:
   // Sixteen scales of block b, 0 for tokens past its end.
   void TakeScales(int b, const P* pages, int64_t page_stride, int64_t dim, float* to) const {

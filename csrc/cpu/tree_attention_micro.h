@@ -18,19 +18,22 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 constexpr int kMicroRows = 3, kMicroVecs = 1;
 #endif
 constexpr int kBlock = 16;                          // tokens of a packed page
-constexpr int kTileBlocks = kTileTokens / kBlock;
+constexpr int kTileBlocks = 2 * kTileTokens / kBlock;  // of the longest tile
 constexpr float kInf = __builtin_inff();
 // Without it gcc 12 sends the accumulators through the stack before and after the loops.
 #define TTSK_UNROLL _Pragma("GCC unroll 8")
+// For inner loops: constants of what surrounds them, kept in registers, would cost them theirs.
+#define TTSK_NOINLINE __attribute__((noinline))
 
 // How a tile is read. Element: what its blocks hold; Query: what q and p are held in; kPack elements of the reduced
-// dimension lie side by side, and take kSteps multiply-adds. All but PairDot give the same bits for the same values.
+// dimension lie side by side, and take kSteps multiply-adds; a tile is kTile tokens at most. All but PairDot give the same bits
+// for the same values.
 struct PlainFloat {
   using Element = float;
   using Query = float;
   using Operand = Vec;
   static constexpr bool kFixed = false;
-  static constexpr int kPack = 1, kSteps = 1;
+  static constexpr int kPack = 1, kSteps = 1, kTile = kTileTokens;
   static Operand Wide(const float* p, int) { return Load(p); }
   static Operand One(const float* p) { return Broadcast(*p); }
   static Vec Dot(Vec acc, Operand a, Operand b) { return Fma(a, b, acc); }
@@ -50,7 +53,7 @@ struct PairDot {
   using Query = Bf16;
   using Operand = Pairs;
   static constexpr bool kFixed = false;
-  static constexpr int kPack = 2, kSteps = 1;
+  static constexpr int kPack = 2, kSteps = 1, kTile = 2 * kTileTokens;
   static Operand Wide(const Bf16* p, int) { return LoadPairs(p); }
   static Operand One(const Bf16* p) {
     uint32_t pair;
@@ -79,10 +82,21 @@ struct Tile {
   const E* v[kTileBlocks];
 };
 
-// scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; scores rows are kTileTokens apart.
-template <typename M, int MR, int NV>
-void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int first,
-                 float scale, float* scores) {
+// Fetches the line at block + i of a tile ahead, or nothing. Fetched a line for each that is used, the next tile arrives while
+// this one is computed; all at once they fill the queues of the core, and nothing is computed until they have left.
+template <typename E>
+inline void Fetch(const E* block, int64_t i) { __builtin_prefetch(block + i); }
+struct None {
+  struct Block {};
+  Block k[kTileBlocks], v[kTileBlocks];
+};
+inline void Fetch(None::Block, int64_t) {}
+
+// scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; rows of scores and of p are M::kTile apart.
+// Meanwhile `ahead`, a Tile or None, is fetched line for line.
+template <typename M, int MR, int NV, typename Ahead>
+TTSK_NOINLINE void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
+                               const Ahead& ahead, int first, float scale, float* scores) {
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -92,6 +106,8 @@ void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M:
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
   for (int64_t i = 0; i < dim; i += M::kPack) {
+    TTSK_UNROLL
+    for (int j = 0; j < NV; ++j) Fetch(ahead.k[first + j], i * kBlock);
     TTSK_UNROLL
     for (int step = 0; step < M::kSteps; ++step) {
       typename M::Operand b[NV];
@@ -109,13 +125,13 @@ void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M:
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) Store(scores + r * kTileTokens + (first + j) * kBlock, Mul(acc[r][j], s));
+    for (int j = 0; j < NV; ++j) Store(scores + r * M::kTile + (first + j) * kBlock, Mul(acc[r][j], s));
 }
 
 // out[r] += sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
-template <typename M, int MR, int NV>
-void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-                  int64_t col, float* out) {
+template <typename M, int MR, int NV, typename Ahead>
+TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo,
+                                int hi, int64_t v_dim, int64_t col, float* out) {
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -126,13 +142,15 @@ void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& t
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * M::kPack;
     for (; t < end; t += M::kPack, v += v_dim * M::kPack) {
       TTSK_UNROLL
+      for (int j = 0; j < NV; ++j) Fetch(ahead.v[block], v + j * kLanes * M::kPack - tile.v[block]);
+      TTSK_UNROLL
       for (int step = 0; step < M::kSteps; ++step) {
         typename M::Operand b[NV];
         TTSK_UNROLL
         for (int j = 0; j < NV; ++j) b[j] = M::Wide(v + j * kLanes * M::kPack, step);
         TTSK_UNROLL
         for (int r = 0; r < MR; ++r) {
-          const typename M::Operand a = M::One(p + r * kTileTokens + t + step);
+          const typename M::Operand a = M::One(p + r * M::kTile + t + step);
           TTSK_UNROLL
           for (int j = 0; j < NV; ++j) acc[r][j] = M::Dot(acc[r][j], a, b[j]);
         }
@@ -145,16 +163,15 @@ void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& t
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
 }
 
-template <typename M, int MR>
-void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, int blocks, float scale,
-            float* scores) {
+template <typename M, int MR, typename Ahead>
+void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, const Ahead& ahead, int blocks, float scale, float* scores) {
   for (int j = 0; j < blocks; j += kMicroVecs) {
     const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, j, scale, scores);
+    if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, scale, scores);
     if constexpr (kMicroVecs >= 4) {
-      if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, j, scale, scores);
-      if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, j, scale, scores);
-      if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, j, scale, scores);
+      if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, scale, scores);
+      if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, scale, scores);
+      if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, scale, scores);
     }
   }
 }
@@ -164,14 +181,13 @@ constexpr int ColumnVectors(int left) {
   return kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
 }
 
-template <typename M, int MR>
-void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, int lo, int hi, int64_t v_dim,
-           int64_t col, int vectors, float* out) {
-  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, lo, hi, v_dim, col, out);
+template <typename M, int MR, typename Ahead>
+void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col, int vectors, float* out) {
+  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, ahead, lo, hi, v_dim, col, out);
   if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, lo, hi, v_dim, col, out);
-    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, lo, hi, v_dim, col, out);
-    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, lo, hi, v_dim, col, out);
+    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, ahead, lo, hi, v_dim, col, out);
+    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, ahead, lo, hi, v_dim, col, out);
+    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, ahead, lo, hi, v_dim, col, out);
   }
 }
 
@@ -235,13 +251,14 @@ struct RowsOf {
 
 // Caps the scores of a tile whose first token is at position pos0, and hides what rows may not see, whatever it holds. Tokens
 // from `hi` on do not exist.
-inline void MaskScores(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, const RowState* state) {
+template <typename M>
+void MaskScores(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, const RowState* state) {
   const Vec hidden = Broadcast(-kInf);
   for (int r = 0; r < rows; ++r) {
     const int first = state[r].first - pos0;
     const int end = state[r].end - pos0 < hi ? state[r].end - pos0 : hi;
     for (int j = 0; j < blocks; ++j) {
-      float* s = scores + r * kTileTokens + j * kBlock;
+      float* s = scores + r * M::kTile + j * kBlock;
       Vec x = Load(s);
       if (softcap != 0.0f) x = Mul(Tanh(Mul(x, Broadcast(1.0f / softcap))), Broadcast(softcap * kLog2e));
       const int a = first - j * kBlock, b = end - j * kBlock;
@@ -252,10 +269,11 @@ inline void MaskScores(float* scores, int rows, int32_t pos0, int blocks, int hi
 }
 
 // A tile of scores has some above the limit: moves m there, and what was summed up relative to it.
-inline void MoveMaxima(const float* scores, int rows, int blocks, const RowsOf& of) {
+template <typename M>
+void MoveMaxima(const float* scores, int rows, int blocks, const RowsOf& of) {
   for (int r = 0; r < rows; ++r) {
     RowState& state = of.state[r];
-    const float top = ReduceMax(MaxOf(scores + r * kTileTokens, blocks));
+    const float top = ReduceMax(MaxOf(scores + r * M::kTile, blocks));
     if (!(top > state.limit)) continue;
     if (state.Seen()) {
       const Vec factor = Exp2(Broadcast(state.m - top));
@@ -268,20 +286,20 @@ inline void MoveMaxima(const float* scores, int rows, int blocks, const RowsOf& 
 }
 
 // Online softmax of MR score rows over a tile. Writes p, which may be `scores`.
-template <int MR, typename E>
+template <typename M, int MR, typename E>
 void Softmax(float* scores, int blocks, const RowsOf& of, E* p) {
   bool moves = false;
   for (int r = 0; r < MR; ++r) {
-    moves |= AnyGreater(MaxOf(scores + r * kTileTokens, blocks), Broadcast(of.state[r].limit));
+    moves |= AnyGreater(MaxOf(scores + r * M::kTile, blocks), Broadcast(of.state[r].limit));
   }
-  if (moves) MoveMaxima(scores, MR, blocks, of);
+  if (moves) MoveMaxima<M>(scores, MR, blocks, of);
   for (int r = 0; r < MR; ++r) {
-    const float* s = scores + r * kTileTokens;
+    const float* s = scores + r * M::kTile;
     const Vec m = Broadcast(of.state[r].m);
     Vec sum = Load(of.sums + r * kLanes);
     for (int j = 0; j < blocks; ++j) {
       const Vec e = WeightExp2<E>(Sub(Load(s + j * kBlock), m));
-      StoreP(p + r * kTileTokens + j * kBlock, e);
+      StoreP(p + r * M::kTile + j * kBlock, e);
       sum = Add(sum, e);
     }
     Store(of.sums + r * kLanes, sum);

@@ -50,6 +50,17 @@ struct TileRuns {
   bool Aligned(int b) const { return count[b] == 1 && runs[b][0].slot == 0; }
 };
 
+// Calls found(b, page) for each block of a tile of at most `tokens` tokens; returns how many there are.
+template <typename F>
+int FindBlocks(SegCursor cursor, int32_t tokens, F found) {
+  int b = 0;
+  for (; b < kTileBlocks && b * kBlock < tokens; ++b) {
+    found(b, cursor.seg->page);
+    cursor.Skip(tokens - b * kBlock < kBlock ? tokens - b * kBlock : kBlock);
+  }
+  return b;
+}
+
 inline int BlockEnd(int b, int hi) { return hi - b * kBlock < kBlock ? hi - b * kBlock : kBlock; }
 
 // Sixteen lanes of row i of a packed K block: element i of sixteen tokens.
@@ -116,6 +127,15 @@ class TileLoader {
         for (int t = 0; t < end; t += kPoolPack) ExpandRow(page + t * v_dim_, v + t * v_dim_, v_dim_);
       }
     }
+  }
+
+  // Where pages used in place hold the first blocks of `tokens` tokens from the cursor on; how many were found.
+  int Find(SegCursor cursor, int32_t tokens, Tile<E>* tile) const {
+    if (!packed_ || !kInPlace) return 0;
+    return FindBlocks(cursor, tokens, [&](int b, int64_t page) {
+      tile->k[b] = reinterpret_cast<const E*>(k_ + page * ks_.page);
+      tile->v[b] = reinterpret_cast<const E*>(v_ + page * vs_.page);
+    });
   }
 
  private:

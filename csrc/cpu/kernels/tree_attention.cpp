@@ -49,12 +49,21 @@ struct TileView {
   bool masked;
 };
 
+// Where the next tile begins, and the tokens from there on; 0 if there is none.
+struct Upcoming {
+  SegCursor at;
+  int32_t tokens;
+  int64_t kv_head;
+};
+
 // Rows [row, row + rows) of an item, one kv head.
 struct Task {
   const PlanItem* item;  // null: there is none
   const PlanSeg* seg;
   const PlanSeg* last;
   int64_t row, rows, kv_head;
+
+  Upcoming Begin() const { return {{seg, 0}, item == nullptr ? 0 : seg->left, kv_head}; }
 };
 
 // T: element of q and out; P: element of the pages, T or an integer.
@@ -64,6 +73,7 @@ struct Kernel {
   using Copied = typename Modes<P>::Copied;
   using E = typename InPlace::Query;
   static constexpr bool kFixed = InPlace::kFixed;
+  static_assert(InPlace::kTile == Copied::kTile);
   static constexpr int64_t kMostInPlace = sizeof(P) == 1 ? kInPlaceRowsOfBytes : kInPlaceRows;
 
   const TreeAttentionParams& p;
@@ -74,6 +84,7 @@ struct Kernel {
   const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(plan, kFieldItems));
   const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(plan, kFieldSegs));
   const int64_t group = p.q_heads / p.kv_heads;
+  const int32_t tile_tokens = p.head_dim <= 128 ? InPlace::kTile : kTileTokens;  // K of a tile stays in L1
   const float score_scale = p.softcap != 0.0f ? p.scale : p.scale * kLog2e;
 
   float* SlotMl(int64_t slot, int64_t head) const { return layout.slot_ml + (slot * p.q_heads + head) * 2; }
@@ -100,39 +111,40 @@ struct Kernel {
   }
 
   // Scores, softmax and rescaled output of `groups` groups of MR rows, from row `at` on.
-  template <typename M, int MR, typename AnyTile>
-  void ScoreGroups(int64_t at, int64_t groups, const AnyTile& tile, const TileView& view, const GroupRange* ranges,
-                   const TreeScratch& s) const {
-    alignas(64) float scores[MR * kTileTokens];
+  template <typename M, int MR, typename AnyTile, typename Ahead>
+  void ScoreGroups(int64_t at, int64_t groups, const AnyTile& tile, const Ahead& ahead, const TileView& view,
+                   const GroupRange* ranges, const TreeScratch& s) const {
+    alignas(64) float scores[MR * M::kTile];
     for (; groups > 0; --groups, ++ranges, at += MR) {
       if (ranges->lo >= ranges->hi) continue;
       const int blocks = (ranges->hi + kBlock - 1) / kBlock;
       const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
-      E* weights = static_cast<E*>(s.weights) + at * kTileTokens;
-      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, blocks, s.row_scale + at, scores);
-      else Scores<M, MR>(q, p.head_dim, tile, blocks, score_scale, scores);
+      E* weights = static_cast<E*>(s.weights) + at * M::kTile;
+      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, ahead, blocks, s.row_scale + at, scores);
+      else Scores<M, MR>(q, p.head_dim, tile, ahead, blocks, score_scale, scores);
       const RowsOf rows = {static_cast<RowState*>(s.state) + at, s.sums + at * kLanes, s.o + at * p.v_dim, p.v_dim};
-      if (view.masked || p.softcap != 0.0f) MaskScores(scores, MR, view.pos, blocks, ranges->hi, p.softcap, rows.state);
+      if (view.masked || p.softcap != 0.0f) MaskScores<M>(scores, MR, view.pos, blocks, ranges->hi, p.softcap, rows.state);
       if constexpr (kFixed) {
-        Softmax<MR, float>(scores, blocks, rows, scores);
+        Softmax<M, MR, float>(scores, blocks, rows, scores);
         FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
       } else {
-        Softmax<MR, E>(scores, blocks, rows, weights);
+        Softmax<M, MR, E>(scores, blocks, rows, weights);
       }
     }
   }
   // Adds those groups' share of a few columns of the output.
-  template <typename M, int MR, typename AnyTile>
-  void WeighGroups(int64_t at, int64_t groups, const AnyTile& tile, const GroupRange* ranges, int64_t col, int vectors,
-                   const TreeScratch& s) const {
+  template <typename M, int MR, typename AnyTile, typename Ahead>
+  void WeighGroups(int64_t at, int64_t groups, const AnyTile& tile, const Ahead& ahead, const GroupRange* ranges,
+                   int64_t col, int vectors, const TreeScratch& s) const {
     for (; groups > 0; --groups, ++ranges, at += MR) {
       if (ranges->lo >= ranges->hi) continue;
-      const E* weights = static_cast<const E*>(s.weights) + at * kTileTokens;
+      const E* weights = static_cast<const E*>(s.weights) + at * M::kTile;
+      const auto [lo, hi] = *ranges;
       float* o = s.o + at * p.v_dim + col;
       if constexpr (kFixed) {
-        FixedWeigh<M, MR>(weights, tile, ranges->lo, ranges->hi, p.v_dim, col, vectors, s.weight_scale + at, o);
+        FixedWeigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, s.weight_scale + at, o);
       } else {
-        Weigh<M, MR>(weights, tile, ranges->lo, ranges->hi, p.v_dim, col, vectors, o);
+        Weigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, o);
       }
     }
   }
@@ -171,41 +183,49 @@ struct Kernel {
     }
   }
 
-  // One tile for all rows: K serves every group of rows while it is in L1, then V, a few columns at a time.
+  // One tile for all rows: K serves every group of rows while it is in L1, then V, a few columns at a time. Meanwhile the tile
+  // at `next` is fetched.
   template <typename M, typename Loader>
-  void TileRows(Loader& loader, const SegCursor& cursor, const TileView& view, int64_t count, const TreeScratch& s) const {
+  void TileRows(const SegCursor& cursor, const TileView& view, const Upcoming& next, int64_t kv_head, int64_t count,
+                const TreeScratch& s) const {
+    using Element = typename M::Element;
+    Loader loader(p, kv_head, static_cast<Element*>(s.tile));
     auto tile = loader.LoadK(cursor, view.lo, view.hi);
+    Tile<Element> ahead = tile;
+    const int found = Loader(p, next.kv_head, nullptr).Find(next.at, next.tokens, &ahead);
     ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
       Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group0);
-      ScoreGroups<M, n.kRows>(at, groups, tile, view, s.ranges + group0, s);
+      const int64_t fetching = at == 0 && found > 0;
+      if (fetching) ScoreGroups<M, n.kRows>(at, 1, tile, ahead, view, s.ranges, s);
+      at += fetching * n.kRows, group0 += fetching, groups -= fetching;
+      ScoreGroups<M, n.kRows>(at, groups, tile, None{}, view, s.ranges + group0, s);
     });
     loader.LoadV(&tile);
+    for (int b = found; b < kTileBlocks; ++b) ahead.v[b] = tile.v[b];
     for (int64_t col = 0; col < p.v_dim;) {
       const int vectors = ColumnVectors(static_cast<int>((p.v_dim - col) / kLanes));
       ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
-        WeighGroups<M, n.kRows>(at, groups, tile, s.ranges + group0, col, vectors, s);
+        const int64_t fetching = at == 0 && found > 0;
+        if (fetching) WeighGroups<M, n.kRows>(at, 1, tile, ahead, s.ranges, col, vectors, s);
+        at += fetching * n.kRows, group0 += fetching, groups -= fetching;
+        WeighGroups<M, n.kRows>(at, groups, tile, None{}, s.ranges + group0, col, vectors, s);
       });
       col += vectors * kLanes;
     }
   }
 
-  template <typename M>
-  void RunTile(int64_t kv_head, const SegCursor& cursor, const TileView& view, int64_t count, const TreeScratch& s) const {
+  template <typename M, typename... Args>
+  void RunTile(const Args&... args) const {
     using Element = typename M::Element;
-    if constexpr (kFixed) {
-      FixedLoader<P, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
-      TileRows<M>(loader, cursor, view, count, s);
-    } else {
-      TileLoader<T, Element> loader(p, kv_head, static_cast<Element*>(s.tile));
-      TileRows<M>(loader, cursor, view, count, s);
-    }
+    if constexpr (kFixed) TileRows<M, FixedLoader<P, Element>>(args...);
+    else TileRows<M, TileLoader<T, Element>>(args...);
   }
 
-  // One partial: `tokens` tokens from `cursor` on, the first at position pos0.
+  // One partial: `tokens` tokens from `cursor` on, the first at position pos0; `then` comes after it.
   void Partial(int64_t kv_head, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, const Sight& sight,
-               const TreeScratch& s) const {
-    for (int32_t t = 0; t < tokens; t += kTileTokens) {
-      const int32_t n = tokens - t < kTileTokens ? tokens - t : kTileTokens, pos = pos0 + t;
+               const Upcoming& then, const TreeScratch& s) const {
+    for (int32_t t = 0; t < tokens; t += tile_tokens) {
+      const int32_t n = tokens - t < tile_tokens ? tokens - t : tile_tokens, pos = pos0 + t;
       if (pos >= sight.end) return;
       const TileView view = {
           pos, sight.first > pos ? sight.first - pos : 0, sight.end - pos < n ? sight.end - pos : n,
@@ -214,9 +234,10 @@ struct Kernel {
       const SegCursor tile = cursor;
       cursor.Skip(n);
       if (view.lo >= view.hi) continue;
-      const bool aligned = p.packed && tile.seg->offset + tile.used == 0;
-      if (aligned && count <= kMostInPlace) RunTile<InPlace>(kv_head, tile, view, count, s);
-      else RunTile<Copied>(kv_head, tile, view, count, s);
+      const bool aligned = p.packed && tile.seg->offset + tile.used == 0, ends = t + n >= tokens;
+      const Upcoming next = ends ? then : Upcoming{cursor, tokens - t - n, kv_head};
+      if (aligned && count <= kMostInPlace) RunTile<InPlace>(tile, view, next, kv_head, count, s);
+      else RunTile<Copied>(tile, view, next, kv_head, count, s);
     }
   }
 
@@ -251,7 +272,7 @@ struct Kernel {
     return sight;
   }
 
-  void Run(const Task& task, TreeScratch s) const {
+  void Run(const Task& task, const Task& then, TreeScratch s) const {
     const PlanItem& item = *task.item;
     const int64_t row = task.row, rows = task.rows, kv_head = task.kv_head;
     RowState* state = static_cast<RowState*>(s.state);
@@ -274,7 +295,8 @@ struct Kernel {
         Store(s.sums + r * kLanes, Zero());
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
-      Partial(kv_head, cursor, pos, tokens, count, sight, s);
+      const Upcoming next = seg < last ? Upcoming{{seg, 0}, seg->left, kv_head} : then.Begin();
+      Partial(kv_head, cursor, pos, tokens, count, sight, next, s);
       for (int64_t r = 0; r < count; ++r) {
         const float l = ReduceAdd(Load(s.sums + r * kLanes));
         const float m = state[r].Seen() || l != l ? state[r].m : -kInf;  // NaN alone moves no m, but is not nothing
@@ -334,7 +356,10 @@ struct Kernel {
     Together(layout.threads, [&](const Member& me) {
       const TreeScratch scratch = layout.Scratch(me.index);
       int64_t item = 0;
-      for (Task task = Claim(&next, &item); task.item != nullptr; task = Claim(&next, &item)) Run(task, scratch);
+      for (Task task = Claim(&next, &item), then; task.item != nullptr; task = then) {
+        then = Claim(&next, &item);
+        Run(task, then, scratch);
+      }
       me.Barrier();
       const auto [first, last] = me.Share(plan[kFieldNumRows] * p.q_heads);
       for (int64_t i = first; i < last; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
