@@ -124,8 +124,9 @@ void Linear(const LinearParams& p) {
   job.dot = !IsFixed(p) && p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;
   if (job.dot) job.x_stride = steps;
 #endif
-  const bool in_place = !IsFixed(p) && p.x_dtype == DType::kFloat32 && steps * f == p.k;
+  bool in_place = !IsFixed(p) && p.x_dtype == DType::kFloat32 && steps * f == p.k;
   if (in_place) job.x_stride = p.x_stride;
+  if (job.dot && p.k % 2 == 0 && p.x_stride % 2 == 0) in_place = true, job.x_stride = p.x_stride / 2;
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
   std::atomic<int64_t> next{0};
   Together(p.rows * p.n * p.k > 32768 ? NumThreads() : 1, [&](const Member& me) {
@@ -142,7 +143,7 @@ void Linear(const LinearParams& p) {
         }
         me.Barrier();
       }
-      const float* x = in_place ? static_cast<const float*>(p.x) + row0 * p.x_stride : wide;
+      const float* x = in_place ? static_cast<const float*>(p.x) + row0 * job.x_stride : wide;
       int64_t block = kBlockRows;  // small enough for at least eight tasks a thread
       while (block > 24 && (chunk + block - 1) / block * panels < 8 * NumThreads()) block /= 2;
       const int64_t blocks = (chunk + block - 1) / block, tasks = blocks * panels;

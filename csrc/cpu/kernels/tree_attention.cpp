@@ -6,6 +6,7 @@
 #include "tree_attention_fixed_tile.h"
 #include "tree_attention_layout.h"
 #include "tree_attention_micro.h"
+#include "tree_attention_tasks.h"
 #include "tree_attention_tile.h"
 #include "ttskernels/threads.h"
 
@@ -36,36 +37,6 @@ constexpr int64_t kInPlaceRows = 32, kInPlaceRowsOfBytes = 12;
 template <int kN>
 struct Rows { static constexpr int kRows = kN; };
 
-// What the rows of a task see: positions from the least `first` to the greatest `end` at all, from the greatest first to the
-// least end each of them.
-struct Sight {
-  int32_t first, last_first, first_end, end;
-};
-
-// A tile: the position of its first token, the tokens [lo, hi) that some row sees, and whether some row does not see all.
-struct TileView {
-  int32_t pos;
-  int lo, hi;
-  bool masked;
-};
-
-// Where the next tile begins, and the tokens from there on; 0 if there is none.
-struct Upcoming {
-  SegCursor at;
-  int32_t tokens;
-  int64_t kv_head;
-};
-
-// Rows [row, row + rows) of an item, one kv head.
-struct Task {
-  const PlanItem* item;  // null: there is none
-  const PlanSeg* seg;
-  const PlanSeg* last;
-  int64_t row, rows, kv_head;
-
-  Upcoming Begin() const { return {{seg, 0}, item == nullptr ? 0 : seg->left, kv_head}; }
-};
-
 // T: element of q and out; P: element of the pages, T or an integer.
 template <typename T, typename P>
 struct Kernel {
@@ -81,8 +52,6 @@ struct Kernel {
   const int32_t* plan = p.plan;
   const int32_t* row_pos = PlanSection(plan, kFieldRowPos);
   const int32_t* row_perm = PlanSection(plan, kFieldRowPerm);
-  const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(plan, kFieldItems));
-  const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(plan, kFieldSegs));
   const int64_t group = p.q_heads / p.kv_heads;
   const int32_t tile_tokens = p.head_dim <= 128 ? InPlace::kTile : kTileTokens;  // K of a tile stays in L1
   const float score_scale = p.softcap != 0.0f ? p.scale : p.scale * kLog2e;
@@ -338,26 +307,13 @@ struct Kernel {
     Finish(row_perm[plan_row], head, m, l, o);
   }
 
-  // Takes the next task from the shared counter; *item is the thread's last one (tasks only grow).
-  Task Claim(std::atomic<int64_t>* next, int64_t* item) const {
-    const int64_t num_items = plan[kFieldNumItems], task = next->fetch_add(1, std::memory_order_relaxed);
-    if (task >= layout.task_indptr[num_items]) return {};
-    while (layout.task_indptr[*item + 1] <= task) ++*item;
-    const PlanItem& it = items[*item];
-    const int64_t first = layout.task_indptr[*item], blocks = (layout.task_indptr[*item + 1] - first) / p.kv_heads;
-    const int64_t block = (task - first) % blocks;
-    const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
-    const PlanSeg* seg = segs + it.seg_lo;
-    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (task - first) / blocks};
-  }
-
   void RunAll() const {
-    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> shared{0};
     Together(layout.threads, [&](const Member& me) {
       const TreeScratch scratch = layout.Scratch(me.index);
-      int64_t item = 0;
-      for (Task task = Claim(&next, &item), then; task.item != nullptr; task = then) {
-        then = Claim(&next, &item);
+      TaskQueue queue{p, layout, &shared};
+      for (Task task = queue.Take(), then; task.item != nullptr; task = then) {
+        then = queue.Take();
         Run(task, then, scratch);
       }
       me.Barrier();
