@@ -50,23 +50,36 @@ struct TaskQueue {
   std::atomic<int64_t>* shared;
   const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(p.plan, kFieldItems));
   const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(p.plan, kFieldSegs));
+  const int64_t tasks = layout.task_indptr[p.plan[kFieldNumItems]];
   int64_t item = 0, next = 0, end = 0;
 
   // {} when there are no more.
   Task Take() {
     if (next == end) Claim();
     if (next == end) return {};
-    while (layout.task_indptr[item + 1] <= next) ++item;
-    const PlanItem& it = items[item];
-    const int64_t first = layout.task_indptr[item], blocks = Blocks(item), block = (next - first) % blocks;
-    const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
-    const PlanSeg* seg = segs + it.seg_lo;
-    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (next++ - first) / blocks};
+    item = ItemOf(next);
+    return At(next++);
+  }
+  // What Take is likely to return next; taking it already would keep large tasks from threads that have nothing to do.
+  Task Guess() const {
+    const int64_t task = next < end ? next : shared->load(std::memory_order_relaxed);
+    return task < tasks ? At(task) : Task{};
   }
 
+  int64_t ItemOf(int64_t task) const {
+    int64_t at = item;
+    while (layout.task_indptr[at + 1] <= task) ++at;
+    return at;
+  }
+  Task At(int64_t task) const {
+    const int64_t at = ItemOf(task), first = layout.task_indptr[at], blocks = Blocks(at), block = (task - first) % blocks;
+    const PlanItem& it = items[at];
+    const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
+    const PlanSeg* seg = segs + it.seg_lo;
+    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (task - first) / blocks};
+  }
   void Claim() {
     const double row_flops = 2.0 * (p.head_dim + p.v_dim) * p.q_heads / p.kv_heads;
-    const int64_t tasks = layout.task_indptr[p.plan[kFieldNumItems]];
     next = shared->load(std::memory_order_relaxed);
     do {
       end = next;

@@ -312,10 +312,7 @@ struct Kernel {
     Together(layout.threads, [&](const Member& me) {
       const TreeScratch scratch = layout.Scratch(me.index);
       TaskQueue queue{p, layout, &shared};
-      for (Task task = queue.Take(), then; task.item != nullptr; task = then) {
-        then = queue.Take();
-        Run(task, then, scratch);
-      }
+      for (Task task = queue.Take(); task.item != nullptr; task = queue.Take()) Run(task, queue.Guess(), scratch);
       me.Barrier();
       const auto [first, last] = me.Share(plan[kFieldNumRows] * p.q_heads);
       for (int64_t i = first; i < last; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
