@@ -118,17 +118,21 @@ TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename 
   }
 }
 
-template <typename M, int MR, typename Ahead>
+template <typename M, int MR>
 void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
-                 const Ahead& ahead, int blocks, const float* row_scale, float* scores) {
+                 const Fetching<typename M::Element>& fetching, int blocks, const float* row_scale, float* scores) {
   for (int j = 0; j < blocks; j += kMicroVecs) {
     const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    if (n == 1) FixedScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, row_scale, scores);
-    if constexpr (kMicroVecs >= 4) {
-      if (n == 2) FixedScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, row_scale, scores);
-      if (n == 3) FixedScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, row_scale, scores);
-      if (n == 4) FixedScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, row_scale, scores);
-    }
+    const auto score = [&](const auto& ahead) {
+      if (n == 1) FixedScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, row_scale, scores);
+      if constexpr (kMicroVecs >= 4) {
+        if (n == 2) FixedScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, row_scale, scores);
+        if (n == 3) FixedScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, row_scale, scores);
+        if (n == 4) FixedScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, row_scale, scores);
+      }
+    };
+    if (fetching.In(j / kMicroVecs)) score(*fetching.ahead);
+    else score(None{});
   }
 }
 

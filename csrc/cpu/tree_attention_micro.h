@@ -163,16 +163,31 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
 }
 
-template <typename M, int MR, typename Ahead>
-void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile, const Ahead& ahead, int blocks, float scale, float* scores) {
+// Which passes of a group of rows fetch what: half of the passes of each of the first two groups, so that lines are asked for
+// no faster than they come.
+template <typename E>
+struct Fetching {
+  const Tile<E>* ahead;  // null: nothing is
+  int64_t group, groups;
+
+  bool In(int pass) const { return ahead != nullptr && (groups == 1 || group == pass % 2); }
+};
+
+template <typename M, int MR>
+void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
+            const Fetching<typename M::Element>& fetching, int blocks, float scale, float* scores) {
   for (int j = 0; j < blocks; j += kMicroVecs) {
     const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, scale, scores);
-    if constexpr (kMicroVecs >= 4) {
-      if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, scale, scores);
-      if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, scale, scores);
-      if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, scale, scores);
-    }
+    const auto score = [&](const auto& ahead) {
+      if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, scale, scores);
+      if constexpr (kMicroVecs >= 4) {
+        if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, scale, scores);
+        if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, scale, scores);
+        if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, scale, scores);
+      }
+    };
+    if (fetching.In(j / kMicroVecs)) score(*fetching.ahead);
+    else score(None{});
   }
 }
 
@@ -182,7 +197,8 @@ constexpr int ColumnVectors(int left) {
 }
 
 template <typename M, int MR, typename Ahead>
-void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col, int vectors, float* out) {
+void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi,
+           int64_t v_dim, int64_t col, int vectors, float* out) {
   if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, ahead, lo, hi, v_dim, col, out);
   if constexpr (kMicroVecs >= 4) {
     if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, ahead, lo, hi, v_dim, col, out);

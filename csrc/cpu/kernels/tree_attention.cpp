@@ -79,20 +79,21 @@ struct Kernel {
     if (p.lse != nullptr) p.lse[row * p.q_heads + head] = lse;
   }
 
-  // Scores, softmax and rescaled output of `groups` groups of MR rows, from row `at` on.
-  template <typename M, int MR, typename AnyTile, typename Ahead>
-  void ScoreGroups(int64_t at, int64_t groups, const AnyTile& tile, const Ahead& ahead, const TileView& view,
-                   const GroupRange* ranges, const TreeScratch& s) const {
+  // Scores, softmax and rescaled output of groups of MR rows: `groups` of them from number `group` on, whose first row is `at`.
+  template <typename M, int MR, typename AnyTile, typename Element>
+  void ScoreGroups(int64_t at, int64_t group, int64_t groups, const AnyTile& tile, Fetching<Element> fetching,
+                   const TileView& view, const TreeScratch& s) const {
     alignas(64) float scores[MR * M::kTile];
-    for (; groups > 0; --groups, ++ranges, at += MR) {
-      if (ranges->lo >= ranges->hi) continue;
-      const int blocks = (ranges->hi + kBlock - 1) / kBlock;
+    for (const int64_t end = group + groups; group < end; ++group, at += MR) {
+      const int hi = s.ranges[group].hi, blocks = (hi + kBlock - 1) / kBlock;
+      if (s.ranges[group].lo >= hi) continue;
+      fetching.group = group;
       const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
       E* weights = static_cast<E*>(s.weights) + at * M::kTile;
-      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, ahead, blocks, s.row_scale + at, scores);
-      else Scores<M, MR>(q, p.head_dim, tile, ahead, blocks, score_scale, scores);
+      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, fetching, blocks, s.row_scale + at, scores);
+      else Scores<M, MR>(q, p.head_dim, tile, fetching, blocks, score_scale, scores);
       const RowsOf rows = {static_cast<RowState*>(s.state) + at, s.sums + at * kLanes, s.o + at * p.v_dim, p.v_dim};
-      if (view.masked || p.softcap != 0.0f) MaskScores<M>(scores, MR, view.pos, blocks, ranges->hi, p.softcap, rows.state);
+      if (view.masked || p.softcap != 0.0f) MaskScores<M>(scores, MR, view.pos, blocks, hi, p.softcap, rows.state);
       if constexpr (kFixed) {
         Softmax<M, MR, float>(scores, blocks, rows, scores);
         FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
@@ -101,20 +102,25 @@ struct Kernel {
       }
     }
   }
-  // Adds those groups' share of a few columns of the output.
-  template <typename M, int MR, typename AnyTile, typename Ahead>
-  void WeighGroups(int64_t at, int64_t groups, const AnyTile& tile, const Ahead& ahead, const GroupRange* ranges,
+  // Adds those groups' share of a few columns of the output, in pass number `pass`.
+  template <typename M, int MR, typename AnyTile, typename Element>
+  void WeighGroups(int64_t at, int64_t group, int64_t groups, const AnyTile& tile, Fetching<Element> fetching, int pass,
                    int64_t col, int vectors, const TreeScratch& s) const {
-    for (; groups > 0; --groups, ++ranges, at += MR) {
-      if (ranges->lo >= ranges->hi) continue;
+    for (const int64_t end = group + groups; group < end; ++group, at += MR) {
+      const auto [lo, hi] = s.ranges[group];
+      if (lo >= hi) continue;
+      fetching.group = group;
       const E* weights = static_cast<const E*>(s.weights) + at * M::kTile;
-      const auto [lo, hi] = *ranges;
       float* o = s.o + at * p.v_dim + col;
-      if constexpr (kFixed) {
-        FixedWeigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, s.weight_scale + at, o);
-      } else {
-        Weigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, o);
-      }
+      const auto weigh = [&](const auto& ahead) {
+        if constexpr (kFixed) {
+          FixedWeigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, s.weight_scale + at, o);
+        } else {
+          Weigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, o);
+        }
+      };
+      if (fetching.In(pass)) weigh(*fetching.ahead);
+      else weigh(None{});
     }
   }
 
@@ -162,22 +168,18 @@ struct Kernel {
     auto tile = loader.LoadK(cursor, view.lo, view.hi);
     Tile<Element> ahead = tile;
     const int found = Loader(p, next.kv_head, nullptr).Find(next.at, next.tokens, &ahead);
-    ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
-      Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group0);
-      const int64_t fetching = at == 0 && found > 0;
-      if (fetching) ScoreGroups<M, n.kRows>(at, 1, tile, ahead, view, s.ranges, s);
-      at += fetching * n.kRows, group0 += fetching, groups -= fetching;
-      ScoreGroups<M, n.kRows>(at, groups, tile, None{}, view, s.ranges + group0, s);
+    const Fetching<Element> fetching = {found > 0 ? &ahead : nullptr, 0, (count + kMicroRows - 1) / kMicroRows};
+    ForGroups(count, [&](auto n, int64_t at, int64_t group, int64_t groups) {
+      Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group);
+      ScoreGroups<M, n.kRows>(at, group, groups, tile, fetching, view, s);
     });
     loader.LoadV(&tile);
     for (int b = found; b < kTileBlocks; ++b) ahead.v[b] = tile.v[b];
-    for (int64_t col = 0; col < p.v_dim;) {
+    int64_t col = 0;
+    for (int pass = 0; col < p.v_dim; ++pass) {
       const int vectors = ColumnVectors(static_cast<int>((p.v_dim - col) / kLanes));
-      ForGroups(count, [&](auto n, int64_t at, int64_t group0, int64_t groups) {
-        const int64_t fetching = at == 0 && found > 0;
-        if (fetching) WeighGroups<M, n.kRows>(at, 1, tile, ahead, s.ranges, col, vectors, s);
-        at += fetching * n.kRows, group0 += fetching, groups -= fetching;
-        WeighGroups<M, n.kRows>(at, groups, tile, None{}, s.ranges + group0, col, vectors, s);
+      ForGroups(count, [&](auto n, int64_t at, int64_t group, int64_t groups) {
+        WeighGroups<M, n.kRows>(at, group, groups, tile, fetching, pass, col, vectors, s);
       });
       col += vectors * kLanes;
     }
