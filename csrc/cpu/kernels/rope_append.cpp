@@ -36,25 +36,31 @@ void LoadNorm(const void* weight, DType dtype, int64_t dim, float* out) {
   });
 }
 
-// One head: x (float32 in `head`) normed by `norm` (or not) and rotated, in place.
-void TurnHead(float* head, int64_t dim, const float* norm, float eps, const float* cos_sin, int64_t pairs) {
-  if (norm != nullptr) {
-    Vec sum = Zero();
-    ForLanes(dim, [&](int64_t i, int n) {
-      const Vec x = LoadN(head + i, n);
-      sum = Fma(x, x, sum);
-    });
-    const Vec scale = Broadcast(1.0f / __builtin_sqrtf(ReduceAdd(sum) / static_cast<float>(dim) + eps));
-    ForLanes(dim, [&](int64_t i, int n) {
-      StoreN(head + i, Mul(Mul(LoadN(head + i, n), scale), LoadN(norm + i, n)), n);
-    });
-  }
+// One head, from its place in q or k to `to`: normed by `norm` (or not) and rotated. In place is allowed.
+template <typename In, typename T>
+void TurnHead(const In* from, int64_t dim, const float* cos_sin, int64_t pairs, T* to) {
   ForLanes(pairs, [&](int64_t i, int n) {
-    const Vec a = LoadN(head + i, n), b = LoadN(head + pairs + i, n);
+    const Vec a = LoadN(from + i, n), b = LoadN(from + pairs + i, n);
     const Vec c = LoadN(cos_sin + i, n), s = LoadN(cos_sin + pairs + i, n);
-    StoreN(head + i, Sub(Mul(a, c), Mul(b, s)), n);
-    StoreN(head + pairs + i, Add(Mul(b, c), Mul(a, s)), n);
+    StoreN(to + i, Sub(Mul(a, c), Mul(b, s)), n);
+    StoreN(to + pairs + i, Add(Mul(b, c), Mul(a, s)), n);
   });
+  ForLanes(dim - 2 * pairs, [&](int64_t i, int n) { StoreN(to + 2 * pairs + i, LoadN(from + 2 * pairs + i, n), n); });
+}
+template <typename In, typename T>
+void TurnHead(const In* from, int64_t dim, const float* norm, float eps, const float* cos_sin, int64_t pairs, T* to) {
+  if (norm == nullptr) return TurnHead(from, dim, cos_sin, pairs, to);
+  float head[kMaxDim];
+  Vec sum = Zero();
+  ForLanes(dim, [&](int64_t i, int n) {
+    const Vec x = LoadN(from + i, n);
+    sum = Fma(x, x, sum);
+  });
+  const Vec scale = Broadcast(1.0f / __builtin_sqrtf(ReduceAdd(sum) / static_cast<float>(dim) + eps));
+  ForLanes(dim, [&](int64_t i, int n) {
+    StoreN(head + i, Mul(Mul(LoadN(from + i, n), scale), LoadN(norm + i, n)), n);
+  });
+  TurnHead(head, dim, cos_sin, pairs, to);
 }
 
 template <typename In>
@@ -130,18 +136,16 @@ void AppendRows(const RopeAppendParams& p) {
     else RopeTable(p.positions + r, 1, p.inv_freq, p.pairs, p.rope_scale, own);
     const In* q = static_cast<const In*>(p.q_in) + r * p.q_in_stride;
     T* q_out = static_cast<T*>(p.q_out) + r * p.q_out_stride;
+    const float* norm = p.q_norm != nullptr ? q_norm : nullptr;
     for (int64_t h = 0; h < p.q_heads; ++h) {
-      LoadHead(q + h * p.head_dim, p.head_dim, head);
-      TurnHead(head, p.head_dim, p.q_norm != nullptr ? q_norm : nullptr, p.eps, table, p.pairs);
-      StoreHead(head, p.head_dim, q_out + h * p.head_dim);
+      TurnHead(q + h * p.head_dim, p.head_dim, norm, p.eps, table, p.pairs, q_out + h * p.head_dim);
     }
     if (p.slots[r] < 0) return;
     const int64_t page = p.slots[r] / p.page_size, slot = p.slots[r] % p.page_size;
     const In* k = static_cast<const In*>(p.k_in) + r * p.k_in_stride;
     const In* v = static_cast<const In*>(p.v_in) + r * p.v_in_stride;
     for (int64_t h = 0; h < p.kv_heads; ++h) {
-      LoadHead(k + h * p.head_dim, p.head_dim, head);
-      TurnHead(head, p.head_dim, p.k_norm != nullptr ? k_norm : nullptr, p.eps, table, p.pairs);
+      TurnHead(k + h * p.head_dim, p.head_dim, p.k_norm != nullptr ? k_norm : nullptr, p.eps, table, p.pairs, head);
       pages.PutK(page, slot, h, head);
       LoadHead(v + h * p.v_dim, p.v_dim, head);
       pages.PutV(page, slot, h, head);

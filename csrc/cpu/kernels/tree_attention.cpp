@@ -61,9 +61,9 @@ struct Kernel {
 
   void Finish(int64_t row, int64_t head, float m, float l, const float* o) const {
     T* out = static_cast<T*>(p.out) + row * p.out_stride + head * p.v_dim;
-    float scale = 0.0f, lse = -kInf;
+    float scale = 0.0f, top = m;
     if (m != -kInf) {
-      float top = m, weight = 1.0f;
+      float weight = 1.0f;
       if (p.sinks != nullptr) {
         const float sink = p.sinks[head] * kLog2e;
         top = sink > m ? sink : m;
@@ -71,12 +71,12 @@ struct Kernel {
         l = l * weight + __builtin_exp2f(sink - top);
       }
       scale = weight / l;
-      lse = (top + __builtin_log2f(l)) * (1.0f / kLog2e);
     }
     for (int64_t i = 0; i < p.v_dim; i += kLanes) {
       StoreAs(out + i, m == -kInf ? Zero() : Mul(Load(o + i), Broadcast(scale)));
     }
-    if (p.lse != nullptr) p.lse[row * p.q_heads + head] = lse;
+    if (p.lse == nullptr) return;
+    p.lse[row * p.q_heads + head] = m == -kInf ? -kInf : (top + __builtin_log2f(l)) * (1.0f / kLog2e);
   }
 
   // Scores, softmax and rescaled output of groups of MR rows: `groups` of them from number `group` on, whose first row is `at`.
