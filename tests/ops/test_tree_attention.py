@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make, sdpa
@@ -70,6 +72,21 @@ def test_heads(isa, dtype, q_heads, kv_heads, head_dim):
 def test_long_nodes(isa, dtype):
     trees = make_trees(DEEP, DEEP_ROWS)
     check(*make(trees, 3, 1, 64, dtype), build_plan(trees))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("climb", [3.0, 12.0, 40.0, -40.0])
+def test_scores_that_climb(isa, dtype, climb):
+    """By `climb` powers of two in 64 tokens, so that maxima move never, late, at every tile; or all is in the first one."""
+    nodes = [(-1, 700, 3), (0, 150, 0)]
+    trees = make_trees(nodes, [(1, 149), (1, 3), (1, 80), (0, 699)])
+    q, k, v = make(trees, 6, 2, 64, dtype)
+    keys, values = layout.to_nhd(k, v)
+    tokens = [at for node in range(2) for at in trees.slots(node)]
+    for t, (page, slot) in enumerate(tokens):
+        keys[page, slot] = 0.1 * keys[page, slot] + t * climb / 64 * math.log(2) / 8
+    q = 1 + 0.1 * q
+    check(q, *layout.from_nhd(keys, values), build_plan(trees))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

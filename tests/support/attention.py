@@ -27,7 +27,7 @@ def make(trees, q_heads, kv_heads, head_dim, dtype, v_dim=None, packed=True, kv_
 
 def expected(q, k, v, plan, scale, softcap, window, sinks, cache={}):  # noqa: B006 - the same at every level
     """Float64 reference, and PyTorch's result: SDPA with GEMM-like rows, where it has the feature."""
-    bits = tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (q, plan))
+    bits = tuple(t.contiguous().view(torch.uint8).numpy().tobytes() for t in (q, k, v, plan))
     key = (bits, q.dtype, v.shape[3], scale, softcap, window, sinks is None)
     if key not in cache:
         if k.ndim == 5:
