@@ -7,7 +7,7 @@
 `shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `int16` and `int8` the shared plan over
 fixed-point pages, `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
-with a tree mask. A round calls every method twice and times the second; medians are over rounds, and so is the ratio
+with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the ratio
 shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
 nodes of max(flops / peak, KV bytes / read bandwidth), both measured by this run, over our time; the peak is that of the products
 which the first method is made of: float32 multiply-adds, or pairs of bf16 (avx512_bf16) or int16 (fixed-point pages).
@@ -52,13 +52,15 @@ SEARCH = [(n, *heads, 2048, 440, tree) for tree in ("beam", "dvts") for n in (16
 SEARCH += [(n, *heads, 2048, 128) for n in (16, 64) for heads in HEADS]
 SEARCH += [(1, *heads, 2048, 128) for heads in HEADS] + [(16, *heads, 2048, 128, "unshared") for heads in HEADS]
 SETS = {"notes": SHAPES, "search": SEARCH}
+REST = 0.02  # seconds before a method, so that the threads of the one before have gone to sleep
+WARM = 0.01  # seconds of calls that are not timed, so that its own are awake and each on its CPU
 METHODS = ("shared", "flat", "int16", "int8", "gqa", "folded", "flex")
 
 
-def calls(shape: tuple[int, ...], methods: list[str]):
+def calls(shape: tuple[int, ...], methods: list[str], shuffled: bool):
     """The calls of one shape by method, with the cases that hold their tensors."""
     sizes, kind = shape[:6], (*shape, "best-of-N")[6]
-    tree, dense = Case(*sizes, torch.bfloat16, tree=kind), None
+    tree, dense = Case(*sizes, torch.bfloat16, tree=kind, shuffled=shuffled), None
     made = {}
     for method in methods:
         if method == "shared":
@@ -75,7 +77,7 @@ def calls(shape: tuple[int, ...], methods: list[str]):
                 print(f"FlexAttention does not compile at {shape}: {str(error).splitlines()[0]}")
                 del made[method]
         else:
-            dense = dense or Case(*sizes, torch.bfloat16, shared=False, tree=kind)
+            dense = dense or Case(*sizes, torch.bfloat16, shared=False, tree=kind, shuffled=shuffled)
             made[method] = torch_call(dense, method)
     return tree, made
 
@@ -109,6 +111,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--set", choices=SETS, default="notes", help="shapes of the design notes, or of searches")
     parser.add_argument("--shapes", type=int, nargs="+", help="indices into the set")
+    parser.add_argument("--in-order", action="store_true", help="pages as a new pool hands them out, not shuffled")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     torch.manual_seed(0)
@@ -119,11 +122,15 @@ def main() -> None:
     print("|---" * (4 + len(args.methods)) + "|")
     chosen = SETS[args.set]
     for shape in (chosen[i] for i in args.shapes or range(len(chosen))):
-        tree, made = calls(shape, args.methods)
+        tree, made = calls(shape, args.methods, not args.in_order)
         times: dict[str, list[float]] = {method: [] for method in made}
         for round_ in range(args.rounds + 1):
             for method, call in made.items():
+                time.sleep(REST)
+                until = time.perf_counter() + WARM
                 call()
+                while time.perf_counter() < until:
+                    call()
                 started = time.perf_counter()
                 call()
                 if round_:  # the first warms up
@@ -146,7 +153,7 @@ def main() -> None:
     if args.out:
         record = {
             "bench": "attention_table", "peaks": peak, "isa": _dispatch.isa_name(), "torch": torch.__version__,
-            "threads": _dispatch.library().ttsk_num_threads(), "torch_threads": torch.get_num_threads(),
+            "in_order": args.in_order, "threads": _dispatch.library().ttsk_num_threads(), "torch_threads": torch.get_num_threads(),
             "version": ttskernels.__version__,
             "environment": {k: v for k, v in os.environ.items() if k.startswith(("TTSK", "OMP"))},
             "shapes": records,

@@ -82,10 +82,12 @@ def tree_nodes(kind: str, branches: int, prompt: int, suffix: int) -> tuple[list
 
 
 class Case:
-    def __init__(self, branches, q_heads, kv_heads, dim, prompt, suffix, dtype, shared=True, tree="best-of-N"):
+    def __init__(self, branches, q_heads, kv_heads, dim, prompt, suffix, dtype, shared=True, tree="best-of-N",
+                 shuffled=True):  # fmt: skip
         torch.manual_seed(0)
         nodes, leaves = tree_nodes(tree, branches, prompt, suffix)
-        self.trees = make_trees([(*n, 0) for n in nodes], [(n, nodes[n][1] - 1) for n in leaves], slack=False)
+        rows = [(n, nodes[n][1] - 1) for n in leaves]
+        self.trees = make_trees([(*n, 0) for n in nodes], rows, slack=False, shuffled=shuffled)
         self.plan = self.product_plan(HeadShape(q_heads, kv_heads, dim, dim, dtype.itemsize))
         if not shared:
             self.plan = build_plan(self.trees, "pushed")

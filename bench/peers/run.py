@@ -226,10 +226,10 @@ def time_workload(workload: Workload, args, results: Results, cast: Cast, machin
             sides[-1].warm()
         except WorkerError as error:
             fail(results, workload, name, error)
-    if sides:
-        measure_peaks(args, results, machine)
     for round_ in range(args.rounds):
         turn = round_ % max(len(sides), 1)
+        if any(not results.has(workload.name, side.name, round_) for side in sides):
+            measure_peaks(args, results, machine, workload, round_)
         for side in sides[turn:] + sides[:turn]:
             if results.has(workload.name, side.name, round_) or too_long(results, workload, side.name, args):
                 continue
@@ -281,14 +281,13 @@ def describe(args, results: Results) -> None:
     results.save()
 
 
-def measure_peaks(args, results: Results, machine: Machine) -> None:
-    """What the machine can do, once a file."""
-    if "peaks" in results.record:
-        return
+def measure_peaks(args, results: Results, machine: Machine, workload: Workload, round_: int) -> None:
+    """What the machine can do, once a round: neighbours move it, and the roofline with it."""
     worker = Worker(Engine("ours", "bf16", "hf"), args.threads, Path(os.devnull))
     machine.take()
     wait_for_quiet(args.disturbed)
-    results.record["peaks"] = worker.call("peaks")
+    found = {"workload": workload.name, "round": round_, **worker.call("peaks")}
+    results.record.setdefault("peaks", []).append(found)
     worker.close()
     results.save()
 

@@ -252,6 +252,10 @@ def test_report(capsys, tmp_path):
     eight = next(row for row in found["W1"]["rows"] if row["bits"] == "int8")
     rates = floor.Rates(100.0, 100.0, 10.0, weight_bytes=1)
     assert eight["floor_percent"] == pytest.approx(100 * floor.job_seconds(WORKLOADS["W1"], SHAPE, rates) / 1.5)
+    rounds = [{"workload": "W1", "round": i, "fma_gflops": x, "read_gbps": 10.0} for i, x in enumerate((50.0, 100.0, 900.0))]
+    record["peaks"] = [*rounds, {"workload": "W0", "round": 0, "fma_gflops": 7.0, "read_gbps": 10.0}]
+    assert report.rows_of(record, WORKLOADS["W1"], SHAPE)[1]["floor_percent"] == row["floor_percent"]  # medians of W1's own
+    assert report.peaks_of(record, "W0")["fma_gflops"] == 7.0 and report.peaks_of(record)["fma_gflops"] == 75.0
     assert out.index("W0") < out.index("W1") and (tmp_path / "sweep.png").stat().st_size > 1000
 
 

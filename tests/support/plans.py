@@ -44,14 +44,15 @@ class Trees:
         return {slot for node in range(len(self.nodes)) for slot in self.slots(node)}
 
 
-def make_trees(nodes, rows, page_size=16, seed=0, slack=True) -> Trees:
-    """`nodes`: (parent, length, offset) each, parents first. Every node has pages of its own, shuffled."""
+def make_trees(nodes, rows, page_size=16, seed=0, slack=True, shuffled=True) -> Trees:
+    """`nodes`: (parent, length, offset) each, parents first. Every node has pages of its own, shuffled or in order."""
     rng = random.Random(seed)
     made = [Node(*n) for n in nodes]
     inner = {n.parent for n in made}
     needed = [-(-(n.offset + n.length) // page_size) for n in made]
     order = list(range(sum(needed) + 3))
-    rng.shuffle(order)
+    if shuffled:
+        rng.shuffle(order)
     for i, (n, pages) in enumerate(zip(made, needed, strict=True)):
         n.pages, order = order[:pages], order[pages:]
         n.pos0 = 0 if n.parent < 0 else made[n.parent].pos0 + made[n.parent].length
