@@ -7,8 +7,8 @@
 `shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `int16` and `int8` the shared plan over
 fixed-point pages, `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
-with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the ratio
-shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
+with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the
+ratio shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
 nodes of max(flops / peak, KV bytes / read bandwidth), both measured by this run, over our time; the peak is that of the products
 which the first method is made of: float32 multiply-adds, or pairs of bf16 (avx512_bf16) or int16 (fixed-point pages).
 """
@@ -153,7 +153,8 @@ def main() -> None:
     if args.out:
         record = {
             "bench": "attention_table", "peaks": peak, "isa": _dispatch.isa_name(), "torch": torch.__version__,
-            "in_order": args.in_order, "threads": _dispatch.library().ttsk_num_threads(), "torch_threads": torch.get_num_threads(),
+            "in_order": args.in_order,
+            "threads": _dispatch.library().ttsk_num_threads(), "torch_threads": torch.get_num_threads(),
             "version": ttskernels.__version__,
             "environment": {k: v for k, v in os.environ.items() if k.startswith(("TTSK", "OMP"))},
             "shapes": records,

@@ -36,7 +36,9 @@ struct Task {
   const PlanSeg* last;
   int64_t row, rows, kv_head;
 
-  Upcoming Begin() const { return {{seg, 0}, item == nullptr ? 0 : seg->left, kv_head}; }
+  // The partial at segment `at`, of which `rest` tokens of the item are left.
+  Upcoming PartialAt(const PlanSeg* at, int32_t rest) const { return {{at, 0}, at->left < rest ? at->left : rest, kv_head}; }
+  Upcoming Begin() const { return item == nullptr ? Upcoming{} : PartialAt(seg, item->tokens); }
 };
 
 // Work that a thread takes at once if tasks are smaller: some microseconds.
@@ -78,6 +80,7 @@ struct TaskQueue {
     const PlanSeg* seg = segs + it.seg_lo;
     return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (task - first) / blocks};
   }
+
   void Claim() {
     const double row_flops = 2.0 * (p.head_dim + p.v_dim) * p.q_heads / p.kv_heads;
     next = shared->load(std::memory_order_relaxed);
@@ -91,9 +94,7 @@ struct TaskQueue {
       }
     } while (end > next && !shared->compare_exchange_weak(next, end, std::memory_order_relaxed));
   }
-  int64_t Blocks(int64_t at) const {
-    return (layout.task_indptr[at + 1] - layout.task_indptr[at]) / p.kv_heads;
-  }
+  int64_t Blocks(int64_t at) const { return (layout.task_indptr[at + 1] - layout.task_indptr[at]) / p.kv_heads; }
 };
 
 }  // namespace

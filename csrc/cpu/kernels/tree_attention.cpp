@@ -124,8 +124,8 @@ struct Kernel {
     }
   }
 
-  // Divides `count` rows into groups of at most kMicroRows and calls f(rows, first row, first group, groups), rows as a constant,
-  // for those of each size.
+  // Divides `count` rows into groups of at most kMicroRows and calls f(rows, first row, first group, groups) for those of each
+  // size, rows as a constant.
   template <typename F>
   static void ForGroups(int64_t count, F f) {
     const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
@@ -266,7 +266,8 @@ struct Kernel {
         Store(s.sums + r * kLanes, Zero());
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
-      const Upcoming next = seg < last ? Upcoming{{seg, 0}, seg->left, kv_head} : then.Begin();
+      const int32_t rest = item.pos0 + item.tokens - pos - tokens;
+      const Upcoming next = seg < last ? task.PartialAt(seg, rest) : then.Begin();
       Partial(kv_head, cursor, pos, tokens, count, sight, next, s);
       for (int64_t r = 0; r < count; ++r) {
         const float l = ReduceAdd(Load(s.sums + r * kLanes));
