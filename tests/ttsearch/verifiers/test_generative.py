@@ -12,6 +12,8 @@ from ttsearch.verifiers.genprm import GenPrm
 from ttsearch.verifiers.spelling import Spelling
 from ttsearch.verifiers.thinkprm import ThinkPrm
 
+from ttskernels.errors import OutOfPagesError
+
 OFTEN = ["</think>", "Is the solution", " correct?", "}x", "}", "Yes", "No", "</analyze>\n", "</output>\n"]
 PROBLEM, STEPS = "1+1?", ["two", "so 2", "done"]
 
@@ -110,9 +112,16 @@ def test_same_seed_same_scores_in_any_company(checkpoints, family, cpu_extension
             session.close()
         assert_clean(verifier)
     assert scores == alone and any(s is not None for row in alone for s in row)
-    with load(folder, family, kv_bytes=peak // 3) as tight:
-        scores, sessions = asyncio.run(together(tight))
-        recomputed = sum(s.cost().tokens_recomputed for s in sessions)
+    for share in (3.0, 2.5, 2.0):  # the peak depends on how the problems met, and one branch has to fit
+        with load(folder, family, kv_bytes=int(peak / share)) as tight:
+            try:
+                scores, sessions = asyncio.run(together(tight))
+            except OutOfPagesError:
+                continue
+            recomputed = sum(s.cost().tokens_recomputed for s in sessions)
+            break
+    else:
+        pytest.fail("half of what three problems took together does not hold one branch")
     assert scores == alone and recomputed > 0
     with load(folder, family, seed=1) as other:
         assert score(other, PROBLEM, STEPS)[0] != alone[0]
