@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import triton
-
 from ttskernels._triton import (
     decode_advance,
     page_copy,
@@ -27,8 +25,6 @@ ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
     "tree_attention-fp32": 1024,  # for checks, not for speed
 }
-if triton.__version__.startswith("3.6."):  # no spills with 3.9; an H200 ran this tile fastest with this version (bench/LOG.md)
-    ACCEPTED_LOCAL |= {"tree_attention-bf16-128-tma-g4-large": 32, "tree_attention-bf16-128-g7-large": 8}
 
 
 @dataclass(frozen=True)
