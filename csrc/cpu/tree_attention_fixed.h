@@ -121,30 +121,17 @@ TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename 
 template <typename M, int MR>
 void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
                  const Fetching<typename M::Element>& fetching, int blocks, const float* row_scale, float* scores) {
-  for (int j = 0; j < blocks; j += kMicroVecs) {
-    const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    const auto score = [&](const auto& ahead) {
-      if (n == 1) FixedScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, row_scale, scores);
-      if constexpr (kMicroVecs >= 4) {
-        if (n == 2) FixedScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, row_scale, scores);
-        if (n == 3) FixedScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, row_scale, scores);
-        if (n == 4) FixedScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, row_scale, scores);
-      }
-    };
-    if (fetching.In(j / kMicroVecs)) score(*fetching.ahead);
-    else score(None{});
-  }
+  ForBlocks(blocks, fetching, [&](int j, auto n, const auto& ahead) {
+    FixedScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, row_scale, scores);
+  });
 }
 
 template <typename M, int MR, typename Ahead>
 void FixedWeigh(const int16_t* p, const FixedTile<typename M::Element>& tile, const Ahead& ahead,
                 int lo, int hi, int64_t v_dim, int64_t col, int vectors, const float* weight_scale, float* out) {
-  if (vectors == 1) FixedWeighColumns<M, MR, 1>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
-  if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) FixedWeighColumns<M, MR, 2>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
-    if (vectors == 3) FixedWeighColumns<M, MR, 3>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
-    if (vectors == 4) FixedWeighColumns<M, MR, 4>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
-  }
+  WithVectors(vectors, [&](auto n) {
+    FixedWeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
+  });
 }
 
 // What Softmax left in e, times V's scale of each token, as integers p with one scale a row and tile. A row's tile begins

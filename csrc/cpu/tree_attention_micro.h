@@ -173,22 +173,37 @@ struct Fetching {
   bool In(int pass) const { return ahead != nullptr && (groups == 1 || group == pass % 2); }
 };
 
+template <int kN>
+struct Vectors { static constexpr int kVectors = kN; };
+
+// Calls f with a number of vectors, at most kMicroVecs, as a constant.
+template <typename F>
+void WithVectors(int n, F f) {
+  if (n == 1) f(Vectors<1>{});
+  if constexpr (kMicroVecs >= 4) {
+    if (n == 2) f(Vectors<2>{});
+    if (n == 3) f(Vectors<3>{});
+    if (n == 4) f(Vectors<4>{});
+  }
+}
+
+// Calls f(first block, vectors as a constant, what to fetch: a Tile or None) for all blocks of a tile.
+template <typename E, typename F>
+void ForBlocks(int blocks, const Fetching<E>& fetching, F f) {
+  for (int j = 0; j < blocks; j += kMicroVecs) {
+    WithVectors(blocks - j < kMicroVecs ? blocks - j : kMicroVecs, [&](auto n) {
+      if (fetching.In(j / kMicroVecs)) f(j, n, *fetching.ahead);
+      else f(j, n, None{});
+    });
+  }
+}
+
 template <typename M, int MR>
 void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
             const Fetching<typename M::Element>& fetching, int blocks, float scale, float* scores) {
-  for (int j = 0; j < blocks; j += kMicroVecs) {
-    const int n = blocks - j < kMicroVecs ? blocks - j : kMicroVecs;
-    const auto score = [&](const auto& ahead) {
-      if (n == 1) ScoreBlocks<M, MR, 1>(q, dim, tile, ahead, j, scale, scores);
-      if constexpr (kMicroVecs >= 4) {
-        if (n == 2) ScoreBlocks<M, MR, 2>(q, dim, tile, ahead, j, scale, scores);
-        if (n == 3) ScoreBlocks<M, MR, 3>(q, dim, tile, ahead, j, scale, scores);
-        if (n == 4) ScoreBlocks<M, MR, 4>(q, dim, tile, ahead, j, scale, scores);
-      }
-    };
-    if (fetching.In(j / kMicroVecs)) score(*fetching.ahead);
-    else score(None{});
-  }
+  ForBlocks(blocks, fetching, [&](int j, auto n, const auto& ahead) {
+    ScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, scale, scores);
+  });
 }
 
 // Vectors of columns that one call of Weigh takes when `left` of them are left: 5 as 3 + 2, 6 as 3 + 3.
@@ -199,12 +214,7 @@ constexpr int ColumnVectors(int left) {
 template <typename M, int MR, typename Ahead>
 void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi,
            int64_t v_dim, int64_t col, int vectors, float* out) {
-  if (vectors == 1) WeighColumns<M, MR, 1>(p, tile, ahead, lo, hi, v_dim, col, out);
-  if constexpr (kMicroVecs >= 4) {
-    if (vectors == 2) WeighColumns<M, MR, 2>(p, tile, ahead, lo, hi, v_dim, col, out);
-    if (vectors == 3) WeighColumns<M, MR, 3>(p, tile, ahead, lo, hi, v_dim, col, out);
-    if (vectors == 4) WeighColumns<M, MR, 4>(p, tile, ahead, lo, hi, v_dim, col, out);
-  }
+  WithVectors(vectors, [&](auto n) { WeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, out); });
 }
 
 inline void StoreP(float* p, Vec a) { Store(p, a); }
