@@ -41,6 +41,8 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
                   " is no multiple of kv_heads ", kv_heads);
   STD_TORCH_CHECK(head_dim % 16 == 0 && v_dim % 16 == 0 && head_dim > 0 && v_dim > 0 && head_dim <= 256 && v_dim <= 256,
                   "head_dim and v_dim must be multiples of 16 up to 256, got ", head_dim, " and ", v_dim);
+  STD_TORCH_CHECK(softcap >= 0 && window >= 0, "softcap and window must be 0 (off) or positive, got ", softcap, " and ",
+                  window);
   if (sinks.has_value()) {
     STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == q.size(1),
                     "sinks must be float32 [q_heads]");

@@ -44,10 +44,12 @@ struct FixedTile : Tile<E> {
   bool finite;  // every v_scale is
 };
 
-// scores[r][16 * j ...] = row_scale[r] * k_scale * (q[r] . k) for blocks j = first .. first + NV - 1.
+// scores[r][16 * j ...] = row_scale[r] * k_scale * (q[r] . k) for blocks j = first .. first + NV - 1. Returns whether some
+// score is above its row's limit.
 template <typename M, int MR, int NV, typename Ahead>
-TTSK_NOINLINE void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
-                      const Ahead& ahead, int first, const float* row_scale, float* scores) {
+TTSK_NOINLINE bool FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
+                                    const Ahead& ahead, int first, const float* row_scale, const RowState* state,
+                                    float* scores) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -69,22 +71,27 @@ TTSK_NOINLINE void FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTi
       for (int j = 0; j < NV; ++j) acc[r][j] = DotWords(acc[r][j], b[j], a);
     }
   }
+  bool above = false;
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r) {
     const Vec scale = Broadcast(row_scale[r]);
+    Vec max;
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) {
-      const Vec s = Mul(ToFloat(acc[r][j]), Load(tile.k_scale + (first + j) * kBlock));
-      Store(scores + r * kTileTokens + (first + j) * kBlock, Mul(s, scale));
+      const Vec s = Mul(Mul(ToFloat(acc[r][j]), Load(tile.k_scale + (first + j) * kBlock)), scale);
+      max = j == 0 ? s : Max(max, s);
+      Store(scores + r * kTileTokens + (first + j) * kBlock, s);
     }
+    above |= AnyGreater(max, Broadcast(state[r].limit));
   }
+  return above;
 }
 
 // out[r] += weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
 template <typename M, int MR, int NV, typename Ahead>
 TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& tile,
-                       const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col,
-                       const float* weight_scale, float* out) {
+                                     const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col,
+                                     const float* weight_scale, float* out) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -119,10 +126,11 @@ TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename 
 }
 
 template <typename M, int MR>
-void FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
-                 const Fetching<typename M::Element>& fetching, int blocks, const float* row_scale, float* scores) {
-  ForBlocks(blocks, fetching, [&](int j, auto n, const auto& ahead) {
-    FixedScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, row_scale, scores);
+bool FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Element>& tile,
+                 const Fetching<typename M::Element>& fetching, int blocks, const float* row_scale, const RowState* state,
+                 float* scores) {
+  return AnyBlocks(0, blocks, fetching, [&](int j, auto n, const auto& ahead) {
+    return FixedScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, row_scale, state, scores);
   });
 }
 

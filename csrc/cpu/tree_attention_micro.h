@@ -1,4 +1,4 @@
-// Microkernels of tree attention: a few rows of q against one 64-token KV tile. Every accumulator is one chain over
+// Microkernels of tree attention: a few rows of q against one KV tile. Every accumulator is one chain over
 // head_dim (or tokens), so a row's bits do not depend on which rows it is computed with. Included by
 // kernels/tree_attention.cpp.
 #pragma once
@@ -17,8 +17,9 @@ constexpr int kMicroRows = 6, kMicroVecs = 1;
 #else
 constexpr int kMicroRows = 3, kMicroVecs = 1;
 #endif
-constexpr int kBlock = 16;                          // tokens of a packed page
+constexpr int kBlock = 16;                             // tokens of a packed page
 constexpr int kTileBlocks = 2 * kTileTokens / kBlock;  // of the longest tile
+constexpr int kPartBlocks = kTileTokens / kBlock;      // of what a group of rows scores at once
 constexpr float kInf = __builtin_inff();
 // Without it gcc 12 sends the accumulators through the stack before and after the loops.
 #define TTSK_UNROLL _Pragma("GCC unroll 8")
@@ -92,11 +93,30 @@ struct None {
 };
 inline void Fetch(None::Block, int64_t) {}
 
+// Where a row's online softmax stands, and where the row may look.
+struct RowState {
+  float m;             // what scores are taken relative to, in log2 units; 0 until one has been seen
+  float limit;         // m + kSlack, a score above it moves m; -inf until one has been seen
+  int32_t first, end;  // absolute positions [first, end)
+
+  void Reset() { m = 0.0f, limit = -kInf; }
+  bool Seen() const { return limit != -kInf; }
+};
+// Work that can be done vector by vector beside products of pairs: here there is none.
+struct Idle {
+  static constexpr int left = 0;
+  void One() {}
+  void Finish() {}
+};
+
 // scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; rows of scores and of p are M::kTile apart.
-// Meanwhile `ahead`, a Tile or None, is fetched line for line.
-template <typename M, int MR, int NV, typename Ahead>
-TTSK_NOINLINE void ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
-                               const Ahead& ahead, int first, float scale, float* scores) {
+// Before it is written, work given by `beside` is done, a vector a step; meanwhile `ahead`, a Tile or None, is fetched line for
+// line. Returns whether some score is above its row's limit.
+template <typename M, int MR, int NV, typename Ahead, typename Beside>
+TTSK_NOINLINE bool ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
+                               const Ahead& ahead, int first, float scale, const RowState* state, const Beside& beside,
+                               float* scores) {
+  Beside work = beside;  // in registers
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -105,27 +125,40 @@ TTSK_NOINLINE void ScoreBlocks(const typename M::Query* q, int64_t dim, const Ti
   const typename M::Element* k[NV];
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
-  for (int64_t i = 0; i < dim; i += M::kPack) {
+  const auto step = [&](int64_t i) __attribute__((always_inline)) {
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) Fetch(ahead.k[first + j], i * kBlock);
     TTSK_UNROLL
-    for (int step = 0; step < M::kSteps; ++step) {
+    for (int half = 0; half < M::kSteps; ++half) {
       typename M::Operand b[NV];
       TTSK_UNROLL
-      for (int j = 0; j < NV; ++j) b[j] = M::Wide(k[j] + i * kBlock, step);
+      for (int j = 0; j < NV; ++j) b[j] = M::Wide(k[j] + i * kBlock, half);
       TTSK_UNROLL
       for (int r = 0; r < MR; ++r) {
-        const typename M::Operand a = M::One(q + r * dim + i + step);
+        const typename M::Operand a = M::One(q + r * dim + i + half);
         TTSK_UNROLL
         for (int j = 0; j < NV; ++j) acc[r][j] = M::Dot(acc[r][j], a, b[j]);
       }
     }
-  }
+  };
+  int64_t i = 0;
+  for (; i < dim && work.left > 0; i += M::kPack) step(i), work.One();
+  for (; i < dim; i += M::kPack) step(i);
+  work.Finish();
   const Vec s = Broadcast(scale);
+  bool above = false;
   TTSK_UNROLL
-  for (int r = 0; r < MR; ++r)
+  for (int r = 0; r < MR; ++r) {
+    Vec max;
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) Store(scores + r * M::kTile + (first + j) * kBlock, Mul(acc[r][j], s));
+    for (int j = 0; j < NV; ++j) {
+      acc[r][j] = Mul(acc[r][j], s);
+      max = j == 0 ? acc[r][j] : Max(max, acc[r][j]);
+      Store(scores + r * M::kTile + (first + j) * kBlock, acc[r][j]);
+    }
+    above |= AnyGreater(max, Broadcast(state[r].limit));
+  }
+  return above;
 }
 
 // out[r] += sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
@@ -187,22 +220,25 @@ void WithVectors(int n, F f) {
   }
 }
 
-// Calls f(first block, vectors as a constant, what to fetch: a Tile or None) for all blocks of a tile.
+// Calls f(block, vectors as a constant, what to fetch: a Tile or None) for the blocks [first, end) of a tile; whether some call
+// says so.
 template <typename E, typename F>
-void ForBlocks(int blocks, const Fetching<E>& fetching, F f) {
-  for (int j = 0; j < blocks; j += kMicroVecs) {
-    WithVectors(blocks - j < kMicroVecs ? blocks - j : kMicroVecs, [&](auto n) {
-      if (fetching.In(j / kMicroVecs)) f(j, n, *fetching.ahead);
-      else f(j, n, None{});
+bool AnyBlocks(int first, int end, const Fetching<E>& fetching, F f) {
+  bool any = false;
+  for (int j = first; j < end; j += kMicroVecs) {
+    WithVectors(end - j < kMicroVecs ? end - j : kMicroVecs, [&](auto n) {
+      any |= fetching.In(j / kMicroVecs) ? f(j, n, *fetching.ahead) : f(j, n, None{});
     });
   }
+  return any;
 }
 
-template <typename M, int MR>
-void Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
-            const Fetching<typename M::Element>& fetching, int blocks, float scale, float* scores) {
-  ForBlocks(blocks, fetching, [&](int j, auto n, const auto& ahead) {
-    ScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, scale, scores);
+template <typename M, int MR, typename Beside>
+bool Scores(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
+            const Fetching<typename M::Element>& fetching, int first, int end, float scale, const RowState* state,
+            const Beside& beside, float* scores) {
+  return AnyBlocks(first, end, fetching, [&](int j, auto n, const auto& ahead) {
+    return ScoreBlocks<M, MR, n.kVectors>(q, dim, tile, ahead, j, scale, state, beside, scores);
   });
 }
 
@@ -215,121 +251,6 @@ template <typename M, int MR, typename Ahead>
 void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi,
            int64_t v_dim, int64_t col, int vectors, float* out) {
   WithVectors(vectors, [&](auto n) { WeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, out); });
-}
-
-inline void StoreP(float* p, Vec a) { Store(p, a); }
-#if defined(__AVX512BF16__)
-inline void StoreP(Bf16* p, Vec a) {
-  const __m256bh packed = _mm512_cvtneps_pbh(a.v);
-  std::memcpy(p, &packed, sizeof(packed));
-}
-#endif
-
-// tanh with relative error near 1e-7: an odd polynomial below 0.625 (Cephes), else by exp.
-inline Vec Tanh(Vec x) {
-  const Vec z = Mul(x, x), one = Broadcast(1.0f);
-  Vec p = Broadcast(-5.70498872745e-3f);
-  p = Fma(p, z, Broadcast(2.06390887954e-2f));
-  p = Fma(p, z, Broadcast(-5.37397155531e-2f));
-  p = Fma(p, z, Broadcast(1.33314422036e-1f));
-  p = Fma(p, z, Broadcast(-3.33332819422e-1f));
-  const Vec small = Fma(Mul(p, z), x, x);
-  const Vec e = Exp(Add(x, x));
-  const Vec large = Sub(one, Div(Broadcast(2.0f), Add(e, one)));
-  return SelectLess(z, Broadcast(0.625f * 0.625f), small, large);
-}
-
-// The larger of each lane's scores.
-inline Vec MaxOf(const float* s, int blocks) {
-  Vec max = Load(s);
-  for (int j = 1; j < blocks; ++j) max = Max(max, Load(s + j * kBlock));
-  return max;
-}
-
-// 2^x for weights of a tile that are held as E; those of bf16 products need not have other levels' bits.
-template <typename E>
-inline Vec WeightExp2(Vec x) { return Exp2(x); }
-#if defined(__AVX512BF16__)
-template <>
-inline Vec WeightExp2<Bf16>(Vec x) { return Exp2FromFloor(x); }
-#endif
-
-// Where a row's online softmax stands, and where the row may look.
-struct RowState {
-  float m;             // what scores are taken relative to, in log2 units; 0 until one has been seen
-  float limit;         // m + kSlack, a score above it moves m; -inf until one has been seen
-  int32_t first, end;  // absolute positions [first, end)
-
-  void Reset() { m = 0.0f, limit = -kInf; }
-  bool Seen() const { return limit != -kInf; }
-};
-// m need not be the maximum, only near it: weights reach 2^kSlack, their relative accuracy is the same, and after a row's first
-// tile neither m nor the output is rescaled but rarely (as FlashAttention-4 skips rescaling).
-constexpr float kSlack = 8.0f;
-
-// A group's rows: their states, each lane's share of the denominators [rows, 16], and the outputs so far [rows, v_dim].
-struct RowsOf {
-  RowState* state;
-  float* sums;
-  float* o;
-  int64_t v_dim;
-};
-
-// Caps the scores of a tile whose first token is at position pos0, and hides what rows may not see, whatever it holds. Tokens
-// from `hi` on do not exist.
-template <typename M>
-void MaskScores(float* scores, int rows, int32_t pos0, int blocks, int hi, float softcap, const RowState* state) {
-  const Vec hidden = Broadcast(-kInf);
-  for (int r = 0; r < rows; ++r) {
-    const int first = state[r].first - pos0;
-    const int end = state[r].end - pos0 < hi ? state[r].end - pos0 : hi;
-    for (int j = 0; j < blocks; ++j) {
-      float* s = scores + r * M::kTile + j * kBlock;
-      Vec x = Load(s);
-      if (softcap != 0.0f) x = Mul(Tanh(Mul(x, Broadcast(1.0f / softcap))), Broadcast(softcap * kLog2e));
-      const int a = first - j * kBlock, b = end - j * kBlock;
-      x = SelectFirst(b < 0 ? 0 : b < kLanes ? b : kLanes, x, hidden);
-      Store(s, SelectFirst(a < 0 ? 0 : a < kLanes ? a : kLanes, hidden, x));
-    }
-  }
-}
-
-// A tile of scores has some above the limit: moves m there, and what was summed up relative to it.
-template <typename M>
-void MoveMaxima(const float* scores, int rows, int blocks, const RowsOf& of) {
-  for (int r = 0; r < rows; ++r) {
-    RowState& state = of.state[r];
-    const float top = ReduceMax(MaxOf(scores + r * M::kTile, blocks));
-    if (!(top > state.limit)) continue;
-    if (state.Seen()) {
-      const Vec factor = Exp2(Broadcast(state.m - top));
-      float* o = of.o + r * of.v_dim;
-      for (int64_t i = 0; i < of.v_dim; i += kLanes) Store(o + i, Mul(Load(o + i), factor));
-      Store(of.sums + r * kLanes, Mul(Load(of.sums + r * kLanes), factor));
-    }
-    state.m = top, state.limit = top + kSlack;
-  }
-}
-
-// Online softmax of MR score rows over a tile. Writes p, which may be `scores`.
-template <typename M, int MR, typename E>
-void Softmax(float* scores, int blocks, const RowsOf& of, E* p) {
-  bool moves = false;
-  for (int r = 0; r < MR; ++r) {
-    moves |= AnyGreater(MaxOf(scores + r * M::kTile, blocks), Broadcast(of.state[r].limit));
-  }
-  if (moves) MoveMaxima<M>(scores, MR, blocks, of);
-  for (int r = 0; r < MR; ++r) {
-    const float* s = scores + r * M::kTile;
-    const Vec m = Broadcast(of.state[r].m);
-    Vec sum = Load(of.sums + r * kLanes);
-    for (int j = 0; j < blocks; ++j) {
-      const Vec e = WeightExp2<E>(Sub(Load(s + j * kBlock), m));
-      StoreP(p + r * M::kTile + j * kBlock, e);
-      sum = Add(sum, e);
-    }
-    Store(of.sums + r * kLanes, sum);
-  }
 }
 
 }  // namespace

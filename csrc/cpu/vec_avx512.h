@@ -83,17 +83,42 @@ inline Vec DotPairs(Vec acc, Pairs a, Pairs b) {
   return acc;
 }
 inline Pairs BroadcastPair(uint32_t pair) { return {_mm512_set1_epi32(static_cast<int>(pair))}; }
-// 2^x, relative error < 2e-7, 0 below -125: fewer instructions than Exp2, and other bits. The polynomial is the minimax one
-// among those that are 1 at 0 and 2 at 1, so that steps join.
-inline Vec Exp2FromFloor(Vec x) {
-  const Vec r = {_mm512_reduce_ps(x.v, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC)};  // x - floor(x)
-  Vec p = Broadcast(0.00187931862f);
-  p = Fma(p, r, Broadcast(0.00899099465f));
-  p = Fma(p, r, Broadcast(0.0558186769f));
-  p = Fma(p, r, Broadcast(0.240159273f));
-  p = Fma(p, r, Broadcast(0.693151712f));
-  p = Fma(p, r, Broadcast(1.0f));
-  return ScaleUnlessLess(x, Broadcast(-125.0f), p, x);
+// 2^(i / 32).
+alignas(64) constexpr float kExp2Steps[32] = {
+    1.0f, 1.0218972f, 1.04427373f, 1.06714046f, 1.09050775f, 1.1143868f, 1.13878858f, 1.1637249f, 1.18920708f,
+    1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f, 1.41421354f,
+    1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f, 1.64575553f, 1.68179286f,
+    1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
+// 2^r for r in [0, 1/32), 1 at 0 and what the next step begins with at its end; what moves multiples of 1/32 to the last bits;
+// the least exponent whose power is not taken for 0.
+constexpr float kExp2Terms[] = {0.24284f, 0.693120007f, 1.0f, 393216.0f, -125.0f};
+// e = 2^(s - m), relative error < 2e-7, 0 below 2^-125; sum += e, `to` = bf16 of e. A table and a short polynomial, because
+// multiply-adds share two units with products of pairs while others idle; in assembly because it stands in loops of such
+// products, which leave it few registers, so that all constants come from memory.
+inline void Exp2Bf16(const float* s, const float* m, void* to, Vec* sum) {
+  __m512 x, r, p, step;
+  __mmask16 seen;
+  asm("vmovups %[s], %[x]\n\t"
+      "vsubps %[m]%{1to16%}, %[x], %[x]\n\t"
+      "vbroadcastss %[shift], %[step]\n\t"
+      "vaddps %{rd-sae%}, %[x], %[step], %[step]\n\t"  // floor(32 x), of which the permutation takes 5 bits
+      "vmovaps %[steps], %[p]\n\t"
+      "vpermi2ps %[more], %[p], %[step]\n\t"
+      "vreduceps $0x59, %[x], %[r]\n\t"  // x - floor(32 x) / 32
+      "vbroadcastss %[c2], %[p]\n\t"
+      "vfmadd213ps %[c1]%{1to16%}, %[r], %[p]\n\t"
+      "vfmadd213ps %[c0]%{1to16%}, %[r], %[p]\n\t"
+      "vmulps %[step], %[p], %[p]\n\t"
+      "vcmpps $5, %[least]%{1to16%}, %[x], %[seen]\n\t"  // not less: NaN stays
+      "vscalefps %[x], %[p], %[p]%{%[seen]%}%{z%}\n\t"
+      "vcvtneps2bf16 %[p], %t[r]\n\t"
+      "vmovups %t[r], %[to]\n\t"
+      "vaddps %[p], %[sum], %[sum]"
+      : [x] "=&v"(x), [r] "=&v"(r), [p] "=&v"(p), [step] "=&v"(step), [seen] "=&Yk"(seen), [sum] "+v"(sum->v),
+        [to] "=m"(*static_cast<char(*)[32]>(to))
+      : [s] "m"(*reinterpret_cast<const char(*)[64]>(s)), [m] "m"(*m), [steps] "m"(kExp2Steps), [more] "m"(kExp2Steps[16]),
+        [shift] "m"(kExp2Terms[3]), [c2] "m"(kExp2Terms[0]), [c1] "m"(kExp2Terms[1]), [c0] "m"(kExp2Terms[2]),
+        [least] "m"(kExp2Terms[4]));
 }
 #endif
 

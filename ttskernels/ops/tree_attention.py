@@ -50,17 +50,25 @@ def tree_attention(
     Raises:
         ValueError: shape, dtype or head size mismatch, or a plan of other rows or another page size.
     """
+    chosen, refused = resolve(impl, q), None
+    if chosen == "cpu" and k_scale is None and v_scale is None:
+        try:
+            out, lse = _on_cpu(q, k_pages, v_pages, plan, scale, softcap, window, sinks, out)
+            return (out, lse) if return_lse else out
+        except Exception as error:  # the op checks what `check` does, in words of its own
+            refused = error
     header = check(q, k_pages, v_pages, plan, softcap, window, sinks, k_scale, v_scale)
     plan = getattr(plan, "buffer", plan)
     if out is None:
         out = q.new_empty(q.shape[0], q.shape[1], dim_of(v_pages))
     check_out(out, q, dim_of(v_pages))
     scale = q.shape[2] ** -0.5 if scale is None else scale
-    chosen = resolve(impl, q)
     if k_pages.dtype in FLOAT8 and chosen == "cpu":
         if impl == "cpu":
             raise ValueError(f"impl 'cpu' has no {k_pages.dtype} pools; pass impl='reference' or q's dtype {q.dtype}")
         chosen = "reference"
+    if chosen == "cpu":
+        raise refused
     if chosen == "triton":
         from ttskernels._triton.tree_attention import tree_attention as launch
 
@@ -68,16 +76,22 @@ def tree_attention(
             raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
         q = q if q.stride(2) == 1 else q.contiguous()
         lse = launch(q, k_pages, v_pages, plan, header, scale, softcap, window, sinks, k_scale, v_scale, out)
-    elif chosen == "cpu":
-        q = q if q.stride(2) == 1 and q.stride(1) == q.shape[2] else q.contiguous()
-        lse = torch.ops.ttskernels.tree_attention(
-            q, k_pages, v_pages, plan, scale, softcap, window, sinks, out
-        )
     else:
         args = (plan, scale, softcap, window, sinks, k_scale, v_scale)
         result, lse = reference.tree_attention(q, k_pages, v_pages, *args)
         out.copy_(result)
     return (out, lse) if return_lse else out
+
+
+def _on_cpu(q, k, v, plan, scale, softcap, window, sinks, out):
+    if out is None:
+        out = q.new_empty(q.shape[0], q.shape[1], dim_of(v))
+    else:
+        check_out(out, q, dim_of(v))
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        q = q.contiguous()
+    plan, scale = getattr(plan, "buffer", plan), q.shape[2] ** -0.5 if scale is None else scale
+    return out, torch.ops.ttskernels.tree_attention(q, k, v, plan, scale, softcap, window, sinks, out)
 
 
 def check(

@@ -6,6 +6,7 @@
 #include "tree_attention_fixed_tile.h"
 #include "tree_attention_layout.h"
 #include "tree_attention_micro.h"
+#include "tree_attention_softmax.h"
 #include "tree_attention_tasks.h"
 #include "tree_attention_tile.h"
 #include "ttskernels/threads.h"
@@ -79,26 +80,38 @@ struct Kernel {
     p.lse[row * p.q_heads + head] = m == -kInf ? -kInf : (top + __builtin_log2f(l)) * (1.0f / kLog2e);
   }
 
-  // Scores, softmax and rescaled output of groups of MR rows: `groups` of them from number `group` on, whose first row is `at`.
+  // Scores and softmax of groups of MR rows: `groups` of them from number `group` on, whose first row is `at`. `scores` has
+  // room for one; the last weights may be left to `later`.
   template <typename M, int MR, typename AnyTile, typename Element>
   void ScoreGroups(int64_t at, int64_t group, int64_t groups, const AnyTile& tile, Fetching<Element> fetching,
-                   const TileView& view, const TreeScratch& s) const {
-    alignas(64) float scores[MR * M::kTile];
+                   const TileView& view, const TreeScratch& s, float* scores, Deferred<E>* later) const {
     for (const int64_t end = group + groups; group < end; ++group, at += MR) {
       const int hi = s.ranges[group].hi, blocks = (hi + kBlock - 1) / kBlock;
       if (s.ranges[group].lo >= hi) continue;
       fetching.group = group;
       const E* q = static_cast<const E*>(s.q) + at * p.head_dim;
       E* weights = static_cast<E*>(s.weights) + at * M::kTile;
-      if constexpr (kFixed) FixedScores<M, MR>(q, p.head_dim, tile, fetching, blocks, s.row_scale + at, scores);
-      else Scores<M, MR>(q, p.head_dim, tile, fetching, blocks, score_scale, scores);
       const RowsOf rows = {static_cast<RowState*>(s.state) + at, s.sums + at * kLanes, s.o + at * p.v_dim, p.v_dim};
-      if (view.masked || p.softcap != 0.0f) MaskScores<M>(scores, MR, view.pos, blocks, hi, p.softcap, rows.state);
-      if constexpr (kFixed) {
-        Softmax<M, MR, float>(scores, blocks, rows, scores);
-        FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
-      } else {
-        Softmax<M, MR, E>(scores, blocks, rows, weights);
+      for (int first = 0; first < blocks; first += kPartBlocks) {
+        const int last = first + kPartBlocks < blocks ? first + kPartBlocks : blocks, part = first * kBlock;
+        bool above;
+        if constexpr (kFixed) {
+          above = FixedScores<M, MR>(q, p.head_dim, tile, fetching, blocks, s.row_scale + at, rows.state, scores);
+        } else {
+          above = Scores<M, MR>(q, p.head_dim, tile, fetching, first, last, score_scale, rows.state, *later, scores);
+        }
+        if (view.masked || p.softcap != 0.0f) {
+          MaskScores<M>(scores + part, MR, view.pos + part, last - first, hi - part, p.softcap, rows.state);
+          above = true;
+        }
+        if constexpr (kFixed) {
+          if (above) MoveMaxima<M>(scores, MR, first, last, rows, scores);
+          TakeWeights<M>(scores, MR, blocks, rows, scores, nullptr);
+          FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
+        } else {
+          if (above) MoveMaxima<M>(scores, MR, first, last, rows, weights);
+          TakeWeights<M>(scores + part, MR, last - first, rows, weights + part, later);
+        }
       }
     }
   }
@@ -169,10 +182,13 @@ struct Kernel {
     Tile<Element> ahead = tile;
     const int found = Loader(p, next.kv_head, nullptr).Find(next.at, next.tokens, &ahead);
     const Fetching<Element> fetching = {found > 0 ? &ahead : nullptr, 0, (count + kMicroRows - 1) / kMicroRows};
+    alignas(64) float scores[kMicroRows * M::kTile];
+    Deferred<E> later;
     ForGroups(count, [&](auto n, int64_t at, int64_t group, int64_t groups) {
       Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group);
-      ScoreGroups<M, n.kRows>(at, group, groups, tile, fetching, view, s);
+      ScoreGroups<M, n.kRows>(at, group, groups, tile, fetching, view, s, scores, &later);
     });
+    later.Finish();
     loader.LoadV(&tile);
     for (int b = found; b < kTileBlocks; ++b) ahead.v[b] = tile.v[b];
     int64_t col = 0;
