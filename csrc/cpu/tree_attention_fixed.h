@@ -59,8 +59,7 @@ TTSK_NOINLINE bool FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTi
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
   for (int64_t i = 0; i < dim; i += 2) {
-    TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) Fetch(ahead.k[first + j], i * kBlock);
+    FetchK<NV>(ahead, first, i * kBlock);
     Words b[NV];
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) b[j] = M::Wide(k[j] + i * kBlock);
@@ -101,8 +100,7 @@ TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename 
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * 2;
     for (; t < end; t += 2, v += v_dim * 2) {
-      TTSK_UNROLL
-      for (int j = 0; j < NV; ++j) Fetch(ahead.v[block], v + j * kLanes * 2 - tile.v[block]);
+      FetchV<NV, kLanes * 2>(ahead, block, v - tile.v[block]);
       Words b[NV];
       TTSK_UNROLL
       for (int j = 0; j < NV; ++j) b[j] = M::Wide(v + j * kLanes * 2);

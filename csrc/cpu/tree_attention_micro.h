@@ -83,15 +83,39 @@ struct Tile {
   const E* v[kTileBlocks];
 };
 
-// Fetches the line at block + i of a tile ahead, or nothing. Fetched a line for each that is used, the next tile arrives while
-// this one is computed; all at once they fill the queues of the core, and nothing is computed until they have left.
+// What is fetched of the next tile by a step that reads NV lines of this one: as many lines of that one (Tile), one of them
+// (Line) or nothing (None). Line by line it arrives while this one is computed; all at once it fills the queues of the core,
+// and nothing is computed until it has left.
 template <typename E>
-inline void Fetch(const E* block, int64_t i) { __builtin_prefetch(block + i); }
-struct None {
-  struct Block {};
-  Block k[kTileBlocks], v[kTileBlocks];
+struct Line {
+  const Tile<E>* tile;
+  int number;  // of NV
 };
-inline void Fetch(None::Block, int64_t) {}
+struct None {};
+
+// The lines at blocks first .. + i, and those at a block of V + i, + i + kStep, ...
+template <int NV, typename E>
+inline void FetchK(const Tile<E>& ahead, int first, int64_t i) {
+  TTSK_UNROLL
+  for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.k[first + j] + i);
+}
+template <int NV, typename E>
+inline void FetchK(const Line<E>& ahead, int first, int64_t i) {
+  __builtin_prefetch(ahead.tile->k[first + ahead.number] + i);
+}
+template <int NV>
+inline void FetchK(const None&, int, int64_t) {}
+template <int NV, int kStep, typename E>
+inline void FetchV(const Tile<E>& ahead, int block, int64_t i) {
+  TTSK_UNROLL
+  for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.v[block] + i + j * kStep);
+}
+template <int NV, int kStep, typename E>
+inline void FetchV(const Line<E>& ahead, int block, int64_t i) {
+  __builtin_prefetch(ahead.tile->v[block] + i + ahead.number * kStep);
+}
+template <int NV, int kStep>
+inline void FetchV(const None&, int, int64_t) {}
 
 // Where a row's online softmax stands, and where the row may look.
 struct RowState {
@@ -110,8 +134,8 @@ struct Idle {
 };
 
 // scores[r][16 * j ...] = scale * q[r] . k for blocks j = first .. first + NV - 1; rows of scores and of p are M::kTile apart.
-// Before it is written, work given by `beside` is done, a vector a step; meanwhile `ahead`, a Tile or None, is fetched line for
-// line. Returns whether some score is above its row's limit.
+// Before it is written, work given by `beside` is done, a vector a step; meanwhile `ahead` is fetched. Returns whether some
+// score is above its row's limit.
 template <typename M, int MR, int NV, typename Ahead, typename Beside>
 TTSK_NOINLINE bool ScoreBlocks(const typename M::Query* q, int64_t dim, const Tile<typename M::Element>& tile,
                                const Ahead& ahead, int first, float scale, const RowState* state, const Beside& beside,
@@ -126,8 +150,7 @@ TTSK_NOINLINE bool ScoreBlocks(const typename M::Query* q, int64_t dim, const Ti
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) k[j] = tile.k[first + j];
   const auto step = [&](int64_t i) __attribute__((always_inline)) {
-    TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) Fetch(ahead.k[first + j], i * kBlock);
+    FetchK<NV>(ahead, first, i * kBlock);
     TTSK_UNROLL
     for (int half = 0; half < M::kSteps; ++half) {
       typename M::Operand b[NV];
@@ -174,8 +197,7 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * M::kPack;
     for (; t < end; t += M::kPack, v += v_dim * M::kPack) {
-      TTSK_UNROLL
-      for (int j = 0; j < NV; ++j) Fetch(ahead.v[block], v + j * kLanes * M::kPack - tile.v[block]);
+      FetchV<NV, kLanes * M::kPack>(ahead, block, v - tile.v[block]);
       TTSK_UNROLL
       for (int step = 0; step < M::kSteps; ++step) {
         typename M::Operand b[NV];
@@ -196,14 +218,21 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
 }
 
-// Which passes of a group of rows fetch what: half of the passes of each of the first two groups, so that lines are asked for
-// no faster than they come.
+// What the groups of rows of a tile fetch of the next one, no faster than it comes (bench/LOG.md): half of the passes of each
+// of the first two everything, or, where there are eight, of each of them a line a step.
 template <typename E>
 struct Fetching {
   const Tile<E>* ahead;  // null: nothing is
   int64_t group, groups;
 
-  bool In(int pass) const { return ahead != nullptr && (groups == 1 || group == pass % 2); }
+  // Calls f with what is fetched in pass number `pass`, by steps of so many vectors.
+  template <typename F>
+  auto With(int pass, int vectors, F f) const {
+    if (ahead == nullptr) return f(None{});
+    if (groups < 8) return groups == 1 || group == pass % 2 ? f(*ahead) : f(None{});
+    const int line = static_cast<int>(group / 2);
+    return group % 2 == pass % 2 && line < vectors ? f(Line<E>{ahead, line}) : f(None{});
+  }
 };
 
 template <int kN>
@@ -220,14 +249,14 @@ void WithVectors(int n, F f) {
   }
 }
 
-// Calls f(block, vectors as a constant, what to fetch: a Tile or None) for the blocks [first, end) of a tile; whether some call
+// Calls f(block, vectors as a constant, what to fetch) for the blocks [first, end) of a tile; whether some call
 // says so.
 template <typename E, typename F>
 bool AnyBlocks(int first, int end, const Fetching<E>& fetching, F f) {
   bool any = false;
   for (int j = first; j < end; j += kMicroVecs) {
     WithVectors(end - j < kMicroVecs ? end - j : kMicroVecs, [&](auto n) {
-      any |= fetching.In(j / kMicroVecs) ? f(j, n, *fetching.ahead) : f(j, n, None{});
+      any |= fetching.With(j / kMicroVecs, n.kVectors, [&](const auto& ahead) { return f(j, n, ahead); });
     });
   }
   return any;

@@ -132,8 +132,7 @@ struct Kernel {
           Weigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, o);
         }
       };
-      if (fetching.In(pass)) weigh(*fetching.ahead);
-      else weigh(None{});
+      fetching.With(pass, vectors, weigh);
     }
   }
 
@@ -241,10 +240,10 @@ struct Kernel {
           s.row_scale[r * group + g] = FixVector(from, p.head_dim, most, q) * score_scale;
         }
       } else {
-        for (int64_t i = 0; i < group * p.head_dim; i += kLanes, q += kLanes) {
-          if constexpr (sizeof(E) == sizeof(T)) std::memcpy(q, from + i, sizeof(E) * kLanes);
-          else Store(q, LoadAs(from + i));
-        }
+        const int64_t elements = group * p.head_dim;
+        if constexpr (sizeof(E) == sizeof(T)) std::memcpy(q, from, sizeof(E) * elements);
+        else for (int64_t i = 0; i < elements; i += kLanes) Store(q + i, LoadAs(from + i));
+        q += elements;
       }
       const int32_t row_end = row_pos[row] + 1;
       const int32_t row_first = p.window > 0 && row_end > p.window ? row_end - p.window : 0;
