@@ -44,7 +44,8 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
   STD_TORCH_CHECK(softcap >= 0 && window >= 0, "softcap and window must be 0 (off) or positive, got ", softcap, " and ",
                   window);
   if (sinks.has_value()) {
-    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->numel() == q.size(1),
+    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->is_contiguous() && sinks->dim() == 1 &&
+                        sinks->numel() == q.size(1),
                     "sinks must be float32 [q_heads]");
   }
   STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.dim() == 3 && out.size(0) == q.size(0) &&

@@ -301,10 +301,13 @@ def invalid(q, k, v, plan):
     )
     yield (q, k, v, plan), {"window": -1}, "softcap and window must be 0"
     yield (q, k, v, plan), {"sinks": torch.zeros(3)}, r"sinks must be float32 \[4\]"
+    yield (q, k, v, plan), {"sinks": torch.zeros(1, 4)}, r"sinks must be float32 \[4\]"
+    yield (q, k, v, plan), {"softcap": -1.0}, "softcap and window must be 0"
+    yield (q, k, v, plan), {"k_scale": torch.ones(2)}, "for float8 pools"
     yield (q, k, v, plan), {"impl": "cuda"}, None
 
 
-@pytest.mark.parametrize("case", range(13))
+@pytest.mark.parametrize("case", range(16))
 def test_invalid(cpu_extension, case):
     trees = random_trees(0)
     args, options, message = list(invalid(*make(trees, 4, 2, 64, torch.float32), build_plan(trees)))[case]

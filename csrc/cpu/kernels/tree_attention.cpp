@@ -45,7 +45,7 @@ struct Kernel {
   using Copied = typename Modes<P>::Copied;
   using E = typename InPlace::Query;
   static constexpr bool kFixed = InPlace::kFixed;
-  static_assert(InPlace::kTile == Copied::kTile);
+  static_assert(InPlace::kTile == Copied::kTile && (!kFixed || InPlace::kTile == kTileTokens));
   static constexpr int64_t kMostInPlace = sizeof(P) == 1 ? kInPlaceRowsOfBytes : kInPlaceRows;
 
   const TreeAttentionParams& p;
