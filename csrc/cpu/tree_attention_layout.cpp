@@ -32,7 +32,7 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
     used += Align(size);
     return result;
   };
-  task_indptr = reinterpret_cast<int32_t*>(take((items + 1) * 4));
+  block_indptr = reinterpret_cast<int32_t*>(take((items + 1) * 4));
   direct = reinterpret_cast<int8_t*>(take(plan[kFieldNumRows]));
   slot_ml = reinterpret_cast<float*>(take(slots * p.q_heads * 8));
   slot_o = reinterpret_cast<float*>(take(slots * p.q_heads * v_dim * 4));
@@ -42,13 +42,13 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
 
   const PlanItem* item = reinterpret_cast<const PlanItem*>(PlanSection(plan, kFieldItems));
   std::memset(direct, 0, static_cast<size_t>(plan[kFieldNumRows]));
-  int64_t tasks = 0;
+  int64_t blocks = 0;
   for (int64_t i = 0; i < items; ++i, ++item) {
-    task_indptr[i] = static_cast<int32_t>(tasks);
-    tasks += (item->row_n + block_rows - 1) / block_rows * p.kv_heads;
+    block_indptr[i] = static_cast<int32_t>(blocks);
+    blocks += (item->row_n + block_rows - 1) / block_rows;
     if (item->slot < 0) std::memset(direct + item->row_lo, 1, static_cast<size_t>(item->row_n));
   }
-  task_indptr[items] = static_cast<int32_t>(tasks);
+  block_indptr[items] = static_cast<int32_t>(blocks);
 }
 
 TreeScratch TreeLayout::Scratch(int thread) const {

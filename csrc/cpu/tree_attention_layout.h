@@ -31,10 +31,10 @@ struct TreeScratch {
 };
 
 struct TreeLayout {
-  int32_t* task_indptr;  // [items + 1] tasks before each item: one per kv head and block of at most block_rows rows
-  int8_t* direct;        // [rows] 1: some item writes this plan row's output itself
-  float* slot_ml;        // [slots, q_heads, 2]
-  float* slot_o;         // [slots, q_heads, v_dim]
+  int32_t* block_indptr;  // [items + 1] blocks of at most block_rows rows before each item
+  int8_t* direct;         // [rows] 1: some item writes this plan row's output itself
+  float* slot_ml;         // [kv_heads, slots, q heads of a group, 2]
+  float* slot_o;          // [kv_heads, slots, q heads of a group, v_dim]
   char* scratch;
   int64_t scratch_bytes, q_rows, head_dim, v_dim, bytes;
   int threads;

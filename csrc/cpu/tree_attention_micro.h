@@ -83,11 +83,11 @@ struct Tile {
   const E* v[kTileBlocks];
 };
 
-// What is fetched of the next tile by a step that reads NV lines of this one: as many lines of that one (Tile), one of them
-// (Line) or nothing (None). Line by line it arrives while this one is computed; all at once it fills the queues of the core,
-// and nothing is computed until it has left.
-template <typename E>
-struct Line {
+// What is fetched of the next tile by a step that reads NV lines of this one: as many lines of that one (Tile), one or two of
+// them (Lines) or nothing (None). Line by line it arrives while this one is computed; all at once it fills the queues of the
+// core, and nothing is computed until it has left.
+template <typename E, int kN>
+struct Lines {
   const Tile<E>* tile;
   int number;  // of NV
 };
@@ -99,9 +99,10 @@ inline void FetchK(const Tile<E>& ahead, int first, int64_t i) {
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.k[first + j] + i);
 }
-template <int NV, typename E>
-inline void FetchK(const Line<E>& ahead, int first, int64_t i) {
-  __builtin_prefetch(ahead.tile->k[first + ahead.number] + i);
+template <int NV, typename E, int kN>
+inline void FetchK(const Lines<E, kN>& ahead, int first, int64_t i) {
+  TTSK_UNROLL
+  for (int j = 0; j < kN; ++j) __builtin_prefetch(ahead.tile->k[first + ahead.number + j] + i);
 }
 template <int NV>
 inline void FetchK(const None&, int, int64_t) {}
@@ -110,9 +111,10 @@ inline void FetchV(const Tile<E>& ahead, int block, int64_t i) {
   TTSK_UNROLL
   for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.v[block] + i + j * kStep);
 }
-template <int NV, int kStep, typename E>
-inline void FetchV(const Line<E>& ahead, int block, int64_t i) {
-  __builtin_prefetch(ahead.tile->v[block] + i + ahead.number * kStep);
+template <int NV, int kStep, typename E, int kN>
+inline void FetchV(const Lines<E, kN>& ahead, int block, int64_t i) {
+  TTSK_UNROLL
+  for (int j = 0; j < kN; ++j) __builtin_prefetch(ahead.tile->v[block] + i + (ahead.number + j) * kStep);
 }
 template <int NV, int kStep>
 inline void FetchV(const None&, int, int64_t) {}
@@ -218,8 +220,8 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
 }
 
-// What the groups of rows of a tile fetch of the next one, no faster than it comes (bench/LOG.md): half of the passes of each
-// of the first two everything, or, where there are eight, of each of them a line a step.
+// What the groups of rows of a tile fetch of the next one, no faster than it comes (bench/LOG.md): of each step, two groups
+// half of the lines, three of them 1, 1 and 2, more of them a line each, and from eight on in every other pass.
 template <typename E>
 struct Fetching {
   const Tile<E>* ahead;  // null: nothing is
@@ -228,10 +230,15 @@ struct Fetching {
   // Calls f with what is fetched in pass number `pass`, by steps of so many vectors.
   template <typename F>
   auto With(int pass, int vectors, F f) const {
+    const int at = static_cast<int>(group);
     if (ahead == nullptr) return f(None{});
-    if (groups < 8) return groups == 1 || group == pass % 2 ? f(*ahead) : f(None{});
-    const int line = static_cast<int>(group / 2);
-    return group % 2 == pass % 2 && line < vectors ? f(Line<E>{ahead, line}) : f(None{});
+    if (groups == 1) return f(*ahead);
+    if (groups < 4 && vectors < 4) return at == pass % 2 ? f(*ahead) : f(None{});
+    if (groups == 2) return f(Lines<E, 2>{ahead, 2 * at});
+    if (groups == 3 && at == 2) return f(Lines<E, 2>{ahead, 2});
+    const int line = groups < 8 ? at : at / 2;
+    const bool turn = groups < 8 || at % 2 == pass % 2;
+    return turn && line < vectors ? f(Lines<E, 1>{ahead, line}) : f(None{});
   }
 };
 

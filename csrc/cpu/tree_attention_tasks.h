@@ -2,9 +2,12 @@
 #pragma once
 
 #include <atomic>
+#include <utility>
+#include <vector>
 
 #include "tree_attention_layout.h"
 #include "tree_attention_tile.h"
+#include "ttskernels/threads.h"
 
 namespace ttsk::TTSK_ISA {
 namespace {
@@ -42,59 +45,134 @@ struct Task {
 };
 
 // Work that a thread takes at once if tasks are smaller: some microseconds.
-constexpr double kClaimFlops = 1e6;
+constexpr double kClaimFlops = 3e6;
+// A task of fewer q rows waits for memory: it takes as long as one of so many.
+constexpr int64_t kMemoryRows = 16;
 
-// A thread's tasks, taken from the shared counter a few small ones at a time: each taking waits until the thread's writes have
-// left its core. Tasks only grow.
-struct TaskQueue {
-  const TreeAttentionParams& p;
+// The tasks of a call: for each kv head the blocks of all items, most expensive item first, and which of them are left.
+class TaskList {
+ public:
+  TaskList(const TreeAttentionParams& p, const TreeLayout& tree)
+      : layout(tree), items(reinterpret_cast<const PlanItem*>(PlanSection(p.plan, kFieldItems))),
+        segs(reinterpret_cast<const PlanSeg*>(PlanSection(p.plan, kFieldSegs))), heads(p.kv_heads), left_(p.kv_heads),
+        group_(p.q_heads / p.kv_heads), width_(p.head_dim + p.v_dim) {
+    for (Left& left : left_) left.word = static_cast<uint64_t>(layout.block_indptr[p.plan[kFieldNumItems]]) << 32;
+  }
+  double Flops(int64_t item) const {
+    const int64_t rows = items[item].row_n * group_ / Blocks(item);
+    return 2.0 * static_cast<double>(width_ * (rows > kMemoryRows ? rows : kMemoryRows) * (items[item].tokens + kTileTokens));
+  }
+  int64_t Blocks(int64_t item) const { return layout.block_indptr[item + 1] - layout.block_indptr[item]; }
+  // [first, second) of a head's blocks are left.
+  std::pair<int64_t, int64_t> Rest(int64_t head) const { return Halves(left_[head].word.load(std::memory_order_relaxed)); }
+  // take gives, of what is left, what is left afterwards; it is called again when others were faster.
+  template <typename F>
+  void Claim(int64_t head, F take) {
+    std::atomic<uint64_t>& word = left_[head].word;
+    uint64_t left = word.load(std::memory_order_relaxed), rest;
+    do {
+      const auto [first, last] = take(Halves(left));
+      rest = static_cast<uint64_t>(last) << 32 | static_cast<uint64_t>(first);
+    } while (!word.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+  }
+
   const TreeLayout& layout;
-  std::atomic<int64_t>* shared;
-  const PlanItem* items = reinterpret_cast<const PlanItem*>(PlanSection(p.plan, kFieldItems));
-  const PlanSeg* segs = reinterpret_cast<const PlanSeg*>(PlanSection(p.plan, kFieldSegs));
-  const int64_t tasks = layout.task_indptr[p.plan[kFieldNumItems]];
-  int64_t item = 0, next = 0, end = 0;
+  const PlanItem* items;
+  const PlanSeg* segs;
+  const int64_t heads;
+
+ private:
+  struct Left {
+    alignas(64) std::atomic<uint64_t> word{0};
+  };
+  static std::pair<int64_t, int64_t> Halves(uint64_t word) {
+    return {static_cast<int64_t>(word & UINT32_MAX), static_cast<int64_t>(word >> 32)};
+  }
+
+  std::vector<Left> left_;
+  int64_t group_, width_;
+};
+
+// A thread's tasks, a few small ones at a time: each taking waits until the thread's writes have left its core. First those of
+// its own heads, whose records it merges afterwards, then those of others. Every other thread begins a head with the small
+// tasks, which wait for memory while another thread's large ones compute; not its last head, where small ones level the ends.
+class TaskQueue {
+ public:
+  TaskQueue(TaskList* list, const Member& me) : list_(list), down_(me.index % 2 == 1) {
+    const int64_t first = me.index * list->heads / me.count, end = ((me.index + 1) * list->heads + me.count - 1) / me.count;
+    own_ = end - first - 1;
+    head_ = down_ ? end - 1 : first;
+  }
 
   // {} when there are no more.
   Task Take() {
-    if (next == end) Claim();
-    if (next == end) return {};
-    item = ItemOf(next);
-    return At(next++);
+    while (next_ == end_ && !Claim()) {
+      if (!NextHead()) return {};
+    }
+    item_ = ItemOf(next_);
+    const Task task = At(next_);
+    next_ += step_;
+    return task;
   }
   // What Take is likely to return next; taking it already would keep large tasks from threads that have nothing to do.
   Task Guess() const {
-    const int64_t task = next < end ? next : shared->load(std::memory_order_relaxed);
-    return task < tasks ? At(task) : Task{};
+    if (next_ != end_) return At(next_);
+    const auto [first, last] = list_->Rest(head_);
+    return first == last ? Task{} : At(FromBack() ? last - 1 : first);
   }
 
-  int64_t ItemOf(int64_t task) const {
-    int64_t at = item;
-    while (layout.task_indptr[at + 1] <= task) ++at;
+ private:
+  bool FromBack() const { return down_ && own_ > 0; }
+
+  // Of the other heads the one with most left, when all of its own are done.
+  bool NextHead() {
+    if (own_-- > 0) {
+      head_ += down_ ? -1 : 1;
+      return true;
+    }
+    int64_t most = 0;
+    for (int64_t head = 0; head < list_->heads; ++head) {
+      const auto [first, last] = list_->Rest(head);
+      if (last - first > most) most = last - first, head_ = head;
+    }
+    return most > 0;
+  }
+
+  // Takes some of the head's tasks: [next_, end_), or downwards. Whether there were any.
+  bool Claim() {
+    const int64_t hint = item_;
+    list_->Claim(head_, [&](std::pair<int64_t, int64_t> left) {
+      auto [first, last] = left;
+      item_ = hint;
+      step_ = FromBack() ? -1 : 1;
+      next_ = end_ = FromBack() ? last - 1 : first;
+      for (double flops = 0.0; first < last && flops < kClaimFlops; end_ += step_) {
+        flops += list_->Flops(item_ = ItemOf(end_));
+        if (FromBack()) --last;
+        else ++first;
+      }
+      return std::pair{first, last};
+    });
+    return next_ != end_;
+  }
+
+  int64_t ItemOf(int64_t block) const {
+    int64_t at = item_;
+    while (list_->layout.block_indptr[at + 1] <= block) ++at;
+    while (list_->layout.block_indptr[at] > block) --at;
     return at;
   }
-  Task At(int64_t task) const {
-    const int64_t at = ItemOf(task), first = layout.task_indptr[at], blocks = Blocks(at), block = (task - first) % blocks;
-    const PlanItem& it = items[at];
+  Task At(int64_t number) const {
+    const int64_t at = ItemOf(number), blocks = list_->Blocks(at), block = number - list_->layout.block_indptr[at];
+    const PlanItem& it = list_->items[at];
     const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
-    const PlanSeg* seg = segs + it.seg_lo;
-    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, (task - first) / blocks};
+    const PlanSeg* seg = list_->segs + it.seg_lo;
+    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, head_};
   }
 
-  void Claim() {
-    const double row_flops = 2.0 * (p.head_dim + p.v_dim) * p.q_heads / p.kv_heads;
-    next = shared->load(std::memory_order_relaxed);
-    do {
-      end = next;
-      double flops = 0.0;
-      for (int64_t at = item; end < tasks && flops < kClaimFlops; ++end) {
-        while (layout.task_indptr[at + 1] <= end) ++at;
-        const PlanItem& it = items[at];
-        flops += row_flops * it.row_n * (it.tokens + kTileTokens) / Blocks(at);
-      }
-    } while (end > next && !shared->compare_exchange_weak(next, end, std::memory_order_relaxed));
-  }
-  int64_t Blocks(int64_t at) const { return (layout.task_indptr[at + 1] - layout.task_indptr[at]) / p.kv_heads; }
+  TaskList* list_;
+  bool down_;
+  int64_t head_, own_, item_ = 0, next_ = 0, end_ = 0, step_ = 1;
 };
 
 }  // namespace

@@ -57,8 +57,12 @@ struct Kernel {
   const int32_t tile_tokens = p.head_dim <= 128 ? InPlace::kTile : kTileTokens;  // K of a tile stays in L1
   const float score_scale = p.softcap != 0.0f ? p.scale : p.scale * kLog2e;
 
-  float* SlotMl(int64_t slot, int64_t head) const { return layout.slot_ml + (slot * p.q_heads + head) * 2; }
-  float* SlotO(int64_t slot, int64_t head) const { return layout.slot_o + (slot * p.q_heads + head) * p.v_dim; }
+  // Records of a kv head lie together, so that threads that have other heads write no cache line of them.
+  int64_t Record(int64_t slot, int64_t head) const {
+    return (head / group * plan[kFieldNumSlots] + slot) * group + head % group;
+  }
+  float* RecordMl(int64_t record) const { return layout.slot_ml + record * 2; }
+  float* RecordO(int64_t record) const { return layout.slot_o + record * p.v_dim; }
 
   void Finish(int64_t row, int64_t head, float m, float l, const float* o) const {
     T* out = static_cast<T*>(p.out) + row * p.out_stride + head * p.v_dim;
@@ -309,9 +313,10 @@ struct Kernel {
   }
 
   void Write(int64_t slot, int64_t head, float m, float l, const float* o) const {
-    float* ml = SlotMl(slot, head);
+    const int64_t record = Record(slot, head);
+    float* ml = RecordMl(record);
     ml[0] = m, ml[1] = l;
-    if (m != -kInf) std::memcpy(SlotO(slot, head), o, sizeof(float) * p.v_dim);
+    if (m != -kInf) std::memcpy(RecordO(record), o, sizeof(float) * p.v_dim);
   }
 
   void MergeRow(int64_t plan_row, int64_t head) const {
@@ -321,21 +326,26 @@ struct Kernel {
     if (lo == hi && layout.direct[plan_row]) return;
     float m = -kInf, l = 0.0f, o[kTreeMaxDim];
     for (int32_t i = lo; i < hi; ++i) {
-      const float* ml = SlotMl(slots[i], head);
-      MergePartial(ml[0], ml[1], SlotO(slots[i], head), p.v_dim, &m, &l, o);
+      const int64_t record = Record(slots[i], head);
+      const float* ml = RecordMl(record);
+      MergePartial(ml[0], ml[1], RecordO(record), p.v_dim, &m, &l, o);
     }
     Finish(row_perm[plan_row], head, m, l, o);
   }
 
   void RunAll() const {
-    std::atomic<int64_t> shared{0};
+    TaskList list(p, layout);
     Together(layout.threads, [&](const Member& me) {
       const TreeScratch scratch = layout.Scratch(me.index);
-      TaskQueue queue{p, layout, &shared};
+      TaskQueue queue(&list, me);
       for (Task task = queue.Take(); task.item != nullptr; task = queue.Take()) Run(task, queue.Guess(), scratch);
       me.Barrier();
-      const auto [first, last] = me.Share(plan[kFieldNumRows] * p.q_heads);
-      for (int64_t i = first; i < last; ++i) MergeRow(i / p.q_heads, i % p.q_heads);
+      const int64_t rows = plan[kFieldNumRows];
+      const auto [first, last] = me.Share(rows * p.q_heads);  // (head, row) pairs: the thread's own heads
+      for (int64_t row = 0; row < rows; ++row) {
+        const int64_t end = (last - row + rows - 1) / rows;
+        for (int64_t head = (first - row + rows - 1) / rows; head < end; ++head) MergeRow(row, head);
+      }
     });
   }
 };
