@@ -233,7 +233,7 @@ struct Fetching {
     const int at = static_cast<int>(group);
     if (ahead == nullptr) return f(None{});
     if (groups == 1) return f(*ahead);
-    if (groups < 4 && vectors < 4) return at == pass % 2 ? f(*ahead) : f(None{});
+    if (groups < 4 ? vectors < 4 : groups < 8 && vectors == 1) return at == pass % 2 ? f(*ahead) : f(None{});
     if (groups == 2) return f(Lines<E, 2>{ahead, 2 * at});
     if (groups == 3 && at == 2) return f(Lines<E, 2>{ahead, 2});
     const int line = groups < 8 ? at : at / 2;
