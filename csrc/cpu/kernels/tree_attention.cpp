@@ -341,10 +341,9 @@ struct Kernel {
       for (Task task = queue.Take(); task.item != nullptr; task = queue.Take()) Run(task, queue.Guess(), scratch);
       me.Barrier();
       const int64_t rows = plan[kFieldNumRows];
-      const auto [first, last] = me.Share(rows * p.q_heads);  // (head, row) pairs: the thread's own heads
-      for (int64_t row = 0; row < rows; ++row) {
-        const int64_t end = (last - row + rows - 1) / rows;
-        for (int64_t head = (first - row + rows - 1) / rows; head < end; ++head) MergeRow(row, head);
+      const auto [first, last] = me.Share(p.kv_heads * rows);  // in order of heads: the thread's own
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t g = 0; g < group; ++g) MergeRow(i % rows, i / rows * group + g);
       }
     });
   }
