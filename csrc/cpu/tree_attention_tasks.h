@@ -45,7 +45,7 @@ struct Task {
 };
 
 // Work that a thread takes at once if tasks are smaller: some microseconds.
-constexpr double kClaimFlops = 3e6;
+constexpr double kClaimFlops = 1e6;
 // A task of fewer q rows waits for memory: it takes as long as one of so many.
 constexpr int64_t kMemoryRows = 16;
 
