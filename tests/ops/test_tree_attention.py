@@ -116,18 +116,22 @@ def test_plan_changes_no_bit(isa, dtype, case):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_threads_change_no_bit(isa, dtype):
+@pytest.mark.parametrize("q_heads, kv_heads", [(6, 2), (9, 3), (5, 5), (4, 1)])
+def test_threads_change_no_bit(isa, dtype, q_heads, kv_heads):
+    """Threads have heads of their own, or share them, and help each other."""
     trees, lib = make_trees(DEEP, DEEP_ROWS), _dispatch.library()
-    args, before = make(trees, 6, 2, 64, dtype), lib.ttsk_num_threads()
+    args, before = make(trees, q_heads, kv_heads, 64, dtype), lib.ttsk_num_threads()
     try:
         results = []
-        for threads in (1, 2, 3):
+        for threads in (1, 2, 3, 4, 7):
             lib.ttsk_set_num_threads(threads)
-            results.append(tree_attention(*args, build_plan(trees), return_lse=True, impl="cpu"))
+            out = torch.full_like(args[0], math.nan)
+            results.append(tree_attention(*args, build_plan(trees), return_lse=True, impl="cpu", out=out))
     finally:
         lib.ttsk_set_num_threads(before)
-    assert_same(results[0], results[1])
-    assert_same(results[0], results[2])
+    assert results[0][0].isfinite().all()
+    for result in results[1:]:
+        assert_same(result, results[0])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -158,7 +158,7 @@ def run_tile(
     else:
         l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    record = slot.to(tl.int64) + pair // GROUP
+    record = (slot + pair // GROUP) * Q_HEADS + head
     dv = tl.arange(0, BLOCK_V)
     seg_end, pos_end = seg + seg_n, pos + tl.load(item + 7)
     while seg < seg_end:
@@ -179,15 +179,15 @@ def run_tile(
         seg += (offset + tokens + PAGE_SIZE - 1) // PAGE_SIZE
         pos += tokens
         if (slot >= 0) & ((seg >= seg_end) | (not fold)):
-            at = record * Q_HEADS + head
             if BLOCK_M < 64:
                 total = tl.sum(l, 1)
             else:
                 total = l
-            tl.store(partial_ml + at * 2, m, mask=valid)
-            tl.store(partial_ml + at * 2 + 1, total, mask=valid)
-            tl.store(partial_o + at[:, None] * V_DIM + dv[None, :], o, mask=valid[:, None] & (dv[None, :] < V_DIM))
-            record += row_n
+            tl.store(partial_ml + record * 2, m, mask=valid)
+            tl.store(partial_ml + record * 2 + 1, total, mask=valid)
+            tl.store(partial_o + record.to(tl.int64)[:, None] * V_DIM + dv[None, :], o,
+                     mask=valid[:, None] & (dv[None, :] < V_DIM))  # fmt: skip
+            record += row_n * Q_HEADS
             m = tl.full([BLOCK_M], NEG_INF, tl.float32)
             l = tl.zeros_like(l)
             o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
