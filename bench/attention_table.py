@@ -4,7 +4,7 @@
     TTSK_NUM_THREADS=1 OMP_NUM_THREADS=1 python bench/attention_table.py --methods shared flat
     python bench/attention_table.py --methods shared int16 int8
 
-`shared` is the planner's plan, `flat` the whole path for each branch (same kernel), `int16` and `int8` the shared plan over
+`shared` is the planner's plan, `flat` the whole path for each branch (same kernel, same pages), `int16` and `int8` the shared plan over
 fixed-point pages, `gqa` is SDPA with enable_gqa on
 replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
 with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the
@@ -33,6 +33,7 @@ from ttskernels import _dispatch
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_tree_attention import Case, flex  # noqa: E402
 from conftest import peaks  # noqa: E402
+from plans import build_plan  # noqa: E402
 
 from ttskernels.layout import FIXED, from_nhd_fixed, to_nhd  # noqa: E402
 from ttskernels.ops.tree_attention import tree_attention  # noqa: E402
@@ -68,6 +69,9 @@ def calls(shape: tuple[int, ...], methods: list[str], shuffled: bool):
     for method in methods:
         if method == "shared":
             made[method] = lambda: tree_attention(tree.q, tree.k, tree.v, tree.plan, impl="cpu")
+        elif method == "flat":  # over the same pages: another copy of them may be 10 % faster or slower
+            plan = build_plan(tree.trees, "pushed")
+            made[method] = lambda plan=plan: tree_attention(tree.q, tree.k, tree.v, plan, impl="cpu")
         elif method in FIXED:
             pages = from_nhd_fixed(*(t.float() for t in to_nhd(tree.k, tree.v)), FIXED[method])
             made[method] = lambda pages=pages: tree_attention(tree.q, *pages, tree.plan, impl="cpu")
@@ -86,8 +90,6 @@ def calls(shape: tuple[int, ...], methods: list[str], shuffled: bool):
 
 
 def torch_call(case, method: str):
-    if method == "flat":
-        return lambda: tree_attention(case.q, case.k, case.v, case.plan, impl="cpu")
     k, v = case.dense()
     q = case.q[:, :, None] if method == "gqa" else case.q.view(case.q.shape[0], k.shape[1], -1, case.q.shape[2])
     return lambda: F.scaled_dot_product_attention(q, k, v, scale=case.scale, enable_gqa=method == "gqa")
