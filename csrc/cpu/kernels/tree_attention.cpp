@@ -1,6 +1,5 @@
 #include "ttskernels/tree_attention.h"
 
-#include <atomic>
 #include <new>
 
 #include "tree_attention_fixed_tile.h"
