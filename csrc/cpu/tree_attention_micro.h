@@ -221,7 +221,8 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
 }
 
 // What the groups of rows of a tile fetch of the next one, no faster than it comes (bench/LOG.md): of each step, two groups
-// half of the lines, three of them 1, 1 and 2, more of them a line each, and from eight on in every other pass.
+// half of the lines, three of them 1, 1 and 2, more of them a line each, and from eight on in every other pass; where a step
+// has too few lines for that, the first two groups all of them, in alternate passes.
 template <typename E>
 struct Fetching {
   const Tile<E>* ahead;  // null: nothing is

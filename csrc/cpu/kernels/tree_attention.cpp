@@ -340,10 +340,8 @@ struct Kernel {
       for (Task task = queue.Take(); task.item != nullptr; task = queue.Take()) Run(task, queue.Guess(), scratch);
       me.Barrier();
       const int64_t rows = plan[kFieldNumRows];
-      const auto [first, last] = me.Share(p.kv_heads * rows);  // in order of heads: the thread's own
-      for (int64_t i = first; i < last; ++i) {
-        for (int64_t g = 0; g < group; ++g) MergeRow(i % rows, i / rows * group + g);
-      }
+      const auto [first, last] = me.Share(rows * p.q_heads);  // in order of records: those of the thread's own heads
+      for (int64_t i = first; i < last; ++i) MergeRow(i / group % rows, i / group / rows * group + i % group);
     });
   }
 };
