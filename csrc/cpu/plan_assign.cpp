@@ -16,6 +16,8 @@ void Planner::AssignSlots() {
   }
   num_slots_ = 0;
   merge_indptr_.assign(rows + 1, 0);
+  merge_slots_.clear();
+  if (walks_) return;
   for (Item& item : items_) {
     bool direct = item.pos0 == 0;
     for (int32_t r = item.row_lo; direct && r < item.row_lo + item.row_n; ++r) direct = parts_[r] == 1;
@@ -48,13 +50,16 @@ void Planner::AssignSlots() {
   }
 }
 
-// Most expensive item first, where items fold the large ones before the small; longest processing time first over the
+// Most expensive item or walk first, where items fold the large ones before the small; longest processing time first over the
 // queues.
 void Planner::AssignQueues() {
   const int32_t n = static_cast<int32_t>(items_.size()), queues = static_cast<int32_t>(costs_.queues);
   order_.resize(n);
   std::iota(order_.begin(), order_.end(), 0);
-  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) { return items_[a].cost > items_[b].cost; });
+  std::stable_sort(order_.begin(), order_.end(), [&](int32_t a, int32_t b) {
+    const Item &first = items_[a], &second = items_[b];
+    return first.cost != second.cost ? first.cost > second.cost : first.walk < second.walk;
+  });
   large_items_ = 0;
   if (Folds()) {
     const auto large = [&](int32_t i) { return items_[i].row_n * costs_.group > costs_.tile_rows; };
@@ -125,11 +130,15 @@ void Planner::Write(int32_t* plan) const {
   copy(kFieldMergeSlots, merge_slots_);
   copy(kFieldWorkerIndptr, worker_indptr_);
   auto* out = reinterpret_cast<PlanItem*>(PlanSection(plan, kFieldItems));
+  int32_t walk = -1, followers = 0;
   for (const int32_t i : order_) {
     const Item& item = items_[i];
-    *out++ = {item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, item.slot, Folds() || item.pos0 == 0 ? kFold : 0,
-              item.tokens};
+    int32_t flags = Folds() || walks_ || item.pos0 == 0 ? kFold : 0;
+    if (walks_ && item.walk == walk) flags |= kFollows, ++followers;
+    walk = item.walk;
+    *out++ = {item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, item.slot, flags, item.tokens};
   }
+  plan[kFieldFollowers] = followers;
 }
 
 }  // namespace ttsk

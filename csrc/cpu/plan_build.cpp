@@ -40,8 +40,11 @@ void Planner::Build(const TreeSpec& spec, const PlanCosts& costs) {
   Measure(spec);
   SortRows(spec);
   Choose();
-  MakeItems(spec);
-  SplitItems();
+  walks_ = MakeWalks(spec);
+  if (!walks_) {
+    MakeItems(spec);
+    SplitItems();
+  }
   AssignSlots();
   AssignQueues();
   SetRowTargets(spec);
@@ -210,6 +213,15 @@ void Planner::AppendSegs(const TreeSpec& spec, int32_t v) {
   node.seg_n = static_cast<int32_t>(segs_.size()) - node.seg_lo;
 }
 
+// Leaves out segments behind position `last`, up to which the item's last row sees, but of a row that moves on.
+void Planner::TrimItem(Item* item, int32_t last) const {
+  int32_t end = item->pos0 + item->tokens;
+  while (!item->growing && item->seg_n > 1 && end - segs_[item->seg_lo + item->seg_n - 1].count > last) {
+    end -= segs_[item->seg_lo + --item->seg_n].count;
+  }
+  item->tokens = end - item->pos0;
+}
+
 // One item per chain and block of rows.
 void Planner::MakeItems(const TreeSpec& spec) {
   items_.clear();
@@ -226,13 +238,11 @@ void Planner::MakeItems(const TreeSpec& spec) {
     const int32_t blocks = static_cast<int32_t>(Blocks(rows)), size = (rows + blocks - 1) / blocks;
     for (int32_t lo = node.row_lo; lo < row_end; lo += size) {
       const int32_t hi = std::min(lo + size, row_end), last = pos_[hi - 1];
-      int32_t end = node.pos0 + node.extent, n = seg_n;
-      if (!node.growing) {  // the block's last row sees nothing of later segments
-        while (n > 1 && end - segs_[seg_lo + n - 1].count > last) end -= segs_[seg_lo + --n].count;
-      }
-      const double seen = std::min(end, last + 1) - pos0;
-      items_.push_back({lo, hi - lo, seg_lo, n, pos0, end - pos0, -1, costs_.item_us + seen * BlockRate(hi - lo),
-                        node.growing});
+      items_.push_back({lo, hi - lo, seg_lo, seg_n, pos0, node.pos0 + node.extent - pos0, -1, -1, 0.0, node.growing});
+      Item& item = items_.back();
+      TrimItem(&item, last);
+      const double seen = std::min(pos0 + item.tokens, last + 1) - pos0;
+      item.cost = costs_.item_us + seen * BlockRate(hi - lo);
     }
   }
 }

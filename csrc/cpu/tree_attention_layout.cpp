@@ -45,6 +45,7 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
   int64_t blocks = 0;
   for (int64_t i = 0; i < items; ++i, ++item) {
     block_indptr[i] = static_cast<int32_t>(blocks);
+    if ((item->flags & kFollows) != 0) continue;
     blocks += (item->row_n + block_rows - 1) / block_rows;
     if (item->slot < 0) std::memset(direct + item->row_lo, 1, static_cast<size_t>(item->row_n));
   }

@@ -32,16 +32,30 @@ struct Upcoming {
   int64_t kv_head;
 };
 
-// Rows [row, row + rows) of an item, one kv head.
+// Rows [row, row + rows) of a walk, one kv head: an item, and those behind it that go on with its rows.
 struct Task {
   const PlanItem* item;  // null: there is none
-  const PlanSeg* seg;
-  const PlanSeg* last;
+  const PlanItem* end;   // of the walk
+  const PlanSeg* segs;
   int64_t row, rows, kv_head;
 
   // The partial at segment `at`, of which `rest` tokens of the item are left.
   Upcoming PartialAt(const PlanSeg* at, int32_t rest) const { return {{at, 0}, at->left < rest ? at->left : rest, kv_head}; }
-  Upcoming Begin() const { return item == nullptr ? Upcoming{} : PartialAt(seg, item->tokens); }
+  Upcoming Begin(const PlanItem* of) const { return PartialAt(segs + of->seg_lo, of->tokens); }
+  Upcoming Begin() const { return item == nullptr ? Upcoming{} : Begin(item); }
+  // [first, second): those of its plan rows that an item of the walk has.
+  std::pair<int64_t, int64_t> RowsOf(const PlanItem& of) const {
+    const int64_t of_end = of.row_lo + of.row_n, task_end = row + rows;
+    return {of.row_lo > row ? of.row_lo : row, of_end < task_end ? of_end : task_end};
+  }
+  // The next item of the walk that has some of its rows; null: there is none.
+  const PlanItem* After(const PlanItem* of) const {
+    while (++of < end) {
+      const auto [lo, hi] = RowsOf(*of);
+      if (lo < hi) return of;
+    }
+    return nullptr;
+  }
 };
 
 // Work that a thread takes at once if tasks are smaller: some microseconds.
@@ -49,26 +63,55 @@ constexpr double kClaimFlops = 1e6;
 // A task of fewer q rows waits for memory: it takes as long as one of so many.
 constexpr int64_t kMemoryRows = 16;
 
-// The tasks of a call: for each kv head the blocks of all items, most expensive item first, and which of them are left.
+// The kv heads that a thread takes first: its share of them, with those that it has a part of.
+struct HeadRange {
+  HeadRange(int64_t heads, int index, int count)
+      : first(index * heads / count), end(((index + 1) * heads + count - 1) / count) {}
+  int64_t first, end;
+};
+
+// The tasks of a call: for each kv head the blocks of all walks, most expensive first, and which of them are left. Where a
+// head has fewer blocks than threads have a part of it, each block's rows are divided among them.
 class TaskList {
  public:
   TaskList(const TreeAttentionParams& p, const TreeLayout& tree)
       : layout(tree), items(reinterpret_cast<const PlanItem*>(PlanSection(p.plan, kFieldItems))),
-        segs(reinterpret_cast<const PlanSeg*>(PlanSection(p.plan, kFieldSegs))), heads(p.kv_heads), left_(p.kv_heads),
+        items_end(items + p.plan[kFieldNumItems]),
+        segs(reinterpret_cast<const PlanSeg*>(PlanSection(p.plan, kFieldSegs))), heads(p.kv_heads), head_(p.kv_heads),
         group_(p.q_heads / p.kv_heads), width_(p.head_dim + p.v_dim) {
-    for (Left& left : left_) left.word = static_cast<uint64_t>(layout.block_indptr[p.plan[kFieldNumItems]]) << 32;
+    for (int thread = 0; thread < layout.threads; ++thread) {
+      const HeadRange own(heads, thread, layout.threads);
+      for (int64_t head = own.first; head < own.end; ++head) ++head_[head].parts;
+    }
+    const int64_t blocks = layout.block_indptr[items_end - items];
+    for (Head& head : head_) {
+      head.parts = head.parts > blocks && blocks > 0 ? (head.parts + blocks - 1) / blocks : 1;
+      head.left = static_cast<uint64_t>(blocks * head.parts) << 32;
+    }
   }
+  // A walk is an item and those that go on with its rows.
+  const PlanItem* WalkEnd(const PlanItem* item) const {
+    while (++item < items_end && (item->flags & kFollows) != 0) {}
+    return item;
+  }
+  // Of a block of the walk that item number `item` begins.
   double Flops(int64_t item) const {
-    const int64_t rows = items[item].row_n * group_ / Blocks(item);
-    return 2.0 * static_cast<double>(width_ * (rows > kMemoryRows ? rows : kMemoryRows) * (items[item].tokens + kTileTokens));
+    const int64_t blocks = Blocks(item);
+    int64_t result = 0;
+    for (const PlanItem *it = items + item, *end = WalkEnd(it); it < end; ++it) {
+      const int64_t rows = it->row_n * group_ / blocks;
+      result += (rows > kMemoryRows ? rows : kMemoryRows) * (it->tokens + kTileTokens);
+    }
+    return 2.0 * static_cast<double>(width_ * result);
   }
   int64_t Blocks(int64_t item) const { return layout.block_indptr[item + 1] - layout.block_indptr[item]; }
-  // [first, second) of a head's blocks are left.
-  std::pair<int64_t, int64_t> Rest(int64_t head) const { return Halves(left_[head].word.load(std::memory_order_relaxed)); }
+  int64_t Parts(int64_t head) const { return head_[head].parts; }
+  // [first, second) of a head's tasks are left.
+  std::pair<int64_t, int64_t> Rest(int64_t head) const { return Halves(head_[head].left.load(std::memory_order_relaxed)); }
   // take gives, of what is left, what is left afterwards; it is called again when others were faster.
   template <typename F>
   void Claim(int64_t head, F take) {
-    std::atomic<uint64_t>& word = left_[head].word;
+    std::atomic<uint64_t>& word = head_[head].left;
     uint64_t left = word.load(std::memory_order_relaxed), rest;
     do {
       const auto [first, last] = take(Halves(left));
@@ -78,18 +121,20 @@ class TaskList {
 
   const TreeLayout& layout;
   const PlanItem* items;
+  const PlanItem* items_end;
   const PlanSeg* segs;
   const int64_t heads;
 
  private:
-  struct Left {
-    alignas(64) std::atomic<uint64_t> word{0};
+  struct Head {
+    alignas(64) std::atomic<uint64_t> left{0};
+    int64_t parts = 0;  // of each block
   };
   static std::pair<int64_t, int64_t> Halves(uint64_t word) {
     return {static_cast<int64_t>(word & UINT32_MAX), static_cast<int64_t>(word >> 32)};
   }
 
-  std::vector<Left> left_;
+  std::vector<Head> head_;
   int64_t group_, width_;
 };
 
@@ -99,9 +144,9 @@ class TaskList {
 class TaskQueue {
  public:
   TaskQueue(TaskList* list, const Member& me) : list_(list), down_(me.index % 2 == 1) {
-    const int64_t first = me.index * list->heads / me.count, end = ((me.index + 1) * list->heads + me.count - 1) / me.count;
-    own_ = end - first - 1;
-    head_ = down_ ? end - 1 : first;
+    const HeadRange own(list->heads, me.index, me.count);
+    own_ = own.end - own.first - 1;
+    head_ = down_ ? own.end - 1 : own.first;
   }
 
   // {} when there are no more.
@@ -156,18 +201,19 @@ class TaskQueue {
     return next_ != end_;
   }
 
-  int64_t ItemOf(int64_t block) const {
+  int64_t ItemOf(int64_t number) const {
+    const int64_t block = number / list_->Parts(head_);
     int64_t at = item_;
     while (list_->layout.block_indptr[at + 1] <= block) ++at;
     while (list_->layout.block_indptr[at] > block) --at;
     return at;
   }
   Task At(int64_t number) const {
-    const int64_t at = ItemOf(number), blocks = list_->Blocks(at), block = number - list_->layout.block_indptr[at];
+    const int64_t at = ItemOf(number), parts = list_->Parts(head_), blocks = list_->Blocks(at) * parts;
+    const int64_t block = number - list_->layout.block_indptr[at] * parts;
     const PlanItem& it = list_->items[at];
     const int64_t lo = it.row_n * block / blocks, hi = it.row_n * (block + 1) / blocks;
-    const PlanSeg* seg = list_->segs + it.seg_lo;
-    return {&it, seg, seg + it.seg_n, it.row_lo + lo, hi - lo, head_};
+    return {&it, list_->WalkEnd(&it), list_->segs, it.row_lo + lo, hi - lo, head_};
   }
 
   TaskList* list_;

@@ -15,11 +15,20 @@ void CheckCoverage(Checks& check, const Tree& tree, const std::vector<int32_t>& 
   const int32_t* perm = PlanSection(p, kFieldRowPerm);
   std::vector<std::map<int32_t, Place>> seen(rows);        // of each caller row: position -> place
   std::vector<std::map<int32_t, int32_t>> partials(rows);  // plan row: first position -> slot
-  std::vector<int> direct(rows, 0), slot_used(p[kFieldNumSlots], 0);
+  std::vector<int> direct(rows, 0), slot_used(p[kFieldNumSlots], 0), walked(rows, 0);  // walked: to this position
+  const PlanItem* walk = nullptr;
+  int32_t followers = 0;
   check.True(rows == static_cast<int32_t>(tree.row_node.size()), "another number of rows");
   for (int32_t i = 0; i < p[kFieldNumItems]; ++i) {
     const PlanItem& item = items[i];
+    const bool follows = (item.flags & kFollows) != 0;
+    if (!follows) walk = &item;
+    followers += follows;
+    check.True(item.row_lo >= walk->row_lo && item.row_lo + item.row_n <= walk->row_lo + walk->row_n, "rows of no walk");
+    check.True(!follows || (item.flags & kFold) != 0, "a walk folds");
     for (int32_t r = item.row_lo; r < item.row_lo + item.row_n; ++r) {
+      check.True(!follows || (item.slot == -1 && walked[r] == item.pos0), "a walk goes from root to leaf");
+      walked[r] = item.pos0 + item.tokens;
       int32_t pos = item.pos0, partial = -1, total = 0;
       for (const PlanSeg* seg = segs + item.seg_lo; seg < segs + item.seg_lo + item.seg_n; ++seg) {
         total += seg->count;
@@ -35,9 +44,10 @@ void CheckCoverage(Checks& check, const Tree& tree, const std::vector<int32_t>& 
         }
       }
       check.True(total == item.tokens, "an item's tokens are not its segments'");
-      direct[r] += item.slot < 0;
+      direct[r] += item.slot < 0 && !follows;
     }
   }
+  check.True(followers == p[kFieldFollowers], "another number of followers");
   const int32_t* indptr = PlanSection(p, kFieldMergeIndptr);
   const int32_t* slots = PlanSection(p, kFieldMergeSlots);
   for (int32_t r = 0; r < rows; ++r) {

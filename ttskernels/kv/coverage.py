@@ -46,12 +46,18 @@ def expected_of_rows(
     return views
 
 
+def key_of(item: np.void, group: int, row: int) -> int:
+    """Where an item writes a row's partial number `group`: a slot, or -1, the row's result."""
+    return int(item["slot"] + group * item["row_n"] + row - item["row_lo"]) if item["slot"] >= 0 else -1
+
+
 def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
     """Per plan row: key -> (slots read, positions at which partials begin). The key is a slot or -1."""
     perm, pos = plan.section(at.ROW_PERM), plan.row_pos
     items, segs = plan.section(at.ITEMS), plan.section(at.SEGS)
     page_size = int(plan.buffer[at.PAGE_SIZE_AT])
     out: list[dict[int, tuple[list[int], list[int]]]] = [{} for _ in range(plan.num_rows)]
+    walk = None
     for item in items:
         part = segs[item["seg_lo"] : item["seg_lo"] + item["seg_n"]]
         assert part["count"].min() > 0 and part["count"].sum() == item["tokens"], f"segments of {item}"
@@ -65,20 +71,26 @@ def _read(plan: Plan) -> list[dict[int, tuple[list[int], list[int]]]]:
         assert (part["offset"] + part["count"] == page_size)[:-1][inner].all(), f"a segment stops short: {item}"
         fold = bool(item["flags"] & at.FOLD)
         assert fold or item["slot"] >= 0 and item["pos0"] > 0, f"an item from the root folds: {item}"
+        follows = bool(item["flags"] & at.FOLLOWS)
+        if follows:
+            of_walk = range(walk["row_lo"], walk["row_lo"] + walk["row_n"])
+            assert fold and item["slot"] == -1 and walk["pos0"] == 0, f"a walk folds, from the root on: {item}"
+            assert item["row_lo"] in of_walk and item["row_lo"] + item["row_n"] - 1 in of_walk, f"rows of no walk: {item}"
+        else:
+            walk = item
         group = np.cumsum(opens) - 1
         for r in range(item["row_lo"], item["row_lo"] + item["row_n"]):
             seen = out[r]
             for g in range(1 if fold else group[-1] + 1):
-                key = item["slot"] + g * item["row_n"] + (r - item["row_lo"]) if item["slot"] >= 0 else -1
-                assert key not in seen, f"row {r} writes slot {key} twice"
-                seen[int(key)] = ([], [])
+                key = key_of(walk if follows else item, g, r)
+                assert follows == (key in seen), f"row {r} writes slot {key} twice, or goes on with nothing"
+                seen.setdefault(key, ([], []))
             for seg, first, g, opened in zip(part, start, group, opens, strict=True):
                 n = min(int(seg["count"]), int(pos[perm[r]]) - int(first) + 1)
                 if n <= 0:
                     continue
                 g = 0 if fold else g
-                key = item["slot"] + g * item["row_n"] + (r - item["row_lo"]) if item["slot"] >= 0 else -1
-                slots, begins = seen[int(key)]
+                slots, begins = seen[key_of(walk if follows else item, g, r)]
                 slot = int(seg["page"]) * page_size + int(seg["offset"])
                 slots += range(slot, slot + n)
                 if opened:
@@ -117,3 +129,5 @@ def check_coverage(plan: Plan, expected: Sequence[RowView]) -> None:
         if not plan.folds:
             assert begins == want.begins.tolist(), f"row {perm[r]}: partials at {begins}, expected {want.begins.tolist()}"
     assert len(owner) == plan.buffer[at.NUM_SLOTS], "a slot has no merge"
+    followers = int(np.count_nonzero(plan.section(at.ITEMS)["flags"] & at.FOLLOWS))
+    assert followers == plan.buffer[at.FOLLOWERS], "another number of followers in the header"

@@ -320,7 +320,7 @@ def _build_reference(packed: np.ndarray, costs: at.Costs, reuse: Plan | None) ->
     a[at.PAGE_SIZE_AT : at.NUM_MERGES + 1] = (spec.page_size, *need[:3], built.num_slots, need.merges)
     pages, count, left = (np.asarray(built.segs[i::4]) for i in (0, 2, 3))
     a[at.PAGE_BREAKS] = np.count_nonzero((left > count)[:-1] & (np.diff(pages) != 1))
-    a[at.LARGE_ITEMS] = built.large_items
+    a[at.LARGE_ITEMS], a[at.FOLLOWERS] = built.large_items, built.followers
     for field, values in (
         (at.ROW_POS, spec.row_pos),
         (at.ROW_SLOT, built.row_slot),

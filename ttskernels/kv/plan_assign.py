@@ -17,13 +17,22 @@ class Item(NamedTuple):
     seg_n: int
     pos0: int
     tokens: int
-    cost: float
+    cost: float  # of its whole walk
     growing: bool
+    walk: int = -1  # its number; -1: it is one by itself
 
 
 def starts(segs: array, s: int) -> bool:
     """Whether a partial begins at segment s: where the one before has ended."""
     return s == 0 or segs[s * 4 - 1] == segs[s * 4 - 2]
+
+
+def trimmed(segs: array, lo: int, n: int, tokens: int, last: int, growing: bool) -> tuple[int, int]:
+    """Segments and tokens of an item whose last row sees its tokens up to `last`; a row that moves on keeps all."""
+    while not growing and n > 1 and tokens - segs[(lo + n) * 4 - 2] > last:
+        n -= 1
+        tokens -= segs[(lo + n) * 4 + 2]
+    return n, tokens
 
 
 def assign_slots(
@@ -57,9 +66,9 @@ def assign_slots(
 
 
 def assign_queues(items: list[Item], costs: Costs) -> tuple[list[int], list[int], int]:
-    """Items' order (dearest first, where items fold the large ones before the small; longest processing time first over
+    """Items' order (dearest item or walk first, where items fold the large ones before the small; longest processing time first over
     queues), queues' bounds, and how many are large."""
-    order = sorted(range(len(items)), key=lambda i: -items[i].cost)
+    order = sorted(range(len(items)), key=lambda i: (-items[i].cost, items[i].walk))
     large = []
     if costs.fold:
         large = [i for i in order if items[i].row_n * costs.group > costs.tile_rows]

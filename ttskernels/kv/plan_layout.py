@@ -13,7 +13,7 @@ VERSION = 1
 PARTIAL_TOKENS = 512
 TILE_TOKENS = 64
 HEADER_INTS = 32
-FOLD = 1  # PlanItem.flags
+FOLD, FOLLOWS = 1, 2  # PlanItem.flags
 
 (
     MAGIC_AT, VERSION_AT, TOTAL_INTS, PAGE_SIZE_AT,
@@ -21,7 +21,7 @@ FOLD = 1  # PlanItem.flags
     CAP_ROWS, CAP_ITEMS, CAP_SEGS, CAP_MERGES,
     ROW_POS, ROW_SLOT, ROW_PERM, ROW_LEAF, ITEMS, SEGS, MERGE_INDPTR, MERGE_SLOTS, WORKER_INDPTR,
 ) = range(23)  # fmt: skip
-PAGE_BREAKS, LARGE_ITEMS = 24, 25
+PAGE_BREAKS, LARGE_ITEMS, FOLLOWERS = 24, 25, 26
 
 ITEM_DTYPE = np.dtype(
     [(n, np.int32) for n in ("row_lo", "row_n", "seg_lo", "seg_n", "pos0", "slot", "flags", "tokens")]

@@ -9,6 +9,7 @@ Both make the same choices from the same float64 arithmetic in the same order, s
 3. Every separate node, and every node with own rows that is pushed, ends a chain of itself and the pushed
    nodes above.
    A chain is an item per block of rows, cut at partial starts while there are too few tasks.
+4. For a CPU, walks (plan_walks.py) in their place if they cost no more.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, row_targets, starts
-from ttskernels.kv.plan_layout import FOLD, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
+from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, row_targets, starts, trimmed
+from ttskernels.kv.plan_layout import FOLD, FOLLOWS, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
+from ttskernels.kv.plan_walks import make_walks
 
 
 class Built(NamedTuple):
@@ -37,6 +39,7 @@ class Built(NamedTuple):
     num_slots: int
     worker_indptr: list[int]
     large_items: int
+    followers: int
     stats: PlanStats
 
 
@@ -258,12 +261,10 @@ def block_items(
         row_hi = row_lo + rows
         for lo in range(row_lo, row_hi, size):
             hi = min(lo + size, row_hi)
-            last, end, n = pos[hi - 1], stop, seg_hi - seg_lo
-            while not growing and n > 1 and end - segs[(seg_lo + n) * 4 - 2] > last:
-                n -= 1  # the block's last row sees nothing of this segment
-                end -= segs[(seg_lo + n) * 4 + 2]
-            cost = costs.item_us + (min(end, last + 1) - pos0) * block_rate[hi - lo]
-            items.append(Item(lo, hi - lo, seg_lo, n, pos0, end - pos0, cost, growing))
+            last = pos[hi - 1]
+            n, tokens = trimmed(segs, seg_lo, seg_hi - seg_lo, stop - pos0, last - pos0, growing)
+            cost = costs.item_us + (min(pos0 + tokens, last + 1) - pos0) * block_rate[hi - lo]
+            items.append(Item(lo, hi - lo, seg_lo, n, pos0, tokens, cost, growing))
     return items, segs, grows
 
 
@@ -309,16 +310,25 @@ def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> lis
 def build(spec: TreeSpec, costs: Costs) -> Built:
     tree = Tree(spec, costs)
     pushed, modelled, flat = choose(tree, costs)
-    items, segs, grows = block_items(tree, pushed, costs)
-    items = split_items(tree, items, segs, costs)
-    rows = len(tree.pos)
-    slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows, costs.fold)
+    rows, modelled_us = len(tree.pos), modelled / costs.workers
+    walks = make_walks(tree, modelled_us, costs, rates(costs)[0])
+    if walks:
+        items, segs, grows, modelled_us = walks
+        slots, merge_indptr, merge_slots, num_slots = [-1] * len(items), [0] * (rows + 1), [], 0
+    else:
+        items, segs, grows = block_items(tree, pushed, costs)
+        items = split_items(tree, items, segs, costs)
+        slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows, costs.fold)
     order, worker_indptr, large_items = assign_queues(items, costs)
     row_slot, row_leaf = row_targets(spec, tree, segs, grows)
-    packed = []
+    packed, walk, followers = [], -1, 0
     for i in order:
         item = items[i]
-        flags = FOLD if costs.fold or item.pos0 == 0 else 0
+        flags = FOLD if costs.fold or walks or item.pos0 == 0 else 0
+        if walks and item.walk == walk:
+            flags |= FOLLOWS
+            followers += 1
+        walk = item.walk
         packed.append(
             (item.row_lo, item.row_n, item.seg_lo, item.seg_n, item.pos0, slots[i], flags, item.tokens)
         )
@@ -327,10 +337,10 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
         partial_slots=num_slots,
         unique_tokens=sum(s for s, t in zip(tree.seen, tree.total, strict=True) if t),
         flat_tokens=sum(p + 1 for p in tree.pos),
-        modelled_us=modelled / costs.workers,
+        modelled_us=modelled_us,
         flat_us=flat / costs.workers,
     )
     return Built(
         row_slot, tree.perm, row_leaf, packed, segs, merge_indptr, merge_slots, num_slots, worker_indptr,
-        large_items, stats
+        large_items, followers, stats
     )  # fmt: skip

@@ -232,10 +232,23 @@ struct Kernel {
     }
   }
 
-  Sight LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, const TreeScratch& s) const {
+  // Where the rows of plan rows [row, row + rows) may look.
+  Sight SightOf(int64_t row, int64_t rows) const {
+    Sight sight = {INT32_MAX, 0, INT32_MAX, 0};
+    for (const int32_t* r = row_perm + row; r < row_perm + row + rows; ++r) {
+      const int32_t end = row_pos[*r] + 1, first = First(end);
+      if (first < sight.first) sight.first = first;
+      if (first > sight.last_first) sight.last_first = first;
+      if (end < sight.first_end) sight.first_end = end;
+      if (end > sight.end) sight.end = end;
+    }
+    return sight;
+  }
+  int32_t First(int32_t end) const { return p.window > 0 && end > p.window ? end - p.window : 0; }
+
+  void LoadQueries(int64_t plan_row, int64_t rows, int64_t kv_head, const TreeScratch& s) const {
     E* q = static_cast<E*>(s.q);
     RowState* state = static_cast<RowState*>(s.state);
-    Sight sight = {INT32_MAX, 0, INT32_MAX, 0};
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t row = row_perm[plan_row + r];
       const T* from = static_cast<const T*>(p.q) + row * p.q_stride + kv_head * group * p.head_dim;
@@ -250,32 +263,54 @@ struct Kernel {
         else for (int64_t i = 0; i < elements; i += kLanes) Store(q + i, LoadAs(from + i));
         q += elements;
       }
-      const int32_t row_end = row_pos[row] + 1;
-      const int32_t row_first = p.window > 0 && row_end > p.window ? row_end - p.window : 0;
-      if (row_first < sight.first) sight.first = row_first;
-      if (row_first > sight.last_first) sight.last_first = row_first;
-      if (row_end < sight.first_end) sight.first_end = row_end;
-      if (row_end > sight.end) sight.end = row_end;
-      for (int64_t g = 0; g < group; ++g, ++state) {
-        state->first = row_first, state->end = row_end;
-      }
+      const int32_t end = row_pos[row] + 1;
+      for (int64_t g = 0; g < group; ++g, ++state) state->first = First(end), state->end = end;
     }
-    return sight;
   }
 
-  void Run(const Task& task, const Task& then, TreeScratch s) const {
-    const PlanItem& item = *task.item;
-    const int64_t row = task.row, rows = task.rows, kv_head = task.kv_head;
-    RowState* state = static_cast<RowState*>(s.state);
-    const int64_t count = rows * group;
-    const bool fold = (item.flags & kFold) != 0 || item.slot < 0;
-    const Sight sight = LoadQueries(row, rows, kv_head, s);
-    for (int64_t r = 0; r < count; ++r) s.fold_ml[2 * r] = -kInf, s.fold_ml[2 * r + 1] = 0.0f;
+  // The part of a task's scratch that rows from number `row` (row, head) on need; what lives for one partial is used again.
+  TreeScratch From(int64_t row, TreeScratch s) const {
+    s.q = static_cast<E*>(s.q) + row * p.head_dim;
+    s.state = static_cast<RowState*>(s.state) + row;
+    s.sums += row * kLanes;
+    s.row_scale += row;
+    s.fold_ml += 2 * row;
+    s.fold_o += row * p.v_dim;
+    return s;
+  }
 
+  void Run(const Task& task, const Task& then, const TreeScratch& s) const {
+    const PlanItem& head = *task.item;
+    const int64_t row = task.row, kv_head = task.kv_head, count = task.rows * group;
+    if (count == 0) return;
+    LoadQueries(row, task.rows, kv_head, s);
+    for (int64_t r = 0; r < count; ++r) s.fold_ml[2 * r] = -kInf, s.fold_ml[2 * r + 1] = 0.0f;
+    for (const PlanItem* item = &head; item != nullptr;) {
+      const PlanItem* following = task.After(item);
+      RunItem(task, *item, following == nullptr ? then.Begin() : task.Begin(following), s);
+      item = following;
+    }
+    if ((head.flags & kFold) == 0 && head.slot >= 0) return;
+    for (int64_t r = 0; r < count; ++r) {
+      const int64_t head_of = kv_head * group + r % group;
+      const float m = s.fold_ml[2 * r], l = s.fold_ml[2 * r + 1];
+      if (head.slot < 0) Finish(row_perm[row + r / group], head_of, m, l, s.fold_o + r * p.v_dim);
+      else Write(head.slot + row - head.row_lo + r / group, head_of, m, l, s.fold_o + r * p.v_dim);
+    }
+  }
+
+  // The partials of an item for those of the task's rows that it has; `then` comes after it.
+  void RunItem(const Task& task, const PlanItem& item, const Upcoming& then, const TreeScratch& of_task) const {
+    const auto [row, end] = task.RowsOf(item);
+    const int64_t kv_head = task.kv_head, count = (end - row) * group;
+    const TreeScratch s = From((row - task.row) * group, of_task);
+    const Sight sight = SightOf(row, end - row);
+    const bool fold = (item.flags & kFold) != 0 || item.slot < 0;
+    RowState* state = static_cast<RowState*>(s.state);
     int32_t pos = item.pos0;
     int64_t slot = item.slot;
-    const PlanSeg* seg = task.seg;
-    const PlanSeg* last = task.last;
+    const PlanSeg* seg = task.segs + item.seg_lo;
+    const PlanSeg* last = seg + item.seg_n;
     while (seg < last) {
       const SegCursor cursor = {seg, 0};
       int32_t tokens = seg->count;
@@ -287,7 +322,7 @@ struct Kernel {
       }
       std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
       const int32_t rest = item.pos0 + item.tokens - pos - tokens;
-      const Upcoming next = seg < last ? task.PartialAt(seg, rest) : then.Begin();
+      const Upcoming next = seg < last ? task.PartialAt(seg, rest) : then;
       Partial(kv_head, cursor, pos, tokens, count, sight, next, s);
       for (int64_t r = 0; r < count; ++r) {
         const float l = ReduceAdd(Load(s.sums + r * kLanes));
@@ -301,13 +336,6 @@ struct Kernel {
       }
       pos += tokens;
       slot += item.row_n;
-    }
-    if (!fold) return;
-    for (int64_t r = 0; r < count; ++r) {
-      const int64_t head = kv_head * group + r % group;
-      const float m = s.fold_ml[2 * r], l = s.fold_ml[2 * r + 1];
-      if (item.slot < 0) Finish(row_perm[row + r / group], head, m, l, s.fold_o + r * p.v_dim);
-      else Write(item.slot + row - item.row_lo + r / group, head, m, l, s.fold_o + r * p.v_dim);
     }
   }
 

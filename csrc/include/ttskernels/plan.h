@@ -15,6 +15,8 @@
 // starts at slot 0 of its page, and every one but the last ends at the end of its page: the GPU finds a token's segment by
 // division. An item with kFold covers its rows' paths from the root on and folds its partials as it goes; any other item
 // writes each partial to its own slot. Which items exist therefore never changes a result's bits.
+// An item with kFollows goes on with some of the rows of the item in front, root to leaf, where that one left their fold: an
+// item and all that follow it are a walk, which writes its rows' results, or records, once. Only plans for a CPU have such.
 // Plans for a GPU (PlanCosts.fold) fold in every item, one record a row and item; a node is one partial, which items may
 // cut between any two segments. There, which items exist may show in the last bits.
 #pragma once
@@ -56,10 +58,11 @@ enum PlanField : int {
   kFieldUncoveredRows = 23,  // rows that no item covers, whose result is 0 and -inf; the planner makes none
   kFieldPageBreaks = 24,  // segments that go on with a partial on a page that does not follow the one before
   kFieldLargeItems = 25,  // plans for a GPU: the first so many items have more (row, head of a group) pairs than a small tile
+  kFieldFollowers = 26,   // items with kFollows
   kPlanHeaderInts = 32,
 };
 
-enum PlanItemFlags : int32_t { kFold = 1 };
+enum PlanItemFlags : int32_t { kFold = 1, kFollows = 2 };
 
 struct PlanItem {
   int32_t row_lo, row_n;  // plan rows
@@ -67,6 +70,7 @@ struct PlanItem {
   int32_t pos0;           // absolute position of the first token of the first segment; segments are consecutive
   int32_t slot;           // first partial slot, or -1: one result per row, written to the output directly.
                           // Slot of (partial g, row r): slot + g * row_n + (r - row_lo); with kFold only g = 0 exists.
+                          // Of an item with kFollows: -1.
   int32_t flags;
   int32_t tokens;         // sum of segment counts
 };

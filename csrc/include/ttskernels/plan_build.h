@@ -44,13 +44,15 @@ class Planner {
     int32_t parent, length, pos0, own, reach, total, row_lo, cursor, seen, extent;
     int32_t seg_lo, seg_n;  // its segments in the first chain that has them; seg_lo -1: none yet
     bool leaf, growing, pushed, flat_tree;
+    int32_t walk_lo, walk_rows, walk;  // of its tree's walks: first row, rows of each, number of the first
     // Of the items that would take in a node above (see choose() in plan_reference.py).
     int64_t empty, records, open_rows;
     double front_cost, rate, flat_rate, done, flat;
   };
   struct Item {
     int32_t row_lo, row_n, seg_lo, seg_n, pos0, tokens, slot;
-    double cost;
+    int32_t walk;  // its number, -1: it is one by itself
+    double cost;   // of the whole walk
     bool growing;
   };
 
@@ -64,7 +66,9 @@ class Planner {
   void SortRows(const TreeSpec& spec);
   void Choose();
   void AppendSegs(const TreeSpec& spec, int32_t v);
+  bool MakeWalks(const TreeSpec& spec);
   void MakeItems(const TreeSpec& spec);
+  void TrimItem(Item* item, int32_t last) const;
   void SplitItems();
   void AssignSlots();
   void AssignQueues();
@@ -72,12 +76,14 @@ class Planner {
 
   PlanCosts costs_{};
   int32_t page_size_ = 0, num_slots_ = 0, large_items_ = 0;
+  bool walks_ = false;
   int64_t unique_tokens_ = 0, flat_tokens_ = 0;
   double modelled_us_ = 0, flat_us_ = 0;
   std::vector<Node> nodes_;
   std::vector<Item> items_, split_;
   std::vector<PlanSeg> segs_;
   std::vector<int32_t> perm_, pos_, input_pos_, row_slot_, row_leaf_, parts_, chain_, cuts_;
+  std::vector<double> cost_;
   std::vector<int32_t> order_, merge_indptr_, merge_cursor_, merge_slots_, queue_, worker_indptr_;
 };
 
