@@ -7,15 +7,15 @@
 namespace ttsk {
 
 // An item per node and block of its tree's rows, in nodes' order, so that every row's items come root to leaf; those of a
-// block are its walk. Takes them if the model has it that they are no slower than items with records.
+// block are its walk. Takes them if the model has it that they are faster than items with records.
 bool Planner::MakeWalks(const TreeSpec& spec) {
   items_.clear();
-  if (Folds() || costs_.queues > 1 || rows() == 0) return false;
+  if (costs_.walks == 0 || rows() == 0) return false;
   const int64_t workers = static_cast<int64_t>(costs_.workers), heads = static_cast<int64_t>(costs_.kv_heads);
   const int64_t wanted = (workers + heads - 1) / heads, share = (rows() + wanted - 1) / wanted;
   const int64_t most = std::min(static_cast<int64_t>(costs_.block_rows), share);
   int32_t walks = 0;
-  double total = 0.0;
+  double total = 0.0, divided = 0.0;  // of the items, and of the same with their rows in two parts
   for (int32_t v = 0; v < spec.nodes; ++v) {
     Node& node = nodes_[v];
     if (node.pos0 == 0) {  // nothing above has tokens
@@ -37,14 +37,17 @@ bool Planner::MakeWalks(const TreeSpec& spec) {
       const double cost = (node.pos0 == 0 ? costs_.item_us : 0.0) + static_cast<double>(seen) * BlockRate(hi - lo);
       items_.push_back({lo, hi - lo, v, 0, node.pos0, node.extent, -1, node.walk + block, cost, node.growing});
       total += cost;
+      divided += cost + static_cast<double>(seen) * (2.0 * BlockRate((hi - lo + 1) / 2) - BlockRate(hi - lo));
       lo = hi;
     }
   }
-  // The kernel divides the rows of heads that several threads share, while there are rows.
-  const int64_t even = std::min<int64_t>(rows(), std::max<int64_t>(walks, workers / std::gcd(workers, heads)));
+  // The kernel divides one walk of a head that two threads share, if it has the rows.
+  const int64_t common = std::gcd(workers, heads), shared = walks == 1 && wanted == 1 && rows() > 1 ? workers - common : 0;
+  total += (divided - total) * static_cast<double>(shared) / static_cast<double>(heads);
+  const int64_t even = std::min<int64_t>(rows(), std::max<int64_t>(walks, workers / common));
   const int64_t tasks = even * heads, turns = (tasks + workers - 1) / workers;
   total = total * static_cast<double>(turns * workers) / static_cast<double>(tasks) / costs_.workers;
-  if (total > modelled_us_) return false;
+  if (total >= modelled_us_) return false;
   modelled_us_ = total;
 
   segs_.clear();

@@ -15,13 +15,14 @@ HEADS = [
     HeadShape(8, 8, 32, 64, 4),
     HeadShape(7, 1, 80, 80, 2),
 ]
-# Cheap items: much is separated and cut. Dear ones: much is pushed down. Many workers with own queues.
+# Cheap items: much is separated and cut. Dear ones: much is pushed down. Dear records: much is walked. Many workers with own queues.
 MACHINES = [
     Machine(),
     Machine(
         item_us=1e-4, partial_bytes_per_second=1e15, min_piece_us=1e-6, tasks_per_worker=64, block_rows=16
     ),
-    Machine(item_us=5.0, partial_bytes_per_second=1e9),
+    Machine(item_us=5.0, partial_bytes_per_second=1e9, walks=False),
+    Machine(workers=3, partial_bytes_per_second=1e7, block_rows=20),
     Machine(workers=9, fold=True, item_us=0.5, min_piece_us=0.1, tile_rows=16, block_rows=64, tasks_per_worker=8),
     Machine(
         workers=132, queues=132, flops_per_second=6e14, bytes_per_second=3e12, tile_rows=16, min_piece_us=0.01
@@ -190,7 +191,11 @@ def test_choices(impl):
     shared = plan_from_parents(*shared_prefix(4096, 64, 64), heads, impl=impl)
     assert shared.stats().modelled_us < shared.stats().flat_us / 2
     assert shared.section(at.ITEMS)["row_n"].max() > 1
-    flat = plan_from_parents(*shared_prefix(16, 2, 4096), heads, machine=Machine(item_us=50.0), impl=impl)
+    assert shared.stats().partial_slots == 0 and len(shared.section(at.MERGE_SLOTS)) == 0
+    tree = shared_prefix(4096, 64, 64)
+    shares = [plan_from_parents(*tree, heads, machine=m, impl=impl) for m in (Machine(walks=False), Machine(workers=64))]
+    assert all(p.buffer[at.FOLLOWERS] == 0 and p.stats().partial_slots > 0 for p in shares), "records for many threads"
+    flat = plan_from_parents(*shared_prefix(16, 2, 4096), heads, machine=Machine(item_us=50.0, walks=False), impl=impl)
     assert (flat.section(at.ITEMS)["row_n"] == 1).all()
     alone = plan_from_parents(*shared_prefix(700, 1, 20), heads, machine=Machine(min_piece_us=1e9), impl=impl)
     assert (

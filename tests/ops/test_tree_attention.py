@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make, sdpa
 from budget import assert_within_budget
-from plans import MODES, build_plan, make_trees, random_trees
+from plans import CPU_MODES, build_plan, make_trees, random_trees
 
 from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
@@ -110,7 +110,7 @@ def test_plan_changes_no_bit(isa, dtype, case):
         args = make(trees, 14, 2, 64, dtype)
         expected = tree_attention(*args, build_plan(trees), return_lse=True, impl="cpu")
         assert expected[0].isfinite().all()
-        for mode in MODES[1:]:
+        for mode in CPU_MODES[1:]:
             actual = tree_attention(*args, build_plan(trees, mode, seed), return_lse=True, impl="cpu")
             assert_same(actual, expected)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, fixed_bounds, fixed_pools, fixed_query, make, make_fixed
 from budget import ROUNDING
-from plans import MODES, build_plan, make_trees, random_trees
+from plans import CPU_MODES, build_plan, make_trees, random_trees
 
 from ttskernels import _dispatch, layout
 from ttskernels._reference import tree_attention as reference
@@ -120,7 +120,7 @@ def test_plan_changes_no_bit(isa, form, case):
         args = make_fixed(trees, 14, 2, 64, torch.bfloat16, form)
         expected = run(*args, build_plan(trees))
         assert expected[0].isfinite().all()
-        for mode in MODES[1:]:
+        for mode in CPU_MODES[1:]:
             assert_same(run(*args, build_plan(trees, mode, seed)), expected)
 
 

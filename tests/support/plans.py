@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 HEADER, PARTIAL = 32, 512
-FOLD = 1
+FOLD, FOLLOWS = 1, 2
 
 
 @dataclass
@@ -96,6 +96,7 @@ def segments(trees: Trees, node: int) -> list[list[tuple[int, int, int, int]]]:
 
 
 MODES = ("separate", "rows", "chunks", "pushed", "grouped", "prefix", "direct")
+CPU_MODES = (*MODES, "walks", "walked prefix")
 
 
 def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Tensor:
@@ -104,7 +105,8 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
     separate: an item per node; rows / chunks: those split by rows / by partials; pushed: a fold item per row
     over its whole path; grouped: the same for all rows of a node; prefix: a fold item over the path to an
     inner node for everything below it, the rest separate; direct: as separate, but a root writes its
-    single-partial rows itself.
+    single-partial rows itself; walks: blocks of rows from root to leaf, an item a node; walked prefix: those over the
+    nodes near a root, which write records, the rest separate.
     """
     rng = random.Random(seed)
     order = sorted(range(len(trees.rows)), key=lambda r: (dfs_key(trees, trees.rows[r][0]), trees.rows[r]))
@@ -130,7 +132,18 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
                 merges[row].append(slots + g * len(rows) + i)
         slots += len(rows) * (1 if flags & FOLD else len(partials))
 
-    if mode in ("pushed", "grouped"):
+    if mode in ("walks", "walked prefix"):
+        deepest = 99 if mode == "walks" else rng.randint(1, 2)
+        near = [n for n in range(len(trees.nodes)) if len(trees.path(n)) <= deepest]
+        for top in [n for n in near if trees.nodes[n].parent < 0 and below[n]]:
+            rows, size = below[top], rng.randint(1, len(below[top]))
+            for block in [rows[i : i + size] for i in range(0, len(rows), size)]:
+                for n in [n for n in near if trees.path(n)[0] == top]:
+                    emit([r for r in block if r in below[n]], segments(trees, n), trees.nodes[n].pos0,
+                         FOLD if n == top else FOLD | FOLLOWS, direct=n != top or mode == "walks")  # fmt: skip
+        for n in set(range(len(trees.nodes))) - set(near):
+            emit(below[n], segments(trees, n), trees.nodes[n].pos0, 0)
+    elif mode in ("pushed", "grouped"):
         by_node: dict[int, list[int]] = {}
         for i, r in enumerate(order):
             by_node.setdefault(trees.rows[r][0], []).append(i)
@@ -162,7 +175,7 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
                         all(trees.path(trees.rows[order[r]][0]) == [n] for r in run) and len(partials) == 1
                     )
                     emit(run, partials, pos0, 0, direct=mode == "direct" and alone)
-    if mode != "prefix":
+    if mode not in ("prefix", "walks", "walked prefix"):
         paired = sorted(zip(items, range(len(items)), strict=True), key=lambda _: rng.random())
         items = [i for i, _ in paired]  # the order of items means nothing
     return pack(trees, order, items, segs, slots, merges)
@@ -200,6 +213,7 @@ def pack(trees, order, items, segs, slots, merges) -> torch.Tensor:
                    sum(map(len, merges)), 1, n, len(items), len(segs), sum(map(len, merges))]  # fmt: skip
     covered = {r for row_lo, row_n, *_ in items for r in range(row_lo, row_lo + row_n)}
     header[23] = n - len(covered)
+    header[26] = sum(bool(i[6] & FOLLOWS) for i in items)
     header[24] = sum(a[2] < a[3] and b[0] != a[0] + 1 for a, b in itertools.pairwise(segs))
     body: list[int] = []
     for key, values in sections.items():

@@ -25,7 +25,7 @@ class Tree:
         self.forest = Forest(self.pool)
 
     def plan(self, rows):
-        return build_plan(self.forest, rows, self.model.heads)
+        return build_plan(self.forest, rows, self.model.heads, machine=self.model.machine)
 
     def run(self, chunks, out=None, output="logits"):
         """Compute the uncached ids of every node in `chunks`; `out` picks rows (all of them if None)."""

@@ -65,9 +65,10 @@ class Machine:
     tasks_per_worker: int = 4  # split long items until there are about this many (item, kv head) tasks
     min_piece_us: float = 20.0  # but never below this much work
     fold: bool = False  # for GPUs: one record a row and item, not one a partial, and items of two sizes (`tile_rows`)
+    walks: bool = True  # for CPUs: items that follow each other instead of records, where there are rows enough
 
     def __post_init__(self):
-        if any(v <= 0 for k, v in vars(self).items() if k != "fold") or self.queues not in (1, self.workers):
+        if any(v <= 0 for k, v in vars(self).items() if k not in ("fold", "walks")) or self.queues not in (1, self.workers):
             raise ValueError(f"every field of Machine must be positive and queues 1 or workers, got {self}")
         if self.fold and self.queues > 1:
             raise ValueError(f"queues must be 1 where items fold, got {self}")
@@ -89,6 +90,7 @@ class Costs(NamedTuple):
     tasks: int
     queues: int
     fold: bool
+    walks: bool
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,6 +112,7 @@ def cost_constants(heads: HeadShape, machine: Machine) -> Costs:
         tasks=machine.workers * machine.tasks_per_worker,
         queues=machine.queues,
         fold=machine.fold,
+        walks=machine.walks and not machine.fold and machine.queues == 1,
     )
 
 

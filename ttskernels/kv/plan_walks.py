@@ -23,15 +23,15 @@ class Walks(NamedTuple):
 
 
 def make_walks(tree, modelled: float, costs: Costs, block_rate: dict[int, float]) -> Walks | None:
-    """A walk per block of a tree's rows; None if the model has it that items with records (`modelled` us) are faster."""
+    """A walk per block of a tree's rows; None unless the model has it that they are faster than items with records (`modelled` us)."""
     rows = len(tree.pos)
-    if costs.fold or costs.queues > 1 or rows == 0:
+    if not costs.walks or rows == 0:
         return None
     workers, heads = costs.workers, costs.kv_heads
     most = min(costs.block_rows, -(-rows // -(-workers // heads)))
     nodes = len(tree.parent)
     first, size, number = [0] * nodes, [1] * nodes, [0] * nodes  # of each node's tree: first row, rows a walk, first walk
-    walks, total = 0, 0.0
+    walks, total, divided = 0, 0.0, 0.0  # cost of the items, and of the same with their rows in two parts
     items: list[tuple[int, Item]] = []
     for v, up in enumerate(tree.parent):
         row_lo, count, pos0, seen = tree.row_lo[v], tree.total[v], tree.pos0[v], tree.seen[v]
@@ -52,11 +52,15 @@ def make_walks(tree, modelled: float, costs: Costs, block_rate: dict[int, float]
             cost = (costs.item_us if pos0 == 0 else 0.0) + sees * block_rate[hi - lo]
             items.append((v, Item(lo, hi - lo, -1, 0, pos0, tree.extent[v], cost, tree.growing[v], number[v] + block)))
             total += cost
+            divided += cost + sees * (2.0 * block_rate[(hi - lo + 1) // 2] - block_rate[hi - lo])
             lo = hi
-    # The kernel divides the rows of heads that several threads share, while there are rows.
-    tasks = min(rows, max(walks, workers // math.gcd(workers, heads))) * heads
+    # The kernel divides one walk of a head that two threads share, if it has the rows.
+    common = math.gcd(workers, heads)
+    shared = workers - common if walks == 1 and workers <= heads and rows > 1 else 0
+    total += (divided - total) * shared / heads
+    tasks = min(rows, max(walks, workers // common)) * heads
     total = total * (-(-tasks // workers) * workers) / tasks / workers
-    if total > modelled:
+    if total >= modelled:
         return None
 
     segs = array("i")

@@ -12,7 +12,7 @@ namespace ttsk {
 // Microseconds of one worker; the twin of Costs in ttskernels/kv/plan_layout.py, same order, all double.
 struct PlanCosts {
   double item_us, byte_us, flop_us, partial_us, min_piece_us;
-  double group, tile_rows, block_rows, kv_heads, workers, tasks, queues, fold;
+  double group, tile_rows, block_rows, kv_heads, workers, tasks, queues, fold, walks;
 };
 
 // One int32 array: {nodes, rows, pages, page_size}, then parent, length, capacity, cached, first_offset [nodes],
