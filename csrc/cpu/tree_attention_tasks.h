@@ -84,10 +84,7 @@ class TaskList {
       for (int64_t head = own.first; head < own.end; ++head) ++head_[head].parts;
     }
     const int64_t blocks = layout.block_indptr[items_end - items];
-    for (Head& head : head_) {
-      head.parts = head.parts > blocks && blocks > 0 ? (head.parts + blocks - 1) / blocks : 1;
-      head.left = static_cast<uint64_t>(blocks * head.parts) << 32;
-    }
+    for (Head& head : head_) head.parts = head.parts > blocks && blocks > 0 ? (head.parts + blocks - 1) / blocks : 1;
   }
   // A walk is an item and those that go on with its rows.
   const PlanItem* WalkEnd(const PlanItem* item) const {
@@ -106,17 +103,15 @@ class TaskList {
   }
   int64_t Blocks(int64_t item) const { return layout.block_indptr[item + 1] - layout.block_indptr[item]; }
   int64_t Parts(int64_t head) const { return head_[head].parts; }
-  // [first, second) of a head's tasks are left.
-  std::pair<int64_t, int64_t> Rest(int64_t head) const { return Halves(head_[head].left.load(std::memory_order_relaxed)); }
-  // take gives, of what is left, what is left afterwards; it is called again when others were faster.
+  // Tasks of a head, and the first one that is left.
+  int64_t End(int64_t head) const { return layout.block_indptr[items_end - items] * head_[head].parts; }
+  int64_t Next(int64_t head) const { return head_[head].next.load(std::memory_order_relaxed); }
+  // take gives, of the first one left, the first left afterwards; it is called again when others were faster.
   template <typename F>
   void Claim(int64_t head, F take) {
-    std::atomic<uint64_t>& word = head_[head].left;
-    uint64_t left = word.load(std::memory_order_relaxed), rest;
-    do {
-      const auto [first, last] = take(Halves(left));
-      rest = static_cast<uint64_t>(last) << 32 | static_cast<uint64_t>(first);
-    } while (!word.compare_exchange_weak(left, rest, std::memory_order_relaxed));
+    std::atomic<int64_t>& next = head_[head].next;
+    int64_t first = next.load(std::memory_order_relaxed);
+    while (!next.compare_exchange_weak(first, take(first), std::memory_order_relaxed)) {}
   }
 
   const TreeLayout& layout;
@@ -127,20 +122,17 @@ class TaskList {
 
  private:
   struct Head {
-    alignas(64) std::atomic<uint64_t> left{0};
+    alignas(64) std::atomic<int64_t> next{0};
     int64_t parts = 0;  // of each block
   };
-  static std::pair<int64_t, int64_t> Halves(uint64_t word) {
-    return {static_cast<int64_t>(word & UINT32_MAX), static_cast<int64_t>(word >> 32)};
-  }
 
   std::vector<Head> head_;
   int64_t group_, width_;
 };
 
 // A thread's tasks, a few small ones at a time: each taking waits until the thread's writes have left its core. First those of
-// its own heads, whose records it merges afterwards, then those of others. Every other thread begins a head with the small
-// tasks, which wait for memory while another thread's large ones compute; not its last head, where small ones level the ends.
+// its own heads, odd threads from the last one down, so that two threads come to one that they share at the end; then those of
+// others. A thread merges the records of its own heads afterwards.
 class TaskQueue {
  public:
   TaskQueue(TaskList* list, const Member& me) : list_(list), down_(me.index % 2 == 1) {
@@ -155,20 +147,15 @@ class TaskQueue {
       if (!NextHead()) return {};
     }
     item_ = ItemOf(next_);
-    const Task task = At(next_);
-    next_ += step_;
-    return task;
+    return At(next_++);
   }
   // What Take is likely to return next; taking it already would keep large tasks from threads that have nothing to do.
   Task Guess() const {
-    if (next_ != end_) return At(next_);
-    const auto [first, last] = list_->Rest(head_);
-    return first == last ? Task{} : At(FromBack() ? last - 1 : first);
+    const int64_t next = next_ != end_ ? next_ : list_->Next(head_);
+    return next < list_->End(head_) ? At(next) : Task{};
   }
 
  private:
-  bool FromBack() const { return down_ && own_ > 0; }
-
   // Of the other heads the one with most left, when all of its own are done.
   bool NextHead() {
     if (own_-- > 0) {
@@ -177,26 +164,20 @@ class TaskQueue {
     }
     int64_t most = 0;
     for (int64_t head = 0; head < list_->heads; ++head) {
-      const auto [first, last] = list_->Rest(head);
-      if (last - first > most) most = last - first, head_ = head;
+      const int64_t left = list_->End(head) - list_->Next(head);
+      if (left > most) most = left, head_ = head;
     }
     return most > 0;
   }
 
-  // Takes some of the head's tasks: [next_, end_), or downwards. Whether there were any.
+  // Takes some of the head's tasks: [next_, end_). Whether there were any.
   bool Claim() {
-    const int64_t hint = item_;
-    list_->Claim(head_, [&](std::pair<int64_t, int64_t> left) {
-      auto [first, last] = left;
+    const int64_t hint = item_, end = list_->End(head_);
+    list_->Claim(head_, [&](int64_t first) {
       item_ = hint;
-      step_ = FromBack() ? -1 : 1;
-      next_ = end_ = FromBack() ? last - 1 : first;
-      for (double flops = 0.0; first < last && flops < kClaimFlops; end_ += step_) {
-        flops += list_->Flops(item_ = ItemOf(end_));
-        if (FromBack()) --last;
-        else ++first;
-      }
-      return std::pair{first, last};
+      next_ = end_ = first;
+      for (double flops = 0.0; end_ < end && flops < kClaimFlops; ++end_) flops += list_->Flops(item_ = ItemOf(end_));
+      return end_;
     });
     return next_ != end_;
   }
@@ -218,7 +199,7 @@ class TaskQueue {
 
   TaskList* list_;
   bool down_;
-  int64_t head_, own_, item_ = 0, next_ = 0, end_ = 0, step_ = 1;
+  int64_t head_, own_, item_ = 0, next_ = 0, end_ = 0;
 };
 
 }  // namespace
