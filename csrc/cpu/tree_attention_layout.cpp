@@ -9,7 +9,7 @@ namespace ttsk {
 namespace {
 
 // q rows (row, head) a task: enough to pay for loading a tile, few enough that q and o stay in a 1 MB L2 cache.
-constexpr int64_t kTaskRows = 192, kStateBytes = 16, kSumsBytes = 64;
+constexpr int64_t kTaskRows = 256, kStateBytes = 16, kSumsBytes = 64;
 
 int64_t Align(int64_t bytes) { return (bytes + 63) / 64 * 64; }
 

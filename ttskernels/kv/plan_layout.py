@@ -61,7 +61,7 @@ class Machine:
     partial_bytes_per_second: float = 40e9  # partial results, written and read back, mostly in cache
     item_us: float = 2.0  # fixed cost of an item, all its heads
     tile_rows: int = 6
-    block_rows: int = 192  # most (row, query head of a group) rows of one item
+    block_rows: int = 256  # most (row, query head of a group) rows of one item
     tasks_per_worker: int = 4  # split long items until there are about this many (item, kv head) tasks
     min_piece_us: float = 20.0  # but never below this much work
     fold: bool = False  # for GPUs: one record a row and item, not one a partial, and items of two sizes (`tile_rows`)
