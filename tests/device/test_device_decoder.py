@@ -66,7 +66,8 @@ def one_by_one(folder, rows: int, iterations: int, table: torch.Tensor):
         if not active:
             break
         forest, leaves = loop.tree.forest, [loop.leaves[r] for r in active]
-        plan = build_plan(forest, [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves], loop.model.heads)
+        last = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
+        plan = build_plan(forest, last, loop.model.heads, machine=loop.model.machine)
         part = torch.tensor([ids[r] for r in active], dtype=torch.int32)
         state, token = torch.tensor([states[r] for r in active], dtype=torch.int32), torch.zeros(1, len(active))
         token = token.int()

@@ -5,6 +5,7 @@ import torch
 
 from ttskernels import _dispatch
 from ttskernels.kv import HeadShape, plan_from_parents
+from ttskernels.kv.machines import gpu_machine
 from ttskernels.ops.page_copy import page_copy
 
 pytestmark = pytest.mark.gpu
@@ -25,9 +26,10 @@ def test_plan_advance(device, leaves):
     length = [40] + [1 + i % 9 for i in range(leaves)]
     pages = [3] + [2] * leaves
     indptr = torch.tensor([0, *pages]).cumsum(0).tolist()
+    heads = HeadShape(4, 2, 64, 64, 2)
     plan = plan_from_parents(
         [-1] + [0] * leaves, length, indptr, torch.randperm(indptr[-1]).tolist(), list(range(1, leaves + 1)),
-        [40 + n - 1 for n in length[1:]], HeadShape(4, 2, 64, 64, 2), cached=[40] + [n - 1 for n in length[1:]],
+        [40 + n - 1 for n in length[1:]], heads, cached=[40] + [n - 1 for n in length[1:]], machine=gpu_machine(heads),
     )  # fmt: skip
     held, stuck = plan.to(device), torch.full((1,), -1, dtype=torch.int32, device=device)
     graph = torch.cuda.CUDAGraph()

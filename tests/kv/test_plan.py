@@ -15,7 +15,8 @@ HEADS = [
     HeadShape(8, 8, 32, 64, 4),
     HeadShape(7, 1, 80, 80, 2),
 ]
-# Cheap items: much is separated and cut. Dear ones: much is pushed down. Dear records: much is walked. Many workers with own queues.
+# Cheap items: much is separated and cut. Dear ones: much is pushed down. Dear records: much is walked. Many workers with
+# own queues.
 MACHINES = [
     Machine(),
     Machine(
@@ -192,6 +193,8 @@ def test_choices(impl):
     assert shared.stats().modelled_us < shared.stats().flat_us / 2
     assert shared.section(at.ITEMS)["row_n"].max() > 1
     assert shared.stats().partial_slots == 0 and len(shared.section(at.MERGE_SLOTS)) == 0
+    with pytest.raises(ValueError, match=r"made for a CPU \(64 of its items follow others\).*gpu_machine"):
+        shared.to("cpu")  # as on a GPU
     tree = shared_prefix(4096, 64, 64)
     shares = [plan_from_parents(*tree, heads, machine=m, impl=impl) for m in (Machine(walks=False), Machine(workers=64))]
     assert all(p.buffer[at.FOLLOWERS] == 0 and p.stats().partial_slots > 0 for p in shares), "records for many threads"

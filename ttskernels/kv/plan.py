@@ -76,7 +76,7 @@ class Plan:
         return torch.from_numpy(self.row_slot)
 
     def to(self, device: torch.device | str):
-        """A `DevicePlan`: this plan on a GPU."""
+        """A `DevicePlan`: this plan, made with `gpu_machine`, on a GPU. ValueError for a CPU's."""
         from ttskernels.kv.device_plan import DevicePlan
 
         return DevicePlan(self, device)
@@ -139,7 +139,7 @@ def build_plan(
     Args:
         rows: `(node, first, count)` in the caller's row order: the rows of node.ids[first : first + count].
             Slots for them must be reserved. Every token without KV on a path must have a row here.
-        machine: cost constants; None: this CPU's, see `cpu_machine`.
+        machine: cost constants; None: this CPU's, see `cpu_machine`. For a GPU: `machines.gpu_machine(heads)`.
         reuse: a plan whose buffer is written again if the new plan fits it (same address: graph-safe).
         impl: "cpu" (C++), "reference" (NumPy) or "auto".
     Raises:

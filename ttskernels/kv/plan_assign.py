@@ -66,8 +66,8 @@ def assign_slots(
 
 
 def assign_queues(items: list[Item], costs: Costs) -> tuple[list[int], list[int], int]:
-    """Items' order (dearest item or walk first, where items fold the large ones before the small; longest processing time first over
-    queues), queues' bounds, and how many are large."""
+    """Items' order (dearest item or walk first, where items fold the large ones before the small; longest processing time
+    first over queues), queues' bounds, and how many are large."""
     order = sorted(range(len(items)), key=lambda i: (-items[i].cost, items[i].walk))
     large = []
     if costs.fold:

@@ -23,7 +23,7 @@ class Walks(NamedTuple):
 
 
 def make_walks(tree, modelled: float, costs: Costs, block_rate: dict[int, float]) -> Walks | None:
-    """A walk per block of a tree's rows; None unless the model has it that they are faster than items with records (`modelled` us)."""
+    """A walk per block of a tree's rows; None unless the model has it that they beat items with records (`modelled` us)."""
     rows = len(tree.pos)
     if not costs.walks or rows == 0:
         return None
