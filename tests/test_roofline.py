@@ -10,6 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from trees import Tree
 
 from ttskernels import roofline
+from ttskernels.kv import build_plan
+from ttskernels.kv.machines import gpu_machine
 from ttskernels.models import device_decoder, load_checkpoint, load_model
 
 # us a layer on an H100 at 3.0 TB/s and 600 TFLOP/s, by hand: flat, shared, compute
@@ -85,9 +87,11 @@ def test_launches_are_those_of_the_decoder(tmp_path, monkeypatch):
     decoder = device_decoder.DeviceDecoder(checkpoint.config, checkpoint.weights, True, torch.device("cpu"))
     decoder._report.zero_()
     tokens, rows = torch.zeros(1, 4, dtype=torch.int32), torch.zeros(4, dtype=torch.int32)
+    heads = tree.model.heads
+    plan = build_plan(tree.forest, [(leaf, 0, 1) for leaf in leaves], heads, machine=gpu_machine(heads))
     with mode:
         decoder.decode(
-            rows + 3, tree.plan([(leaf, 0, 1) for leaf in leaves]), tree.pool, rows.long(), torch.tensor([[0.0, 0, 1, 0]] * 4),
+            rows + 3, plan, tree.pool, rows.long(), torch.tensor([[0.0, 0, 1, 0]] * 4),
             torch.zeros(1, 131, dtype=torch.int32), rows, tokens, tokens.float(),
         )  # fmt: skip
     expected = Counter(roofline.ITERATION_CALLS)
