@@ -10,14 +10,14 @@ namespace ttsk {
 // Slots and merge lists. Items are in root-to-leaf order for every row.
 void Planner::AssignSlots() {
   const int32_t rows = static_cast<int32_t>(perm_.size());
-  parts_.assign(rows, 0);
-  for (const Item& item : items_) {
-    for (int32_t r = item.row_lo; r < item.row_lo + item.row_n; ++r) ++parts_[r];
-  }
   num_slots_ = 0;
   merge_indptr_.assign(rows + 1, 0);
   merge_slots_.clear();
   if (walks_) return;
+  parts_.assign(rows, 0);
+  for (const Item& item : items_) {
+    for (int32_t r = item.row_lo; r < item.row_lo + item.row_n; ++r) ++parts_[r];
+  }
   for (Item& item : items_) {
     bool direct = item.pos0 == 0;
     for (int32_t r = item.row_lo; direct && r < item.row_lo + item.row_n; ++r) direct = parts_[r] == 1;

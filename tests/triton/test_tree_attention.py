@@ -145,7 +145,8 @@ def test_the_planners_own_plans(device, seed, queues):
         HeadShape(4, 2, 64, 64, 2),
         first_offset=[n.offset for n in trees.nodes],
         machine=Machine(workers=queues or 5, queues=max(queues, 1), fold=not queues, tile_rows=16, block_rows=64,
-                        walks=False, item_us=0.01, min_piece_us=0.01, partial_bytes_per_second=1e15),  # reads once whatever can be
+                        walks=False, item_us=0.01, min_piece_us=0.01,
+                        partial_bytes_per_second=1e15),  # reads once whatever can be
     )  # fmt: skip
     assert bool(attention_launches(plan.header).large) == (not queues)
     for _ in range(2):

@@ -9,7 +9,7 @@ Both make the same choices from the same float64 arithmetic in the same order, s
 3. Every separate node, and every node with own rows that is pushed, ends a chain of itself and the pushed
    nodes above.
    A chain is an item per block of rows, cut at partial starts while there are too few tasks.
-4. For a CPU, walks (plan_walks.py) in their place if they cost no more.
+4. For a CPU, walks (plan_walks.py) in their place if they cost less.
 """
 
 from __future__ import annotations
