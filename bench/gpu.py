@@ -1,6 +1,6 @@
 """What runs on a rented GPU: tests, and benchmarks with cold and warm caches, each part under nine minutes.
 
-    make gpu PART=tests|attention|decode|prm|tune
+    make gpu PART=tests|attention|decode|prm|linear|tune
     python bench/gpu.py attention --tiny        a dry run: smallest sizes, the interpreter if there is no GPU
 
 Cases that a former run of the same commit did not finish come first. After every case `<out>/gpu-<part>.json` is written and
@@ -37,6 +37,7 @@ PARTS = {
     "attention": "Tree attention",
     "decode": "Decode iterations",
     "prm": "PRM scoring",
+    "linear": "Products of a decode iteration",
     "tune": "Tiles and plans of tree attention",
 }
 

@@ -3,7 +3,8 @@
 A tree of one prompt and N branches in bf16. `call_us` is wall clock for a token of every branch inside calls of 16 iterations
 (what the engine does between two looks at new work), upload and reports included; `graph` is the captured iteration alone on
 the device; `plan_us` is the plan that each new tree costs the host. The floor is that of `python -m ttskernels model` with this
-run's copy bandwidth. Rivals decode N copies of the prompt (a cache of their own each): transformers' `generate`, compiled, with
+run's copy bandwidth. "own products" takes ours in place of cuBLAS (TTSK_GPU_LINEAR_ROWS), "by kernel" says where an
+iteration's time goes. Rivals decode N copies of the prompt (a cache of their own each): transformers' `generate`, compiled, with
 a static cache, and continuous batching, which shares whole pages of the prompt. Each case is a row of its own; rivals come last.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +34,7 @@ from ttskernels.roofline import SHAPES, Shape, expect
 
 TINY = Shape("tiny", 1, 2, 1, 32, 64, 96, 131)
 NAMES = ["qwen2.5-0.5b", "qwen2.5-1.5b", "llama-3.2-1b", "llama-3.2-3b"]
+SWITCH, OWN_ROWS = "TTSK_GPU_LINEAR_ROWS", 128
 ITERATIONS, CALLS, RIVAL_TOKENS = (16, 12, 64) if GPU else (2, 1, 3)
 
 
@@ -40,8 +43,14 @@ def cases(tiny: bool) -> dict[str, Callable[[], dict]]:
     shapes = [TINY] if tiny else [SHAPES[name] for name in NAMES]
     sizes = [(3, 32, 5)] if tiny else [(16, 1024, 256), (64, 1024, 256), (256, 1024, 256)]
     made = {}
-    for label, case in (("ours", ours), ("transformers generate", generate), ("transformers continuous batching", continuous)):
+    kinds = {
+        "ours": ours, "ours, own products": own_products, "by kernel": by_kernel, "own products by kernel": own_by_kernel,
+        "transformers generate": generate, "transformers continuous batching": continuous,
+    }  # fmt: skip
+    for label, case in kinds.items():
         for shape, (n, prompt, suffix) in itertools.product(shapes, sizes):
+            if case in (own_products, by_kernel, own_by_kernel) and n > OWN_ROWS or "kernel" in label and n == 16:
+                continue
             made[f"{shape.name}; {n} branches of {prompt} + {suffix}; {label}"] = (
                 lambda c=case, a=(shape, n, prompt, suffix): c(*a)
             )
@@ -71,6 +80,47 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int) -> dict:
         "percent_of_floor": 100 * floor.iteration_us / graph["median_us"], "kv_gb": floor.kv_bytes / 1e9,
         "peak_gb": peak,
     }  # fmt: skip
+
+
+@contextmanager
+def own_linears() -> Iterator[None]:
+    """Models loaded inside multiply by our kernels."""
+    former = os.environ.get(SWITCH)
+    os.environ[SWITCH] = str(OWN_ROWS)
+    try:
+        yield
+    finally:
+        del os.environ[SWITCH]
+        os.environ.update({} if former is None else {SWITCH: former})
+
+
+def own_products(*sizes) -> dict:
+    with own_linears():
+        return ours(*sizes)
+
+
+def by_kernel(shape: Shape, n: int, prompt: int, suffix: int) -> dict:
+    """Microseconds of an iteration in each kernel, alone on the device: launches that overlap are counted twice."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model = random_model(shape)
+    forest, leaves = grown(model, n, prompt, suffix)
+    plans = [build_plan(forest, [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves], model.heads, machine=model.machine)
+             for _ in range(2)]  # fmt: skip
+    decode(model, forest, plans[0])  # compiles and captures
+    if not GPU:
+        return {"kernels": "ran"}
+    with profile(activities=[ProfilerActivity.CUDA]) as seen:
+        decode(model, forest, plans[1])
+        torch.cuda.synchronize()
+    spent = sorted(seen.key_averages(), key=lambda event: -event.self_device_time_total)
+    per = [(event.key[:48], event.self_device_time_total / ITERATIONS, event.count / ITERATIONS) for event in spent[:14]]
+    return {"kernels": "; ".join(f"{name} {us:.0f} ({count:.0f} x)" for name, us, count in per)}
+
+
+def own_by_kernel(*sizes) -> dict:
+    with own_linears():
+        return by_kernel(*sizes)
 
 
 @functools.cache

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 BENCH = Path(__file__).parents[2] / "bench"
-PARTS = ["tests", "attention", "decode", "prm", "tune"]
+PARTS = ["tests", "attention", "decode", "prm", "linear", "tune"]
 
 
 @pytest.fixture

@@ -83,11 +83,12 @@ def one_by_one(folder, rows: int, iterations: int, table: torch.Tensor):
     return columns, states
 
 
-@pytest.mark.parametrize("rows", [3, 4])
-def test_rows_go_on_when_others_end(device, folder, rows):
+@pytest.mark.parametrize("rows, own_rows", [(3, "0"), (4, "0"), (3, "4")])
+def test_rows_go_on_when_others_end(device, folder, rows, own_rows, monkeypatch):
     """Three rows in a bucket of four, and four: every row decodes what it would alone, and nothing else is written."""
     table = torch.zeros(1, VOCAB, dtype=torch.int32)
     table[0, ::6], table[0, 1::13] = -1, -2
+    monkeypatch.setenv("TTSK_GPU_LINEAR_ROWS", own_rows)
     loop = Loop(load_model(folder, torch.float32, "triton", device=device), rows)
     before = loop.written()
     columns, chances, done = loop.decode(30, table)
@@ -119,6 +120,34 @@ def test_calls_go_on_where_the_last_one_stopped(device, folder):
             mine.extend(column)
         assert loop.plan.advance() is (len(got[0]) < 16)
     assert got == whole and loop.ids.tolist() == [column[-1] for column in got]
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "llama_rope3_bias"])
+def test_own_products_give_the_logits_of_the_vendors(device, variant, tmp_path, monkeypatch):
+    """Biases, head norms, tied and untied heads; with seven rows at most, the prompt goes the vendor's way."""
+    write_tiny(tmp_path, variant, **SMALL)
+    seen = []
+    for own_rows in (0, 7):
+        monkeypatch.setenv("TTSK_GPU_LINEAR_ROWS", str(own_rows))
+        tree = Tree(load_model(tmp_path, torch.float32, "triton", device=device))
+        used = []
+        layers = device_decoder.own_layers
+        monkeypatch.setattr(device_decoder, "own_layers", lambda *a, layers=layers, used=used: used.append(1) or layers(*a))
+        root = tree.forest.add(None, list(range(3, 40)))
+        first = tree.run([root], out=[36])
+        assert not used
+        leaves = tree.forest.fork(root, 3)
+        for leaf in leaves:
+            tree.grow(leaf, [9])
+        seen.append(torch.cat([first.cpu(), tree.run(leaves).cpu()]))
+        assert bool(used) == (own_rows > 0)
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-4)
+
+
+def test_own_rows_must_be_a_number(monkeypatch):
+    monkeypatch.setenv("TTSK_GPU_LINEAR_ROWS", "many")
+    with pytest.raises(ValueError, match="TTSK_GPU_LINEAR_ROWS must be a number of rows, 0 for none, got 'many'"):
+        device_decoder.own_rows()
 
 
 def test_a_forward_of_many_rows_cuts_its_last_layer(device, folder, monkeypatch):

@@ -21,12 +21,14 @@ VOCAB = 131
 PROMPTS = [[(7 * i + 11 * t) % 100 + 8 for t in range(5 + 9 * i)] for i in range(4)]
 
 
+@pytest.mark.parametrize("own_rows", ["0", "128"])
 @pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3", "mistral_window", "llama_rope3_bias"])
-def test_logits_against_transformers(device, dtype, variant, tmp_path):
+def test_logits_against_transformers(device, dtype, variant, own_rows, tmp_path, monkeypatch):
     """No further from float64 than twice what transformers itself is in the same dtype on the same device."""
     from transformers import AutoModelForCausalLM
 
     write_tiny(tmp_path, variant, **shape(device))
+    monkeypatch.setenv("TTSK_GPU_LINEAR_ROWS", own_rows)
 
     def theirs(kind, where):
         model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind, attn_implementation="eager").eval().to(where)

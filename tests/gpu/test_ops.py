@@ -4,12 +4,15 @@ import pytest
 import torch
 from budget import assert_within_budget, to_float64
 
+from ttskernels._reference import linear as linear_reference
+from ttskernels._reference import rms_norm as norm_reference
 from ttskernels._reference import rope_append as rope_reference
 from ttskernels._reference import sample as sample_reference
 from ttskernels._reference import step_score as score_reference
 from ttskernels._reference import token_logprob as logprob_reference
+from ttskernels.ops.linear import gated_linear, linear_parts
 from ttskernels.ops.page_copy import page_copy
-from ttskernels.ops.rms_norm import rms_norm
+from ttskernels.ops.rms_norm import add_rms_norm, rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
 from ttskernels.ops.silu_mul import silu_mul
@@ -33,6 +36,49 @@ def test_rms_norm_and_silu_mul(device, dtype, rows, dim):
     assert_within_budget(normed, exact, functional.rms_norm(x, (dim,), weight, 1e-6))
     made = silu_mul(*to(device, x, y), impl="triton").cpu()
     assert_within_budget(made, functional.silu(wide[0]) * wide[1], functional.silu(x) * y)
+
+
+@pytest.mark.parametrize("rows", [3, 16, 64, 100, 256])
+@pytest.mark.parametrize("outputs, inputs", [(1152, 896), (896, 4864), (200, 1544)])
+def test_linear_parts_and_gated_linear(device, dtype, rows, outputs, inputs):
+    x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(2 * outputs, inputs).to(dtype)
+    exact, low = linear_reference.linear_parts(x.double(), weight.double(), 1)[0], linear_reference.linear_parts(x, weight, 1)[0]
+    x, weight = to(device, x, weight)
+    made = linear_parts(x, weight, impl="triton")
+    assert_within_budget(made.sum(0).cpu(), exact, low, factor=4.0)  # a float32 sum in another order
+    assert torch.equal(linear_parts(x[:3].clone(), weight, impl="triton"), made[:, :3]) or device.type == "cpu"
+    exact = torch.nn.functional.silu(exact[:, :outputs]) * exact[:, outputs:]
+    low = (torch.nn.functional.silu(low[:, :outputs]) * low[:, outputs:]).to(dtype)
+    assert_within_budget(gated_linear(x, weight, impl="triton").cpu(), exact, low)
+
+
+@pytest.mark.parametrize("rows, dim, parts", [(3, 64, 2), (64, 896, 8), (256, 3072, 5)])
+def test_add_rms_norm(device, dtype, rows, dim, parts):
+    x, weight, added = torch.randn(rows, dim).to(dtype), torch.rand(dim).to(dtype), torch.randn(parts, rows, dim)
+    exact_x, low_x = x.double(), x.clone()
+    exact = norm_reference.add_rms_norm(added.double(), exact_x, None, weight.double(), 1e-6)
+    low = norm_reference.add_rms_norm(added, low_x, None, weight, 1e-6)
+    x, weight, added = to(device, x, weight, added)
+    normed = add_rms_norm(added, x, weight, 1e-6, impl="triton")
+    assert_within_budget(x.cpu(), exact_x, low_x)
+    assert_within_budget(normed.cpu(), exact, low)
+
+
+def test_launches_that_begin_early_wait_for_what_they_read(device, dtype):
+    """Sixty products and norms in a row, each reading what the one in front wrote, equal the same one at a time."""
+    x, norm = torch.randn(64, 256).to(dtype).to(device), torch.ones(256, dtype=dtype, device=device)
+    weight = (torch.randn(256, 256) / 16).to(dtype).to(device)
+    results = []
+    for wait in (True, False):
+        mine, normed = x.clone(), x.clone()
+        for _ in range(30 if device.type == "cuda" else 2):
+            for _ in range(2):
+                parts = linear_parts(normed, weight, parts=2, impl="triton")
+                normed = add_rms_norm(parts, mine, norm, impl="triton")
+                if wait and device.type == "cuda":
+                    torch.cuda.synchronize()
+        results.append((mine, normed))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @pytest.mark.parametrize("head_dim, pairs, norm", [(128, 64, False), (64, 32, True), (96, 20, False), (256, 128, True)])

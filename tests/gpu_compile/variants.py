@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 
 from ttskernels._triton import (
     decode_advance,
+    linear,
     page_copy,
     path_aggregate,
     rms_norm,
@@ -16,7 +18,7 @@ from ttskernels._triton import (
     token_logprob,
 )
 from ttskernels._triton import tree_attention as attention
-from ttskernels._triton.tiles import BOX_TABLE, lookup
+from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, lookup
 from ttskernels._triton.tiles import options as launch_options
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -139,18 +141,43 @@ def small_ops(arch: str) -> list[Variant]:
     for norm in (False, True):
         strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
         pages = ("k_page", "k_slot", "k_page_head", "v_page", "v_slot", "v_page_head")
-        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32",
+        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32", "part": "i32!",
                  "out": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16", "rope_scale": "fp32", "eps": "fp32"}  # fmt: skip
         types |= i32(strides + pages, "i32!")
         constants = {"k_scale": None, "v_scale": None, "Q_HEADS": 32, "HEAD_DIM": 128, "V_DIM": 128, "PAIRS": 64,
-                     "PAGE_SIZE": 16, "BLOCK_PAIRS": 64}  # fmt: skip
+                     "PAGE_SIZE": 16, "BLOCK_PAIRS": 64, "bias": None, "PARTS": 1, "EARLY": False}  # fmt: skip
         for name in ("q_norm", "k_norm"):
             (types if norm else constants)[name] = "*bf16" if norm else None
         name = "rope_append-norm" if norm else "rope_append"
         made.append((name, rope_append.rope_append_kernel, types, constants, 1, ()))
+        if arch in EARLY_ARCHS:
+            types = types | {"bias": "*bf16"} | dict.fromkeys("qkv", "*fp32")
+            constants = {k: v for k, v in constants.items() if k != "bias"} | {"PARTS": 4, "EARLY": True}
+            made.append((f"{name}-parts", rope_append.rope_append_kernel, types, constants, 1, ()))
+    if arch in EARLY_ARCHS:
+        made += own_products(arch)
     options = {"sample-draw": {"maxnreg": 255}} if arch.startswith("sm_") else {}
     return [Variant(name, arch, kernel, t, c, warps, ops, ci, options.get(name, {}))
             for name, kernel, t, c, warps, ops in made]  # fmt: skip
+
+
+def own_products(arch: str) -> list[tuple]:
+    """The products of a decode iteration and the norm behind them, at sizes of Qwen2.5-1.5B."""
+    made = []
+    for rows, gated in itertools.product((16, 64, 128), (False, True)):
+        tile = linear.choose_tile(rows, 8960 if gated else 1536, 1536, 2, gated, 132)
+        boxes = {"x_rows": tile.rows, "w_rows": tile.outputs}
+        types = {name: f"tensordesc<bf16[{n},{tile.inputs}]>" for name, n in boxes.items()} | {
+                 "w": "*bf16", "out": "*bf16" if gated else "*fp32", "rows": "i32"}  # fmt: skip
+        types |= dict.fromkeys(("outputs", "inputs", "part_inputs"), "i32!")
+        constants = {"BLOCK_M": tile.rows, "BLOCK_N": tile.outputs, "BLOCK_K": tile.inputs, "STAGES": tile.stages, "GATED": gated,
+                     "AHEAD": tile.ahead, "EARLY": True}  # fmt: skip
+        name = f"linear-{'gated' if gated else 'parts'}-{tile.rows}x{tile.outputs}s{tile.stages}"
+        made.append((name, linear.linear_kernel, types, constants, tile.warps, (*WIDE_OPS[arch], "UTMALDG", "UBLKPF")))
+    types = {"parts": "*fp32", "x": "*bf16", "bias": "*bf16", "weight": "*bf16", "out": "*bf16", "eps": "fp32", "rows": "i32",
+             "x_row": "i32!"}  # fmt: skip
+    constants = {"PARTS": 11, "DIM": 1536, "EARLY": True}
+    return [*made, ("add_rms_norm", rms_norm.add_rms_norm_kernel, types, constants, rms_norm.warps(1536), ())]
 
 
 def variants() -> list[Variant]:

@@ -4,7 +4,7 @@ from budget import assert_within_budget, to_float64
 
 from ttskernels import _dispatch
 from ttskernels._reference import linear as reference
-from ttskernels.ops.linear import FORMS, linear, linear_pack
+from ttskernels.ops.linear import FORMS, gated_linear, linear, linear_pack, linear_parts
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -157,3 +157,32 @@ def test_linear_invalid(cpu_extension):
         linear(x.to("meta"), packed)
     with pytest.raises(RuntimeError, match="packed must have"):
         torch.ops.ttskernels.linear(x, packed.data[:64], 8, None)
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7, 40])
+def test_parts_add_up_to_the_product(parts):
+    x, weight, _ = make(5, 9, 33, torch.float64, bias=False)
+    made = linear_parts(x, weight, parts=parts)
+    assert made.shape == (parts, 5, 9)
+    torch.testing.assert_close(made.sum(0), torch.einsum("rk,nk->rn", x, weight))
+    low = linear_parts(x.bfloat16(), weight.bfloat16(), parts=parts)
+    assert low.dtype == torch.float32  # not rounded to the inputs' dtype
+    torch.testing.assert_close(low.sum(0), x.bfloat16().float() @ weight.bfloat16().float().T)
+
+
+def test_gated_linear_against_torch():
+    x, weight, _ = make(5, 18, 33, torch.float64, bias=False)
+    expected = torch.nn.functional.silu(x @ weight[:9].T) * (x @ weight[9:].T)
+    torch.testing.assert_close(gated_linear(x, weight), expected)
+
+
+def test_parts_and_gated_invalid():
+    x, weight, _ = make(2, 9, 8, torch.float32, bias=False)
+    with pytest.raises(ValueError, match=r"weight must be \[outputs, inputs\]"):
+        linear_parts(x, weight[:, :4])
+    with pytest.raises(ValueError, match=r"weight must be \[2 \* outputs, inputs\]"):
+        gated_linear(x, weight)
+    with pytest.raises(ValueError, match="weight must have x's floating dtype"):
+        linear_parts(x, weight.half())
+    with pytest.raises(ValueError, match="parts must be at least 1, got 0"):
+        linear_parts(x, weight, parts=0)

@@ -282,3 +282,29 @@ def test_invalid(cpu_extension):
             rope_append(**(good | change))
     with pytest.raises(RuntimeError, match=r"slots\[0\] is 999, need -1 or less than 32"):
         rope_append(**(good | {"slots": torch.tensor([999, 0, 1, 2], dtype=torch.int32)}), impl="cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_parts_and_bias_are_added_first(cpu_extension, impl):
+    parts, bias = torch.randn(3, 4, 8 * 32), torch.randn(8 * 32)
+    slots, place, inv_freq = torch.arange(4).int(), torch.tensor([0, 7, 300, 2]).int(), torch.rand(16)
+    results = []
+    for qkv, b in ((parts, bias), (parts.sum(0) + bias, None)):
+        q, k, v = (t.unflatten(-1, (-1, 32)) for t in qkv.split([4 * 32, 2 * 32, 2 * 32], -1))
+        pages = [torch.zeros(1, 16, 2, 32) for _ in range(2)]
+        if impl == "cpu":
+            pages = [t.contiguous() for t in layout.from_nhd(*pages)]
+        results.append([rope_append(q, k, v, inv_freq, place, slots, *pages, bias=b, impl=impl), *pages])
+    for got, expected in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_invalid_parts():
+    q, k, pages = torch.randn(2, 4, 4, 32), torch.randn(2, 4, 2, 32), torch.zeros(1, 16, 2, 32)
+    args = torch.rand(16), torch.zeros(4).int(), torch.arange(4).int(), pages, pages.clone()
+    with pytest.raises(ValueError, match="same number of parts"):
+        rope_append(q, k[:1], k, *args)
+    with pytest.raises(ValueError, match="must be float32, got torch.float16"):
+        rope_append(q.half(), k.half(), k.half(), *args)
+    with pytest.raises(ValueError, match=r"bias must be floating \[256\]"):
+        rope_append(q, k, k, *args, bias=torch.zeros(128))

@@ -4,12 +4,14 @@ import pytest
 import torch
 from budget import assert_within_budget, to_float64
 
+from ttskernels._reference import linear as linear_reference
 from ttskernels._reference import path_aggregate as path_reference
 from ttskernels._reference import rms_norm as norm_reference
 from ttskernels._reference import rope_append as rope_reference
 from ttskernels._reference import step_score as score_reference
+from ttskernels.ops.linear import gated_linear, linear_parts
 from ttskernels.ops.path_aggregate import empty_state, path_aggregate
-from ttskernels.ops.rms_norm import rms_norm
+from ttskernels.ops.rms_norm import add_rms_norm, rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.step_score import step_score
 
@@ -27,6 +29,84 @@ def test_rms_norm(device, dtype, rows, dim):
     exact = norm_reference.rms_norm(*to_float64(x, weight), 1e-6)
     low = torch.nn.functional.rms_norm(x, (dim,), weight, 1e-6)
     assert_within_budget(rms_norm(*to(device, x, weight), 1e-6, impl="triton").cpu(), exact, low)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, dim, parts, bias", [(0, 64, 2, False), (1, 1, 1, True), (3, 17, 3, True), (5, 576, 12, False)])
+def test_add_rms_norm(device, dtype, rows, dim, parts, bias):
+    x, weight = torch.randn(rows, 2 * dim, dtype=dtype)[:, :dim], torch.randn(dim, dtype=dtype)
+    added, b = torch.randn(parts, rows, dim), torch.randn(dim, dtype=dtype) if bias else None
+    exact_x, low_x = x.double(), x.clone()
+    exact = norm_reference.add_rms_norm(added.double(), exact_x, None if b is None else b.double(), weight.double(), 1e-6)
+    low = norm_reference.add_rms_norm(added, low_x, b, weight, 1e-6)
+    mine, added, weight, b = to(device, x, added, weight, b)
+    normed = add_rms_norm(added, mine, weight, 1e-6, bias=b, impl="triton")
+    assert_within_budget(mine.cpu(), exact_x, low_x)
+    assert_within_budget(normed.cpu(), exact, low)
+
+
+LINEAR_SIZES = [(0, 64, 64), (1, 5, 8), (3, 65, 24), (16, 130, 264), (61, 64, 200), (130, 70, 136), (3, 20, 17)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("parts", [None, 1, 2, 5])
+@pytest.mark.parametrize("rows, outputs, inputs", LINEAR_SIZES)
+def test_linear_parts(device, dtype, rows, outputs, inputs, parts):
+    """The last size is one that boxes cannot read."""
+    x, weight = torch.randn(rows, inputs, dtype=dtype), torch.randn(outputs, inputs, dtype=dtype)
+    exact = linear_reference.linear_parts(x.double(), weight.double(), 1)[0]
+    low = linear_reference.linear_parts(x, weight, parts or 1).sum(0)
+    made = linear_parts(*to(device, x, weight), parts=parts, impl="triton").cpu()
+    assert made.dtype == torch.float32 and (parts is None or inputs % 8 or len(made) == parts)
+    assert_within_budget(made.sum(0), exact, low)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows, outputs, inputs", LINEAR_SIZES)
+def test_gated_linear(device, dtype, rows, outputs, inputs):
+    x, weight = torch.randn(rows, inputs, dtype=dtype), torch.randn(2 * outputs, inputs, dtype=dtype)
+    exact, low = linear_reference.gated_linear(x.double(), weight.double()), linear_reference.gated_linear(x, weight)
+    assert_within_budget(gated_linear(*to(device, x, weight), impl="triton").cpu(), exact, low)
+
+
+def test_a_row_has_the_same_parts_in_any_batch(device):
+    """Padding rows must not change what a branch computes."""
+    x, weight = (t.to(device) for t in (torch.randn(61, 200), torch.randn(70, 200)))
+    some = linear_parts(x[:9].clone(), weight, impl="triton")
+    every = linear_parts(x, weight, impl="triton")
+    if device.type == "cpu":  # the interpreter's products are the CPU's, whose sums depend on the shape
+        torch.testing.assert_close(every[:, :9], some)
+    else:
+        assert torch.equal(every[:, :9], some)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("parts, bias", [(1, True), (3, False), (4, True)])
+def test_rope_append_of_parts(device, parts, bias, norm):
+    qkv, b = torch.randn(parts, 5, 6 * 48), torch.randn(6 * 48) if bias else None
+    slots, place, inv_freq = torch.tensor([3, -1, 40, 0, 17]).int(), torch.randint(0, 900, (5,)).int(), torch.rand(20)
+    norms = [torch.rand(48) + 0.5 for _ in range(2)] if norm else [None, None]
+    pages = [torch.full((3, 16, 2, 48), float("nan")) for _ in range(2)]
+    total = qkv.double().sum(0) + (0 if b is None else b.double())
+    results = []
+    for wide in (torch.float64, torch.float32):
+        q, k, v = (t.unflatten(-1, (-1, 48)) for t in total.to(wide).split([2 * 48, 2 * 48, 2 * 48], -1))
+        written = [t.to(wide) for t in pages]
+        args = [t if t is None else t.to(wide) for t in norms]
+        turned = rope_reference.rope_append(q, k, v, inv_freq, 1.0, place, slots, *args, 1e-6, *written)
+        results.append([turned, *written])
+    qkv, b, inv_freq, place, slots, *norms = to(device, qkv, b, inv_freq, place, slots, *norms)
+    mine = to(device, *(t.clone() for t in pages))
+    q, k, v = (t.unflatten(-1, (-1, 48)) for t in qkv.split([2 * 48, 2 * 48, 2 * 48], -1))
+    options = dict(bias=b, q_norm=norms[0], k_norm=norms[1], impl="triton")
+    for again in (False, True):  # parts of q, k and v in memory of their own
+        for t in mine if again else ():
+            t.fill_(float("nan"))
+        turned = rope_append(*((t.contiguous() if again else t) for t in (q, k, v)), inv_freq, place, slots, *mine, **options)
+        for actual, exact, low in zip([turned, *mine], *results, strict=True):
+            actual, written = actual.cpu(), ~exact.isnan()
+            assert torch.equal(actual.isnan(), ~written)
+            assert_within_budget(actual[written], exact[written], low[written], factor=3.0)
 
 
 @pytest.mark.parametrize("sizes", [[], [0], [3, 0, 17, 1]])

@@ -14,6 +14,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return (y if bias is None else y + bias.to(wide)).to(x.dtype)
 
 
+def linear_parts(x: Tensor, weight: Tensor, parts: int) -> Tensor:
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    share = -(-x.shape[1] // parts)
+    shares = zip(x.to(wide).split(share, 1), weight.to(wide).split(share, 1), strict=True)
+    made = torch.zeros(parts, len(x), len(weight), dtype=wide, device=x.device)
+    for part, (some_x, some_weight) in zip(made, shares, strict=False):
+        torch.mm(some_x, some_weight.T, out=part)
+    return made
+
+
+def gated_linear(x: Tensor, gate_up: Tensor) -> Tensor:
+    gate, up = linear_parts(x, gate_up, 1)[0].chunk(2, 1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
+
+
 def fixed_groups(x: Tensor, most: int, tries: int = 1) -> tuple[Tensor, Tensor]:
     """Integers `[rows, groups, 64]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group. The
     largest value becomes `most`, or of `tries` numbers from there down, half a unit apart, the one that rounds best."""

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+EARLY_ARCHS = ("sm_90", "sm_100")  # have launches that begin before the one in front has ended, and boxes (TMA)
+
 
 class Tile(NamedTuple):
     """Rows ((row, query head of a group) pairs), tokens of a K, V tile, warps, stages of the load pipeline, programs of a
@@ -79,6 +81,11 @@ def programs(device: torch.device, tile: Tile, kv_heads: int) -> int:
         return 3 * kv_heads
     most = tile.programs * torch.cuda.get_device_properties(device).multi_processor_count
     return max(1, most // kv_heads) * kv_heads
+
+
+def early(tensor: torch.Tensor) -> bool:
+    """Whether launches on a tensor's device may begin before the one in front has ended."""
+    return tensor.is_cuda and architecture(tensor.device) in EARLY_ARCHS
 
 
 def options(tile: Tile | None, early: bool) -> dict:

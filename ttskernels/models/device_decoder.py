@@ -7,6 +7,7 @@ In the Triton interpreter the same calls run on CPU tensors, without a graph.
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from types import SimpleNamespace
 
@@ -20,13 +21,11 @@ from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import LM_HEAD
 from ttskernels.models.device_inputs import DeviceInputs, LaunchPlan
+from ttskernels.models.device_layers import own_layers, vendor_layers
 from ttskernels.models.device_queue import DeviceQueue, Fetch
 from ttskernels.models.device_weights import layer_weights
 from ttskernels.ops.rms_norm import rms_norm
-from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
-from ttskernels.ops.silu_mul import silu_mul
-from ttskernels.ops.tree_attention import tree_attention
 
 # Rows of a captured iteration. Padding costs little as long as reading the weights takes longer than multiplying.
 BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
@@ -36,6 +35,14 @@ BAD_LOGITS = -(1 << 30)  # the state of a row whose logits were not finite
 RING = 4  # reports kept on the device; the host reads one behind
 
 
+def own_rows() -> int:
+    """Most rows whose products are ours instead of the vendor's. Ours have not been measured on a GPU, so none by default."""
+    text = os.environ.get("TTSK_GPU_LINEAR_ROWS", "0")
+    if not text.isdecimal():
+        raise ValueError(f"TTSK_GPU_LINEAR_ROWS must be a number of rows, 0 for none, got {text!r}")
+    return int(text)
+
+
 class DeviceDecoder:
     """Runs on `device`, on a stream of its own. Weights are copied there once; q, k, v and gate, up become one each."""
 
@@ -43,6 +50,7 @@ class DeviceDecoder:
 
     def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool, device: torch.device):
         self.config, self.device = config, device
+        self.own_rows = own_rows()
         self.queue, self.inputs = DeviceQueue(device), DeviceInputs(device)
         self.embed = weights["model.embed_tokens.weight"].to(device)
         self.head = None
@@ -124,26 +132,10 @@ class DeviceDecoder:
 
     def _body(self, fields: SimpleNamespace, plan, pool: PagePool, cut: tuple | None = None) -> Tensor:
         """Hidden states `[rows, hidden]` behind the last layer. `cut`: (plan, rows) that alone go through its second half."""
-        c = self.config
-        widths = [n * c.head_dim for n in (c.q_heads, c.kv_heads, c.kv_heads)]
         x = torch.index_select(self.embed, 0, fields.ids)
-        for i, w in enumerate(self.layers):
-            qkv = torch.nn.functional.linear(rms_norm(x, w.input_norm, c.rms_eps, impl="triton"), w.qkv, w.qkv_bias)
-            q, k, v = (part.unflatten(1, (-1, c.head_dim)) for part in qkv.split(widths, 1))
-            q = rope_append(
-                q, k, v, self.inv_freq, fields.positions, fields.slots, pool.k[i], pool.v[i], rope_scale=c.rope_scale,
-                q_norm=w.q_norm, k_norm=w.k_norm, eps=c.rms_eps, impl="triton",
-            )  # fmt: skip
-            if cut is not None and w is self.layers[-1]:
-                plan, chosen = cut
-                q, x = q.index_select(0, chosen), x.index_select(0, chosen)
-            seen = tree_attention(q, pool.k[i], pool.v[i], plan, scale=c.scale, window=c.window, impl="triton")
-            x.addmm_(seen.flatten(1), w.o.T)  # the residual is added by the product itself
-            if w.o_bias is not None:
-                x += w.o_bias
-            gate, up = (rms_norm(x, w.post_norm, c.rms_eps, impl="triton") @ w.gate_up.T).chunk(2, 1)
-            x.addmm_(silu_mul(gate, up, impl="triton"), w.down.T)
-        return x
+        if cut is None and len(x) <= self.own_rows:
+            return own_layers(self, x, fields, plan, pool)
+        return vendor_layers(self, x, fields, plan, pool, cut)
 
     def _logits(self, x: Tensor) -> Tensor:
         x = rms_norm(x, self.norm, self.config.rms_eps, impl="triton")

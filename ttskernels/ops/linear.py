@@ -1,4 +1,4 @@
-"""Linear layer over weights that are packed once."""
+"""Linear layers: over weights that are packed once (CPU), and, for few rows on a GPU, in parts or gated."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -79,3 +79,59 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
         return reference.linear(x, packed.data, bias)
     wide = None if bias is None else bias.to(x.device, torch.float32).contiguous()
     return torch.ops.ttskernels.linear(x.contiguous(), packed.data, packed.out_features, wide, FORMS.index(packed.form))
+
+
+def linear_parts(x: Tensor, weight: Tensor, *, parts: int | None = None, impl: Impl = "auto") -> Tensor:
+    """`x @ weight.T` as float32 sums over shares of the inputs, which whoever reads them adds up.
+
+    For the few rows of a decode iteration: several programs then read one output's weight. `rope_append` and `add_rms_norm`
+    take the parts. On the CPU it is the reference.
+
+    Args:
+        x: `[rows, in_features]`.
+        weight: `[out_features, in_features]`, dtype of `x`; not packed.
+        parts: at least 1; None: as many as keep the device busy. A row's bits do not depend on the other rows.
+    Returns:
+        `[parts, rows, out_features]` float32 (float64 for float64); last parts may be zeros. One part where the device has no
+        tensor memory accelerator, or it cannot read x or weight.
+    Raises:
+        ValueError: shape, dtype or device mismatch.
+    """
+    check_matrices(x, weight, 1)
+    if parts is not None and parts < 1:
+        raise ValueError(f"parts must be at least 1, got {parts}")
+    if resolve(impl, x) != "triton":
+        return reference.linear_parts(x, weight, parts or 1)
+    from ttskernels._triton.linear import linear as launch
+
+    return launch(x.contiguous(), weight, False, parts)
+
+
+def gated_linear(x: Tensor, gate_up: Tensor, *, impl: Impl = "auto") -> Tensor:
+    """`silu(x @ gate.T) * (x @ up.T)`, float32 inside, rounded once. On the CPU it is the reference.
+
+    Args:
+        x: `[rows, in_features]`.
+        gate_up: `[2 * out_features, in_features]`, dtype of `x`: gate, and below it up.
+    Returns:
+        `[rows, out_features]`, dtype of `x`.
+    Raises:
+        ValueError: shape, dtype or device mismatch.
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    check_matrices(x, gate_up, 2)
+    if resolve(impl, x) != "triton":
+        return reference.gated_linear(x, gate_up)
+    from ttskernels._triton.linear import linear as launch
+
+    return launch(x.contiguous(), gate_up, True)[0]
+
+
+def check_matrices(x: Tensor, weight: Tensor, halves: int) -> None:
+    if x.ndim != 2 or weight.ndim != 2 or x.shape[1] != weight.shape[1] or not x.shape[1] or len(weight) % halves:
+        wanted, got = "outputs" if halves == 1 else "2 * outputs", f"{tuple(weight.shape)} and {tuple(x.shape)}"
+        raise ValueError(f"weight must be [{wanted}, inputs] for x [rows, inputs], got {got}")
+    if x.dtype != weight.dtype or not x.is_floating_point() or x.device != weight.device:
+        raise ValueError(
+            f"weight must have x's floating dtype and device, got {weight.dtype} on {weight.device} and {x.dtype} on {x.device}"
+        )

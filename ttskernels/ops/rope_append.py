@@ -19,6 +19,7 @@ def rope_append(
     k_pages: Tensor,
     v_pages: Tensor,
     *,
+    bias: Tensor | None = None,
     rope_scale: float = 1.0,
     q_norm: Tensor | None = None,
     k_norm: Tensor | None = None,
@@ -35,11 +36,13 @@ def rope_append(
 
     Args:
         q, k, v: `[rows, heads, dim]`, float32 or the pages' dtype (any, for int16 and int8 pages); rows may be strided.
+            Or, in float32, `[parts, rows, heads, dim]`, to be added up (what `linear_parts` gives).
         inv_freq: float32, at most `head_dim / 2` of them.
         positions: `[rows]` int32.
         slots: `[rows]` int32, `page * page_size + slot`, distinct; -1 writes nothing.
         k_pages, v_pages: one layer's pool, packed or strided as in `tree_attention`; modified. In int16 or int8 pages each
             head of k (turned) and v becomes integers and a scale; one with a value that is not finite has scale NaN.
+        bias: `[outputs]` of q, k and v, one after the other, added first.
         rope_scale: multiplies cos and sin (transformers' attention_scaling).
         q_norm, k_norm: `[head_dim]` weights of an RMS norm of each head before the rotation (Qwen3).
         k_scale, v_scale: `[kv_heads]` float32 factors of float8 pages: what is written is divided by them.
@@ -50,7 +53,9 @@ def rope_append(
         RuntimeError: a slot is outside of the pool (impl "cpu"); nothing is written then.
     Source: Su et al. 2021, arXiv:2104.09864.
     """
-    check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
+    q, k, v = (t if t.ndim == 4 else t[None] for t in (q, k, v))
+    check_parts(q, k, v, bias)
+    check(q[0], k[0], v[0], inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
     args = (inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages)
     chosen = resolve(impl, q)
     if chosen == "triton":
@@ -58,14 +63,39 @@ def rope_append(
 
         if k_pages.ndim != 4:
             raise ValueError("impl 'triton' needs 4-D k_pages and v_pages, got packed ones; pass layout.to_nhd(k, v)")
-        q, k, v = (t if t.stride(2) == 1 else t.contiguous() for t in (q, k, v))
-        return launch(q, k, v, *args, k_scale, v_scale, q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype)
+        if len(q) > 1 and len({t.stride(0) for t in (q, k, v)}) > 1:
+            q, k, v = (t.sum(0, keepdim=True) for t in (q, k, v))
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+        return launch(q, k, v, bias, *args, k_scale, v_scale, q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype)
     if k_pages.dtype in FLOAT8:
         raise ValueError(f"impl {chosen!r} writes no {k_pages.dtype} pages; they need impl='triton'")
+    q, k, v = added(q, k, v, bias)
     if chosen == "cpu":
         q, k, v = (t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous() for t in (q, k, v))
         return torch.ops.ttskernels.rope_append(q, k, v, *args)
     return reference.rope_append(q, k, v, *args)
+
+
+def added(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """The sums of parts, and a bias."""
+    made, first = [], 0
+    for t in (q, k, v):
+        total, heads = t.sum(0) if len(t) > 1 else t[0], t.shape[2:]
+        if bias is not None:
+            total = total + bias[first : first + heads.numel()].view(heads).to(total.dtype)
+        made.append(total)
+        first += heads.numel()
+    return made
+
+
+def check_parts(q, k, v, bias) -> None:
+    parts, outputs = len(q), sum(t.shape[2:].numel() for t in (q, k, v))
+    if not parts or len(k) != parts or len(v) != parts:
+        raise ValueError(f"q, k and v must have the same number of parts, at least 1, got {parts}, {len(k)} and {len(v)}")
+    if parts > 1 and q.dtype != torch.float32:
+        raise ValueError(f"parts of q, k and v must be float32, got {q.dtype}; add them up first")
+    if bias is not None and (bias.shape != (outputs,) or not bias.is_floating_point()):
+        raise ValueError(f"bias must be floating [{outputs}], got {bias.dtype} {tuple(bias.shape)}")
 
 
 def check(q, k, v, inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm) -> None:
