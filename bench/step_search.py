@@ -135,14 +135,14 @@ class Clock:
         self._wrap(scorer, "read_scores", "score")
         for module in (policy, scorer):
             self._wrap(module, "build_plan", "planning")
-        self._wrap(policy, "sample", "decode")
+        self._wrap(engine.policy_model, "sample", "decode")
         self._wrap(batcher.Engine, "_turn", "python")
         self._wrap(batcher.Engine, "_drain", "idle")
 
     def _count(self, runner) -> None:
         """Decode iterations and rows: a forward with a sample is one."""
         self.iterations = self.rows = 0
-        decode, drawn = runner.model.decode, policy.sample
+        decode, drawn = runner.model.decode, runner.model.sample
 
         def counted(ids, *args):
             done = decode(ids, *args)
@@ -153,7 +153,7 @@ class Clock:
             self.iterations, self.rows = self.iterations + 1, self.rows + len(rows)
             return drawn(logits, rows, *args)
 
-        runner.model.decode, policy.sample = counted, counted_sample
+        runner.model.decode, runner.model.sample = counted, counted_sample
 
     def _wrap(self, owner, name: str, part: str) -> None:
         function = getattr(owner, name)

@@ -106,7 +106,7 @@ void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* pan
       words = wide;
     }
     constexpr int kSteps = kFixedGroup / 2;
-    const bool few = rows <= 4 * kGroupRows;  // then the next block must come within a few groups of rows
+    const bool few = rows <= kFewRows;
     const int lines_a_group = few ? 4 * kSteps : kSteps;
     int fetched = 0;
     ForGroups(rows, [&](int first, int size) {

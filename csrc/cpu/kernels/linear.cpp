@@ -1,6 +1,7 @@
 #include "ttskernels/linear.h"
 
 #include <atomic>
+#include <vector>
 
 #include "linear_fixed.h"
 #include "ttskernels/threads.h"
@@ -109,6 +110,35 @@ void RunTask(const Job& job, const float* x, int64_t row, int64_t chunk_row, int
   Epilogue<Bf16>(p, acc, row, rows, panel);
 }
 
+// Blocks of a chunk's rows, small enough for at least eight tasks a thread, and the order of tasks: all blocks of a panel, so that
+// it is read once, or, if there is a thread for each block, all panels of a block.
+struct Blocks {
+  Blocks(int64_t chunk, int64_t panels, int threads) : panels(panels), rows(kBlockRows) {
+    while (rows > kFewRows && (chunk + rows - 1) / rows * panels < 8 * threads) rows /= 2;
+    count = (chunk + rows - 1) / rows;
+    rows = (chunk + count - 1) / count;
+    block_by_block = count <= threads && rows > kFewRows;
+  }
+  int64_t Panel(int64_t task) const { return block_by_block ? task % panels : task / count; }
+  int64_t FirstRow(int64_t task) const { return (block_by_block ? task / panels : task % count) * rows; }
+
+  int64_t panels, rows, count;
+  bool block_by_block;
+};
+
+// How many of a thread's tasks are taken, in order: what a product fetches behind its panel is then what the thread needs next.
+// Who has none left takes those of others.
+struct alignas(64) Taken {
+  std::atomic<int64_t> count{0};
+
+  // The next of n tasks that follow `before` earlier ones; -1: none is left.
+  int64_t Next(int64_t before, int64_t n) {
+    int64_t now = count.load(std::memory_order_relaxed);
+    while (now < before + n && !count.compare_exchange_weak(now, now + 1, std::memory_order_relaxed)) {}
+    return now < before + n ? now - before : -1;
+  }
+};
+
 }  // namespace
 
 void Linear(const LinearParams& p) {
@@ -128,9 +158,8 @@ void Linear(const LinearParams& p) {
   if (in_place) job.x_stride = p.x_stride;
   if (job.dot && p.k % 2 == 0 && p.x_stride % 2 == 0) in_place = true, job.x_stride = p.x_stride / 2;
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
-  std::atomic<int64_t> next{0};
+  std::vector<Taken> taken(NumThreads());
   Together(p.rows * p.n * p.k > 32768 ? NumThreads() : 1, [&](const Member& me) {
-    int64_t done = 0;  // tasks of the chunks before this one
     for (int64_t row0 = 0; row0 < p.rows; row0 += kChunkRows) {
       const int64_t chunk = p.rows - row0 < kChunkRows ? p.rows - row0 : kChunkRows;
       float* wide = static_cast<float*>(p.workspace);
@@ -144,19 +173,17 @@ void Linear(const LinearParams& p) {
         me.Barrier();
       }
       const float* x = in_place ? static_cast<const float*>(p.x) + row0 * job.x_stride : wide;
-      int64_t block = kBlockRows;  // small enough for at least eight tasks a thread
-      while (block > 24 && (chunk + block - 1) / block * panels < 8 * NumThreads()) block /= 2;
-      const int64_t blocks = (chunk + block - 1) / block, tasks = blocks * panels;
-      block = (chunk + blocks - 1) / blocks;
-      for (;;) {
-        int64_t t = next.load(std::memory_order_relaxed);
-        while (t < done + tasks && !next.compare_exchange_weak(t, t + 1, std::memory_order_relaxed)) {}
-        if (t >= done + tasks) break;
-        const int64_t panel = (t - done) / blocks, first = (t - done) % blocks * block;
-        const int64_t rows = chunk - first < block ? chunk - first : block;
-        RunTask(job, x + first * job.x_stride, row0 + first, first, static_cast<int>(rows), panel);
+      const Blocks blocks(chunk, panels, me.count);
+      const int64_t before = row0 / kChunkRows;  // chunks, all of as many tasks
+      for (int i = 0; i < me.count; ++i) {
+        const Member owner((me.index + i) % me.count, me.count);
+        const auto [begin, end] = owner.Share(blocks.count * panels);
+        const auto [first, last] = owner.Share(Blocks(kChunkRows, panels, me.count).count * panels);
+        for (int64_t t; (t = taken[owner.index].Next(before * (last - first), end - begin)) >= 0;) {
+          const int64_t at = blocks.FirstRow(begin + t), rows = chunk - at < blocks.rows ? chunk - at : blocks.rows;
+          RunTask(job, x + at * job.x_stride, row0 + at, at, static_cast<int>(rows), blocks.Panel(begin + t));
+        }
       }
-      done += tasks;
     }
   });
 }
