@@ -1,6 +1,7 @@
 #include "ttskernels/linear.h"
 
 #include <atomic>
+#include <utility>
 #include <vector>
 
 #include "linear_fixed.h"
@@ -127,15 +128,19 @@ struct Blocks {
 };
 
 // How many of a thread's tasks are taken, in order: what a product fetches behind its panel is then what the thread needs next.
-// Who has none left takes those of others.
+// Who has none left takes those of others. A third of what is left at a time: each taking waits until the thread's writes have
+// left its core.
 struct alignas(64) Taken {
   std::atomic<int64_t> count{0};
 
-  // The next of n tasks that follow `before` earlier ones; -1: none is left.
-  int64_t Next(int64_t before, int64_t n) {
-    int64_t now = count.load(std::memory_order_relaxed);
-    while (now < before + n && !count.compare_exchange_weak(now, now + 1, std::memory_order_relaxed)) {}
-    return now < before + n ? now - before : -1;
+  // [first, end) of n tasks that follow `before` earlier ones; empty: none is left.
+  std::pair<int64_t, int64_t> Next(int64_t before, int64_t n) {
+    int64_t now = count.load(std::memory_order_relaxed), end;
+    do {
+      if (now >= before + n) return {n, n};
+      end = now + (before + n - now + 2) / 3;
+    } while (!count.compare_exchange_weak(now, end, std::memory_order_relaxed));
+    return {now - before, end - before};
   }
 };
 
@@ -179,9 +184,13 @@ void Linear(const LinearParams& p) {
         const Member owner((me.index + i) % me.count, me.count);
         const auto [begin, end] = owner.Share(blocks.count * panels);
         const auto [first, last] = owner.Share(Blocks(kChunkRows, panels, me.count).count * panels);
-        for (int64_t t; (t = taken[owner.index].Next(before * (last - first), end - begin)) >= 0;) {
-          const int64_t at = blocks.FirstRow(begin + t), rows = chunk - at < blocks.rows ? chunk - at : blocks.rows;
-          RunTask(job, x + at * job.x_stride, row0 + at, at, static_cast<int>(rows), blocks.Panel(begin + t));
+        for (;;) {
+          const auto [from, to] = taken[owner.index].Next(before * (last - first), end - begin);
+          if (from == to) break;
+          for (int64_t t = begin + from; t < begin + to; ++t) {
+            const int64_t at = blocks.FirstRow(t), rows = chunk - at < blocks.rows ? chunk - at : blocks.rows;
+            RunTask(job, x + at * job.x_stride, row0 + at, at, static_cast<int>(rows), blocks.Panel(t));
+          }
         }
       }
     }
