@@ -37,10 +37,13 @@ void FixRow(const T* x, int64_t k, float most_value, int16_t* values, float* sca
   }
 }
 
+inline Words WideWords(const int16_t* p) { return LoadWords(p); }
+inline Words WideWords(const int8_t* p) { return LoadBytes(p); }
+
 // acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns. Meanwhile kLines cache lines a step are fetched
 // from `ahead` on: all at once they would fill the line buffers, and the core would wait.
-template <int kRows, bool kFromZero, int kLines>
-void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* words, const float* scales,
+template <int kRows, bool kFromZero, int kLines, typename T>
+void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const T* words, const float* scales,
                 const uint8_t* ahead, float* acc) {
   Ints sum[kRows][kStripVecs];
 #pragma GCC unroll 6
@@ -54,7 +57,7 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* w
     for (int l = 0; l < kLines; ++l) __builtin_prefetch(ahead + (s / 2 * kLines + l) * 64);
     Words w[kStripVecs];
 #pragma GCC unroll 4
-    for (int c = 0; c < kStripVecs; ++c) w[c] = LoadWords(words + s * kPanel + c * 2 * kLanes);
+    for (int c = 0; c < kStripVecs; ++c) w[c] = WideWords(words + s * kPanel + c * 2 * kLanes);
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
       const Words a = BroadcastWords(values + r * stride + s);
@@ -74,8 +77,8 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const int16_t* w
   }
 }
 
-template <bool kFromZero, int kLines>
-void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, const int16_t* words,
+template <bool kFromZero, int kLines, typename T>
+void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, const T* words,
                     const float* scales, const uint8_t* ahead, float* acc) {
   for (int c = 0; c < kPanel; c += kStripVecs * kLanes, words += kStripVecs * 2 * kLanes, acc += kStripVecs * kLanes) {
     const float* s = scales + c;
@@ -90,33 +93,36 @@ void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, co
   }
 }
 
-// acc [rows][64] = `rows` rows from `row` on (at most kBlockRows) times a panel of T.
+// acc [rows][64] = `rows` rows from `row` on (at most kBlockRows) times a panel of T. Bytes are widened in registers for one
+// group of rows, once for several.
 template <typename T>
 void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* panel, float* acc) {
-  alignas(64) int16_t wide[kFixedGroup * kPanel];
+  constexpr int kSteps = kFixedGroup / 2;
   const int64_t block = FixedBlockBytes(sizeof(T));
+  const bool few = rows <= kFewRows;
   for (int64_t g = 0; g < x.groups; ++g, panel += block) {
     const float* scales = reinterpret_cast<const float*>(panel);
-    const uint8_t* packed = panel + kPanel * 4;
-    const int16_t* words = reinterpret_cast<const int16_t*>(packed);
-    if constexpr (sizeof(T) == 1) {
-      for (int i = 0; i < kFixedGroup * kPanel; i += 2 * kLanes) {
-        WidenBytes(reinterpret_cast<const int8_t*>(packed) + i, wide + i);
-      }
-      words = wide;
-    }
-    constexpr int kSteps = kFixedGroup / 2;
-    const bool few = rows <= kFewRows;
-    const int lines_a_group = few ? 4 * kSteps : kSteps;
-    int fetched = 0;
-    ForGroups(rows, [&](int first, int size) {
-      const uint8_t* ahead = panel + block + fetched * 64;
-      WithFetch(g == 0, fetched * 64 < block, few, [&](auto from_zero, auto lines) {
-        FixedGroupRows<decltype(from_zero)::value, decltype(lines)::value>(size, x, row + first, g, words, scales, ahead,
-                                                                           acc + first * kPanel);
+    const T* packed = reinterpret_cast<const T*>(panel + kPanel * 4);
+    const auto multiply = [&](const auto* words) {
+      int fetched = 0;
+      ForGroups(rows, [&](int first, int size) {
+        const uint8_t* ahead = panel + block + fetched * 64;
+        WithFetch(g == 0, fetched * 64 < block, few, [&](auto from_zero, auto lines) {
+          FixedGroupRows<decltype(from_zero)::value, decltype(lines)::value>(size, x, row + first, g, words, scales, ahead,
+                                                                             acc + first * kPanel);
+        });
+        fetched += few ? 4 * kSteps : kSteps;
       });
-      fetched += lines_a_group;
-    });
+    };
+    if constexpr (sizeof(T) == 1) {
+      if (rows > kGroupRows) {
+        alignas(64) int16_t wide[kFixedGroup * kPanel];
+        for (int i = 0; i < kFixedGroup * kPanel; i += 2 * kLanes) WidenBytes(packed + i, wide + i);
+        multiply(static_cast<const int16_t*>(wide));
+        continue;
+      }
+    }
+    multiply(packed);
   }
 }
 

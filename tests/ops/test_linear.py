@@ -52,6 +52,24 @@ def test_row_alone_equals_row_in_any_batch(isa, k, dtype, form):
         lib.ttsk_set_num_threads(threads)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("n", [64, 576, 970])
+def test_every_task_is_done_at_any_number_of_threads(cpu_extension, n, form):
+    """Panels and blocks of rows are shared, taken a few at a time and from each other; 800 rows are three chunks."""
+    x, weight, _ = make(800, n, 130, torch.bfloat16)
+    packed, lib = linear_pack(weight, form=form, impl="cpu"), _dispatch.library()
+    exact = linear(x, packed)  # bits that the test above compares with rows alone
+    before = lib.ttsk_num_threads()
+    try:
+        for threads in (1, 2, 3, 4, 7, 16):
+            lib.ttsk_set_num_threads(threads)
+            for rows in (2, 9, 25, 64, 96, 200, 385, 800):
+                torch.full((rows, n), float("nan"), dtype=x.dtype)  # what the result's memory may hold
+                assert torch.equal(linear(x[:rows], packed), exact[:rows]), f"{threads} threads, {rows} rows"
+    finally:
+        lib.ttsk_set_num_threads(before)
+
+
 FIXED_SHAPES = [(0, 64, 8), (1, 1, 1), (1, 64, 576), (3, 65, 17), (16, 130, 129), (61, 100, 300), (401, 70, 65)]
 
 
