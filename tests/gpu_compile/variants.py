@@ -40,6 +40,7 @@ class Variant:
     matrix_ops: tuple[str, ...] = ()  # opcodes that must appear
     in_ci: bool = False
     options: dict = field(default_factory=dict)
+    waits_first: bool = False  # begins before the launch in front has ended, and reads what that writes
 
     @property
     def key(self) -> str:
@@ -157,7 +158,7 @@ def small_ops(arch: str) -> list[Variant]:
     if arch in EARLY_ARCHS:
         made += own_products(arch)
     options = {"sample-draw": {"maxnreg": 255}} if arch.startswith("sm_") else {}
-    return [Variant(name, arch, kernel, t, c, warps, ops, ci, options.get(name, {}))
+    return [Variant(name, arch, kernel, t, c, warps, ops, ci, options.get(name, {}), bool(c.get("EARLY") or c.get("WAITS")))
             for name, kernel, t, c, warps, ops in made]  # fmt: skip
 
 

@@ -29,6 +29,7 @@ class Compiled:
     spilled_bytes: int  # stack or scratch of a thread
     shared_bytes: int
     opcodes: Counter
+    loads_before_wait: int | None  # of global memory, in front of the wait for earlier launches; None: it never waits
 
     def count(self, *names: str) -> int:
         return sum(n for op, n in self.opcodes.items() if op.startswith(names))
@@ -48,10 +49,12 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, target: str, 
         registers, stack, opcodes = _read_cubin(made.asm["cubin"])
     else:
         registers, stack, opcodes = _read_amdgcn(made.asm["amdgcn"])
-    return Compiled(registers, stack, made.metadata.shared, opcodes)
+    wait = opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None
+    early = None if wait is None else sum(op.startswith(("LDG", "UTMALDG")) for op in opcodes[:wait])
+    return Compiled(registers, stack, made.metadata.shared, Counter(opcodes), early)
 
 
-def _read_cubin(cubin: bytes) -> tuple[int, int, Counter]:
+def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -61,11 +64,11 @@ def _read_cubin(cubin: bytes) -> tuple[int, int, Counter]:
             for name, flag in (("cuobjdump", "--dump-resource-usage"), ("cuobjdump", "--dump-sass"))
         )
     local = int(re.search(r"LOCAL:(\d+)", usage)[1]) + int(re.search(r"STACK:(\d+)", usage)[1])
-    opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", sass, re.M))
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]*)", sass, re.M)
     return int(re.search(r"REG:(\d+)", usage)[1]), local, opcodes
 
 
-def _read_amdgcn(text: str) -> tuple[int, int, Counter]:
+def _read_amdgcn(text: str) -> tuple[int, int, list[str]]:
     registers = int(re.search(r"\.vgpr_count:\s+(\d+)", text)[1])
     scratch = int(re.search(r"\.private_segment_fixed_size:\s+(\d+)", text)[1])
-    return registers, scratch, Counter(re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)", text, re.M))
+    return registers, scratch, re.findall(r"^\s+([vs]_\w+|ds_\w+|global_\w+|buffer_\w+)", text, re.M)
