@@ -71,16 +71,20 @@ def test_launches_are_those_of_the_decoder(tmp_path, monkeypatch):
         tree.grow(leaf, [3])
     mode = Products(called)
 
-    def stand_in(name, run):
+    def stand_in(module, name):
+        run = getattr(module, name)
+
         def counted(*args, impl, **options):
             called[name] += 1
             with _disable_current_modes():
                 return run(*args, impl="reference", **options)
 
-        monkeypatch.setattr(device_decoder, name, counted)
+        monkeypatch.setattr(module, name, counted)
 
-    for name in ("rms_norm", "rope_append", "tree_attention", "silu_mul", "sample"):
-        stand_in(name, getattr(device_decoder, name))
+    for name in ("rms_norm", "rope_append", "tree_attention", "silu_mul"):
+        stand_in(device_layers, name)
+    for name in ("rms_norm", "sample"):
+        stand_in(device_decoder, name)
     advance = SimpleNamespace(decode_advance=lambda *args: called.update(decode_advance=1))
     monkeypatch.setitem(sys.modules, "ttskernels._triton.decode_advance", advance)
     checkpoint = load_checkpoint(tmp_path, torch.float32)
