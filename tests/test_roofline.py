@@ -12,7 +12,7 @@ from trees import Tree
 from ttskernels import roofline
 from ttskernels.kv import build_plan
 from ttskernels.kv.machines import gpu_machine
-from ttskernels.models import device_decoder, load_checkpoint, load_model
+from ttskernels.models import device_decoder, device_layers, load_checkpoint, load_model
 
 # us a layer on an H100 at 3.0 TB/s and 600 TFLOP/s, by hand: flat, shared, compute
 BY_HAND = {
