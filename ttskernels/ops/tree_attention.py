@@ -84,14 +84,15 @@ def tree_attention(
 
 
 def _on_cpu(q, k, v, plan, scale, softcap, window, sinks, out):
+    rows, heads, dim = q.shape  # each look at a tensor from Python takes a part of a microsecond
     if out is None:
-        out = q.new_empty(q.shape[0], q.shape[1], dim_of(v))
+        out = q.new_empty(rows, heads, dim_of(v))
     else:
         check_out(out, q, dim_of(v))
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+    if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
-    plan, scale = getattr(plan, "buffer", plan), q.shape[2] ** -0.5 if scale is None else scale
-    return out, torch.ops.ttskernels.tree_attention(q, k, v, plan, scale, softcap, window, sinks, out)
+    plan, scale = getattr(plan, "buffer", plan), dim**-0.5 if scale is None else scale
+    return out, torch.ops.ttskernels.tree_attention.default(q, k, v, plan, scale, softcap, window, sinks, out)
 
 
 def check(
