@@ -12,8 +12,8 @@ METHODS = ("best_of_n", "beam_search", "dvts")
 def test_two_rounds_in_two_runs(tmp_path, cpu_extension):
     out = tmp_path / "out.json"
     for first in "01":
-        command = [sys.executable, SCRIPT, "--demo", "--n", "4", "--width", "2", "--rounds", "1", "--first", first, "--kv-gib", "1",
-                   "--methods", *METHODS, "--out", out]  # fmt: skip
+        command = [sys.executable, SCRIPT, "--demo", *"--n 4 --width 2 --rounds 1 --kv-gib 1 --first".split(), first]
+        command += ["--methods", *METHODS, "--out", out]
         done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-2000:]
     record = json.loads(out.read_text())

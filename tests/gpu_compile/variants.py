@@ -142,9 +142,9 @@ def small_ops(arch: str) -> list[Variant]:
     for norm in (False, True):
         strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
         pages = ("k_page", "k_slot", "k_page_head", "v_page", "v_slot", "v_page_head")
-        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32", "part": "i32!",
+        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32",
                  "out": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16", "rope_scale": "fp32", "eps": "fp32"}  # fmt: skip
-        types |= i32(strides + pages, "i32!")
+        types |= i32((*strides, "part", *pages), "i32!")
         constants = {"k_scale": None, "v_scale": None, "Q_HEADS": 32, "HEAD_DIM": 128, "V_DIM": 128, "PAIRS": 64,
                      "PAGE_SIZE": 16, "BLOCK_PAIRS": 64, "bias": None, "PARTS": 1, "EARLY": False}  # fmt: skip
         for name in ("q_norm", "k_norm"):

@@ -23,7 +23,9 @@ if TYPE_CHECKING:
     from ttskernels.models.device_decoder import DeviceDecoder
 
 
-def attend(decoder: DeviceDecoder, layer: int, qkv: Tensor, bias: Tensor | None, fields: SimpleNamespace, pool: PagePool) -> Tensor:
+def turned(
+    decoder: DeviceDecoder, layer: int, qkv: Tensor, bias: Tensor | None, fields: SimpleNamespace, pool: PagePool
+) -> Tensor:
     """q of `qkv` `[..., rows, q, k and v]`, turned; k and v go into the pool."""
     c, w = decoder.config, decoder.layers[layer]
     widths = [n * c.head_dim for n in (c.q_heads, c.kv_heads, c.kv_heads)]
@@ -41,7 +43,7 @@ def vendor_layers(
     c = decoder.config
     for i, w in enumerate(decoder.layers):
         qkv = torch.nn.functional.linear(rms_norm(x, w.input_norm, c.rms_eps, impl="triton"), w.qkv, w.qkv_bias)
-        q = attend(decoder, i, qkv, None, fields, pool)
+        q = turned(decoder, i, qkv, None, fields, pool)
         if cut is not None and w is decoder.layers[-1]:
             plan, chosen = cut
             q, x = q.index_select(0, chosen), x.index_select(0, chosen)
@@ -59,7 +61,7 @@ def own_layers(decoder: DeviceDecoder, x: Tensor, fields: SimpleNamespace, plan,
     c, layers = decoder.config, decoder.layers
     normed = rms_norm(x, layers[0].input_norm, c.rms_eps, impl="triton")
     for i, w in enumerate(layers):
-        q = attend(decoder, i, linear_parts(normed, w.qkv, impl="triton"), w.qkv_bias, fields, pool)
+        q = turned(decoder, i, linear_parts(normed, w.qkv, impl="triton"), w.qkv_bias, fields, pool)
         seen = tree_attention(q, pool.k[i], pool.v[i], plan, scale=c.scale, window=c.window, impl="triton")
         parts = linear_parts(seen.flatten(1), w.o, impl="triton")
         normed = add_rms_norm(parts, x, w.post_norm, c.rms_eps, bias=w.o_bias, impl="triton")

@@ -111,8 +111,8 @@ void RunTask(const Job& job, const float* x, int64_t row, int64_t chunk_row, int
   Epilogue<Bf16>(p, acc, row, rows, panel);
 }
 
-// Blocks of a chunk's rows, small enough for at least eight tasks a thread, and the order of tasks: all blocks of a panel, so that
-// it is read once, or, if there is a thread for each block, all panels of a block.
+// Blocks of a chunk's rows, small enough for at least eight tasks a thread, and the order of tasks: all blocks of a panel, so
+// that it is read once, or, if there is a thread for each block, all panels of a block.
 struct Blocks {
   Blocks(int64_t chunk, int64_t panels, int threads) : panels(panels), rows(kBlockRows) {
     while (rows > kFewRows && (chunk + rows - 1) / rows * panels < 8 * threads) rows /= 2;
@@ -163,8 +163,9 @@ void Linear(const LinearParams& p) {
   if (in_place) job.x_stride = p.x_stride;
   if (job.dot && p.k % 2 == 0 && p.x_stride % 2 == 0) in_place = true, job.x_stride = p.x_stride / 2;
   const int64_t panels = (p.n + kPanel - 1) / kPanel;
-  std::vector<Taken> taken(NumThreads());
-  Together(p.rows * p.n * p.k > 32768 ? NumThreads() : 1, [&](const Member& me) {
+  const int threads = p.rows * p.n * p.k > 32768 ? NumThreads() : 1;
+  std::vector<Taken> taken(threads);
+  Together(threads, [&](const Member& me) {
     for (int64_t row0 = 0; row0 < p.rows; row0 += kChunkRows) {
       const int64_t chunk = p.rows - row0 < kChunkRows ? p.rows - row0 : kChunkRows;
       float* wide = static_cast<float*>(p.workspace);
