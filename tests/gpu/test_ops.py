@@ -44,8 +44,10 @@ def test_linear_parts_and_gated_linear(device, dtype, rows, outputs, inputs):
     x, weight = torch.randn(rows, inputs).to(dtype), torch.randn(2 * outputs, inputs).to(dtype)
     exact, low = linear_reference.linear_parts(x.double(), weight.double(), 1)[0], linear_reference.linear_parts(x, weight, 1)[0]
     x, weight = to(device, x, weight)
+    if device.type == "cuda":  # what PyTorch's own product is off by there
+        low = torch.mm(x, weight.T, out_dtype=torch.float32).cpu()
     made = linear_parts(x, weight, impl="triton")
-    assert_within_budget(made.sum(0).cpu(), exact, low, factor=4.0)  # a float32 sum in another order
+    assert_within_budget(made.sum(0).cpu(), exact, low)
     assert torch.equal(linear_parts(x[:3].clone(), weight, impl="triton"), made[:, :3]) or device.type == "cpu"
     exact = torch.nn.functional.silu(exact[:, :outputs]) * exact[:, outputs:]
     low = (torch.nn.functional.silu(low[:, :outputs]) * low[:, outputs:]).to(dtype)
@@ -71,12 +73,11 @@ def test_launches_that_begin_early_wait_for_what_they_read(device, dtype):
     results = []
     for wait in (True, False):
         mine, normed = x.clone(), x.clone()
-        for _ in range(30 if device.type == "cuda" else 2):
-            for _ in range(2):
-                parts = linear_parts(normed, weight, parts=2, impl="triton")
-                normed = add_rms_norm(parts, mine, norm, impl="triton")
-                if wait and device.type == "cuda":
-                    torch.cuda.synchronize()
+        for _ in range(60 if device.type == "cuda" else 4):
+            parts = linear_parts(normed, weight, parts=2, impl="triton")
+            normed = add_rms_norm(parts, mine, norm, impl="triton")
+            if wait and device.type == "cuda":
+                torch.cuda.synchronize()
         results.append((mine, normed))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 

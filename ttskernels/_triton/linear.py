@@ -13,7 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ttskernels._triton.tiles import EARLY_ARCHS, architecture, early, options
+from ttskernels._triton.tiles import EARLY_ARCHS, architecture, begins_early, options
 
 SHARED_BYTES = 96 << 10  # of a program, so that two fit a multiprocessor
 MOST_PARTS = 12
@@ -113,8 +113,8 @@ def linear(x: Tensor, weight: Tensor, gated: bool, parts: int | None = None, til
     share = triton.cdiv(triton.cdiv(inputs, tile.inputs), tile.parts) * tile.inputs
     linear_kernel[triton.cdiv(outputs, tile.outputs), tile.parts, triton.cdiv(rows, tile.rows)](
         *descriptors, weight, out, rows, outputs, inputs, share,
-        tile.rows, tile.outputs, tile.inputs, tile.stages, gated, tile.ahead, early(x),
-        num_warps=tile.warps, **options(None, early(x)),
+        tile.rows, tile.outputs, tile.inputs, tile.stages, gated, tile.ahead, begins_early(x),
+        num_warps=tile.warps, **options(None, begins_early(x)),
     )  # fmt: skip
     return out
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from ttskernels._triton.tiles import early, options
+from ttskernels._triton.tiles import begins_early, options
 
 
 @triton.jit
@@ -56,8 +56,8 @@ def add_rms_norm(parts: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor, 
     out = torch.empty(rows, dim, dtype=x.dtype, device=x.device)
     if rows:
         add_rms_norm_kernel[(rows,)](
-            parts, x, bias, weight, out, eps, rows, x.stride(0), parts.shape[0], dim, early(x),
-            num_warps=warps(dim), **options(None, early(x)),
+            parts, x, bias, weight, out, eps, rows, x.stride(0), parts.shape[0], dim, begins_early(x),
+            num_warps=warps(dim), **options(None, begins_early(x)),
         )  # fmt: skip
     return out
 

@@ -95,7 +95,7 @@ def rope_append(
     parts, rows, q_heads, head_dim = q.shape
     kv_heads, pairs = k.shape[2], inv_freq.shape[0]
     out = torch.empty(q.shape[1:], dtype=out_dtype, device=q.device)
-    early = parts > 1 and tiles.early(q)  # behind a product that lets others begin
+    early = parts > 1 and tiles.begins_early(q)  # behind a product that lets others begin
     if rows:
         rope_append_kernel[(rows, q_heads + kv_heads)](
             q, k, v, bias, inv_freq, positions, slots, q_norm, k_norm, k_scale, v_scale,

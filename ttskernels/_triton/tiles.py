@@ -83,7 +83,7 @@ def programs(device: torch.device, tile: Tile, kv_heads: int) -> int:
     return max(1, most // kv_heads) * kv_heads
 
 
-def early(tensor: torch.Tensor) -> bool:
+def begins_early(tensor: torch.Tensor) -> bool:
     """Whether launches on a tensor's device may begin before the one in front has ended."""
     return tensor.is_cuda and architecture(tensor.device) in EARLY_ARCHS
 

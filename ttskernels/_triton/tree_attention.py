@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, Tiles, architecture, lookup, options, programs
+from ttskernels._triton.tiles import BOX_TABLE, Tiles, architecture, begins_early, lookup, options, programs
 from ttskernels._triton.tree_attention_merge import LOG2E, NEG_INF, finish, merge_kernel
 from ttskernels._triton.workspace import workspace
 from ttskernels.attention_launches import attention_launches
@@ -336,7 +336,7 @@ def tree_attention(
     records = scratch.records, scratch.records[size * v_dim :]
     if scale <= 0.0:  # the kernel takes the scale out of a maximum
         q, scale = (-q, -scale) if scale < 0.0 else (torch.zeros_like(q), 1.0)
-    early = q.is_cuda and arch in EARLY_ARCHS
+    early = begins_early(q)
     beside, merged = early and large and small, early and merge
     for is_large in [True] * large + [False] * small:
         tile = tiles.large if is_large else tiles.small

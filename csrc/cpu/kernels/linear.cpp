@@ -166,6 +166,7 @@ void Linear(const LinearParams& p) {
   const int threads = p.rows * p.n * p.k > 32768 ? NumThreads() : 1;
   std::vector<Taken> taken(threads);
   Together(threads, [&](const Member& me) {
+    const int64_t whole = Blocks(kChunkRows, panels, me.count).count * panels;  // tasks of every chunk but the last
     for (int64_t row0 = 0; row0 < p.rows; row0 += kChunkRows) {
       const int64_t chunk = p.rows - row0 < kChunkRows ? p.rows - row0 : kChunkRows;
       float* wide = static_cast<float*>(p.workspace);
@@ -180,13 +181,13 @@ void Linear(const LinearParams& p) {
       }
       const float* x = in_place ? static_cast<const float*>(p.x) + row0 * job.x_stride : wide;
       const Blocks blocks(chunk, panels, me.count);
-      const int64_t before = row0 / kChunkRows;  // chunks, all of as many tasks
       for (int i = 0; i < me.count; ++i) {
         const Member owner((me.index + i) % me.count, me.count);
         const auto [begin, end] = owner.Share(blocks.count * panels);
-        const auto [first, last] = owner.Share(Blocks(kChunkRows, panels, me.count).count * panels);
+        const auto [first, last] = owner.Share(whole);
+        const int64_t before = row0 / kChunkRows * (last - first);
         for (;;) {
-          const auto [from, to] = taken[owner.index].Next(before * (last - first), end - begin);
+          const auto [from, to] = taken[owner.index].Next(before, end - begin);
           if (from == to) break;
           for (int64_t t = begin + from; t < begin + to; ++t) {
             const int64_t at = blocks.FirstRow(t), rows = chunk - at < blocks.rows ? chunk - at : blocks.rows;
