@@ -29,19 +29,21 @@ READ_FLOATS = 1 << 26  # 256 MiB: past every cache
 
 @functools.cache
 def peaks() -> dict[str, float]:
-    """`fma_gflops`, `dot_gflops` (pairs of int16 or bf16, whichever this CPU multiplies faster) and `read_gbps` of all threads.
+    """`fma_gflops`, `dot_gflops` (pairs of int16 or bf16, whichever this CPU multiplies faster), `bytes_gflops` (int8) and
+    `read_gbps` of all threads.
 
-    NumPy's (lower), and no `dot_gflops`, without the C++ extension.
+    NumPy's (lower), and only the first and the last, without the C++ extension.
     """
     data = np.ones(READ_FLOATS, np.float32)
     if _dispatch.load_extension() is None:
         lib = _dispatch.library()
-        for name in ("ttsk_peak_fma_gflops", "ttsk_peak_dot_gflops", "ttsk_peak_words_gflops", "ttsk_read_gb_per_second"):
-            getattr(lib, name).restype = ctypes.c_double
+        for name in ("peak_fma_gflops", "peak_dot_gflops", "peak_words_gflops", "peak_bytes_gflops", "read_gb_per_second"):
+            getattr(lib, f"ttsk_{name}").restype = ctypes.c_double
         lib.ttsk_read_gb_per_second.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         return {
             "fma_gflops": lib.ttsk_peak_fma_gflops(),
             "dot_gflops": max(lib.ttsk_peak_dot_gflops(), lib.ttsk_peak_words_gflops()),
+            "bytes_gflops": lib.ttsk_peak_bytes_gflops(),
             "read_gbps": lib.ttsk_read_gb_per_second(data.ctypes.data, data.size),
         }
     square = np.ones((1024, 1024), np.float32)

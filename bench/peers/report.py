@@ -10,9 +10,12 @@ from workloads import SWEEP, Workload
 
 
 def rates_of(peaks: dict, bits: str) -> Rates:
-    """What a job is held against: the fastest products of 16-bit inputs, weights of 2 or 1 bytes."""
+    """What a job is held against: the fastest products of 16-bit inputs and weights of 2 bytes; with "int8" products of bytes
+    (16-bit ones in files of before these were measured) and weights of 1, attention as before."""
     products = max(peaks["fma_gflops"], peaks.get("dot_gflops", 0.0))
-    return Rates(products, products, peaks["read_gbps"], weight_bytes=2 if bits == "bf16" else 1)
+    if bits == "bf16":
+        return Rates(products, products, peaks["read_gbps"])
+    return Rates(max(products, peaks.get("bytes_gflops", 0.0)), products, peaks["read_gbps"], weight_bytes=1)
 
 
 def peaks_of(record: dict, workload: str | None = None) -> dict[str, float]:

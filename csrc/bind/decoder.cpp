@@ -29,22 +29,24 @@ std::shared_ptr<Entry> Find(int64_t handle) {
   return found->second;
 }
 
-constexpr int kConfigInts = 10, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
+constexpr int kConfigInts = 12, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
 
 int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, const Tensor& inv_freq,
                  std::vector<std::optional<Tensor>> weights) {
   STD_TORCH_CHECK(config.size() == kConfigInts && constants.size() == kConstants, "config needs ", kConfigInts,
                   " integers and ", kConstants, " constants, got ", config.size(), " and ", constants.size());
   for (int i = 0; i < 7; ++i) STD_TORCH_CHECK(config[i] > 0, "config[", i, "] must be positive, got ", config[i]);
-  STD_TORCH_CHECK(config[3] % config[4] == 0 && config[5] % 16 == 0 && config[5] <= 256 && config[7] >= 0 &&
-                      config[8] >= 0 && config[8] <= 2 && config[9] >= 0 && config[9] <= 2,
-                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256, window >= 0, a "
-                  "dtype 0..2 and a form 0..2, got ", config[3], ", ", config[4], ", ", config[5], ", ", config[7], ", ", config[8],
-                  ", ", config[9]);
+  STD_TORCH_CHECK(config[3] % config[4] == 0 && config[5] % 16 == 0 && config[5] <= 256 && config[7] >= 0,
+                  "config needs q_heads a multiple of kv_heads, head_dim a multiple of 16 up to 256 and window >= 0, got ",
+                  config[3], ", ", config[4], ", ", config[5], ", ", config[7]);
+  for (int i = 8; i < kConfigInts; ++i) {  // dtype, forms
+    STD_TORCH_CHECK(config[i] >= 0 && config[i] <= 2, "config[", i, "] must be 0..2, got ", config[i]);
+  }
   DecoderShape s{};
   s.vocab = config[0], s.hidden = config[1], s.layers = config[2], s.q_heads = config[3], s.kv_heads = config[4];
   s.head_dim = config[5], s.intermediate = config[6], s.window = config[7], s.dtype = static_cast<DType>(config[8]);
-  s.form = static_cast<LinearForm>(config[9]);
+  s.form = static_cast<LinearForm>(config[9]), s.kv_form = static_cast<LinearForm>(config[10]);
+  s.down_form = static_cast<LinearForm>(config[11]);
   s.rms_eps = static_cast<float>(constants[0]), s.rope_scale = static_cast<float>(constants[1]);
   s.scale = static_cast<float>(constants[2]), s.softcap = static_cast<float>(constants[3]);
   STD_TORCH_CHECK(static_cast<int64_t>(weights.size()) == kModelWeights + kLayerWeights * s.layers, "weights must be ",

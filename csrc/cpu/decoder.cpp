@@ -56,45 +56,45 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
   const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim, wide_q = WholePanels(q);
-  const auto pack = [&](int64_t n, int64_t k) { return Bytes(LinearPackedBytes(n, k, t, shape.form), 0); };
+  const auto pack = [&](int64_t n, int64_t k, LinearForm form) { return Bytes(LinearPackedBytes(n, k, t, form), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
   embed_ = Copy(embed, shape.vocab * h, t);
-  final_norm_ = CopyAs(final_norm, h, t, InnerType());
+  final_norm_ = CopyAs(final_norm, h, t, InnerType(shape.form));
   if (lm_head != nullptr) {
-    lm_head_ = Bytes(LinearPackedBytes(shape.vocab, h, t, KeptForm()), 0);
-    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), KeptForm());
+    lm_head_ = pack(shape.vocab, h, shape.form);
+    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), shape.form);
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
-    layer.input_norm = CopyAs(w.input_norm, h, t, InnerType());
-    layer.post_norm = CopyAs(w.post_norm, h, t, InnerType());
+    layer.input_norm = CopyAs(w.input_norm, h, t, InnerType(shape.form));
+    layer.post_norm = CopyAs(w.post_norm, h, t, InnerType(shape.form));
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
     const int64_t q_bytes = LinearPackedBytes(wide_q, h, t, shape.form);
-    layer.qkv = Bytes(q_bytes + LinearPackedBytes(2 * kv, h, t, KeptForm()), 0);
+    layer.qkv = Bytes(q_bytes + LinearPackedBytes(2 * kv, h, t, shape.kv_form), 0);
     LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data(), shape.form);
-    LinearPack(w.k, kv, h, h, t, whole(0, kv), layer.qkv.data() + q_bytes, KeptForm());
-    LinearPack(w.v, kv, h, h, t, whole(kv, kv), layer.qkv.data() + q_bytes, KeptForm());
+    LinearPack(w.k, kv, h, h, t, whole(0, kv), layer.qkv.data() + q_bytes, shape.kv_form);
+    LinearPack(w.v, kv, h, h, t, whole(kv, kv), layer.qkv.data() + q_bytes, shape.kv_form);
     const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
     AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
     layer.qkv_bias.resize(biased ? wide_q : 0);
     AppendBias(layer.qkv_bias, w.k_bias, kv, t, biased);
     AppendBias(layer.qkv_bias, w.v_bias, kv, t, biased);
-    layer.o = pack(h, q);
+    layer.o = pack(h, q, shape.form);
     LinearPack(w.o, h, q, q, t, whole(0, h), layer.o.data(), shape.form);
     AppendBias(layer.o_bias, w.o_bias, h, t, w.o_bias != nullptr);
     // Panels of 32 gate and 32 up columns (kSwiGlu); an intermediate size that is no multiple of 32 is padded with zeros.
     const int64_t padded = (inner + 31) / 32 * 32;
-    layer.gate_up = pack(2 * padded, h);
+    layer.gate_up = pack(2 * padded, h, shape.form);
     LinearPack(w.gate, inner, h, h, t, {0, 32, 64}, layer.gate_up.data(), shape.form);
     LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data(), shape.form);
     // `down` reads the padded activations: its extra columns are zero.
-    layer.down = pack(h, padded);
+    layer.down = pack(h, padded, shape.down_form);
     Bytes wide(h * padded * SizeOf(t), 0);
     for (int64_t r = 0; r < h; ++r) {
       std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down) + r * inner * SizeOf(t),
                   inner * SizeOf(t));
     }
-    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data(), shape.form);
+    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data(), shape.down_form);
     layers_.push_back(std::move(layer));
   }
   shape_.intermediate = (inner + 31) / 32 * 32;
@@ -127,7 +127,7 @@ T* Decoder::Scratch(int index, int64_t count) {
 
 void Decoder::Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const {
   const int64_t h = shape_.hidden;
-  TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, InnerType()});
+  TTSK_SELECT(RmsNorm)({x, weight.data(), y, rows, h, h, h, shape_.rms_eps, DType::kFloat32, InnerType(shape_.form)});
 }
 
 void Decoder::Project(const void* x, DType x_dtype, const Bytes& packed, const std::vector<float>& bias, int64_t rows,
@@ -147,7 +147,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
                       float* out) {
   if (rows == 0 || layers_.empty()) return;
   const DecoderShape& s = shape_;
-  const DType inner = InnerType(), heads = pools.form == KvForm::kFloat ? s.dtype : inner;
+  const DType inner = InnerType(s.form), gated = InnerType(s.down_form), heads = pools.form == KvForm::kFloat ? s.dtype : inner;
   const int64_t h = s.hidden;
   const int64_t q = s.q_heads * s.head_dim, kv = s.kv_heads * s.head_dim;
   const int64_t wide_q = WholePanels(q), qkv_dim = wide_q + 2 * kv, most = std::max(rows, num_out);
@@ -156,7 +156,7 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
   float* qkv = Scratch<float>(kQkv, most * qkv_dim);
   char* rotated = Scratch<char>(kQ, most * q * SizeOf(heads));
   char* attended = Scratch<char>(kAttended, most * q * SizeOf(heads));
-  char* act = Scratch<char>(kAct, most * s.intermediate * SizeOf(inner));
+  char* act = Scratch<char>(kAct, most * s.intermediate * SizeOf(gated));
   const std::vector<float> no_bias;
 
   const int64_t pairs = s.head_dim / 2;
@@ -194,12 +194,12 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
     };
     Norm(x, layer.input_norm, live, normed);
     if (l + 1 < layers_.size() || out_plan == nullptr) {
-      const bool alike = KeptForm() == s.form;
+      const bool alike = s.kv_form == s.form;
       project(0, alike ? qkv_dim : wide_q, s.form);
-      if (!alike) project(wide_q, 2 * kv, KeptForm());
+      if (!alike) project(wide_q, 2 * kv, s.kv_form);
       rope(s.q_heads, s.kv_heads);
     } else {  // nothing reads the other rows any more
-      project(wide_q, 2 * kv, KeptForm());
+      project(wide_q, 2 * kv, s.kv_form);
       rope(0, s.kv_heads);
       float* out_x = Scratch<float>(kOutX, num_out * h);
       for (int64_t i = 0; i < num_out; ++i) std::memcpy(out_x + i * h, x + out_rows[i] * h, h * 4);
@@ -221,15 +221,15 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
 
     Project(attended, heads, layer.o, layer.o_bias, live, h, q, true, x, DType::kFloat32, false, s.form);
     Norm(x, layer.post_norm, live, normed);
-    Project(normed, inner, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, inner, true, s.form);
-    Project(act, inner, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.form);
+    Project(normed, inner, layer.gate_up, no_bias, live, 2 * s.intermediate, h, false, act, gated, true, s.form);
+    Project(act, gated, layer.down, no_bias, live, h, s.intermediate, true, x, DType::kFloat32, false, s.down_form);
   }
   if (output == DecoderOutput::kHidden) {
     std::memcpy(out, x, num_out * h * 4);
     return;
   }
   Norm(x, final_norm_, num_out, normed);
-  Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, KeptForm());
+  Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, s.form);
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {

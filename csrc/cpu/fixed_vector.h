@@ -12,11 +12,10 @@ struct FixedScale {
   float scale, up;
 };
 
-// most: largest magnitudes, lane by lane. zero: sums of x - x, which is 0 for finite numbers alone (Max drops a NaN on one
-// side).
-inline FixedScale ScaleOf(Vec most, Vec zero, float most_value) {
-  const float top = ReduceMax(most), odd = ReduceAdd(zero);
-  if (odd != 0.0f) return {odd, 0.0f};  // NaN
+// most: largest magnitudes, lane by lane.
+inline FixedScale ScaleOf(Ints most, float most_value) {
+  const float top = BitsToFloat(static_cast<uint32_t>(ReduceMax(most)));
+  if (!(top < __builtin_inff())) return {__builtin_nanf(""), 0.0f};
   if (top < kLeastScaled) return {0.0f, 0.0f};
   return {top / most_value, most_value / top};
 }
@@ -26,14 +25,10 @@ template <typename T>
 float FixVector(const T* x, int64_t n, float most_value, int16_t* values) {
   const int64_t body = n / kLanes * kLanes;
   const int tail = static_cast<int>(n - body);
-  Vec most = Zero(), zero = Zero();
-  const auto look = [&](Vec v) {
-    most = Max(Abs(v), most);
-    zero = Add(zero, Sub(v, v));
-  };
-  for (int64_t i = 0; i < body; i += kLanes) look(LoadAs(x + i));
-  if (tail > 0) look(LoadTail(x + body, tail));
-  const FixedScale fixed = ScaleOf(most, zero, most_value);
+  Ints most = ZeroInts();
+  for (int64_t i = 0; i < body; i += kLanes) most = MaxMagnitude(most, LoadAs(x + i));
+  if (tail > 0) most = MaxMagnitude(most, LoadTail(x + body, tail));
+  const FixedScale fixed = ScaleOf(most, most_value);
   const auto fix = [&](Vec v) { return fixed.up > 0.0f ? Mul(v, Broadcast(fixed.up)) : Zero(); };
   for (int64_t i = 0; i < body; i += kLanes) StoreRounded(values + i, fix(LoadAs(x + i)));
   if (tail > 0) StoreRounded(values + body, fix(LoadTail(x + body, tail)));

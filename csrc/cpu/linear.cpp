@@ -46,10 +46,8 @@ float RoundingError(const float* in, int64_t count, float up, float scale) {
   return sum;
 }
 
-// The integer that the largest value becomes: for int8 the one of kByteTries, half a unit apart, that rounds best.
-template <typename T>
+// The integer that the largest value becomes in int8: the one of kByteTries, half a unit apart, that rounds best.
 float LargestInteger(const float* in, int64_t count, float most) {
-  if (sizeof(T) == 2) return kMostWord;
   float best = kMostByte, least = INFINITY;
   for (int t = 0; t < kByteTries; ++t) {
     const float top = kMostByte - 0.5f * static_cast<float>(t), error = RoundingError(in, count, top / most, most / top);
@@ -58,26 +56,46 @@ float LargestInteger(const float* in, int64_t count, float most) {
   return best;
 }
 
-// One group of a row: `count` values at `in`, to column c of a packed block of T.
-template <typename T>
-void PackGroup(const float* in, int64_t count, int64_t c, uint8_t* block) {
-  float most = 0.0f;
-  bool finite = true;
-  for (int64_t i = 0; i < count; ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
-  float* scales = reinterpret_cast<float*>(block);
-  T* out = reinterpret_cast<T*>(block + kPanelColumns * 4);
-  const bool scaled = finite && most >= kLeastScaled;
-  const float top = scaled ? LargestInteger<T>(in, count, most) : 1.0f, up = scaled ? top / most : 0.0f;
-  scales[c] = scaled ? most / top : finite ? 0.0f : NAN;
-  for (int64_t i = 0; i < count; ++i) {
-    out[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<T>(finite ? std::nearbyint(in[i] * up) : 0.0f);
+// The Hadamard transform of a group, not scaled.
+void Rotate(float* v) {
+  for (int64_t step = 1; step < kFixedGroup; step *= 2) {
+    for (int64_t i = 0; i < kFixedGroup; ++i) {
+      if (i & step) continue;
+      const float a = v[i], b = v[i + step];
+      v[i] = a + b, v[i + step] = a - b;
+    }
   }
 }
 
-template <typename T>
+// One group of a row to column c of a packed block. int8 is rotated, and so is what it is multiplied with: products are 64
+// times as large, scales as much smaller. Its bytes lie so that those at even places are the first two of four (EvenBytes).
+template <bool kBytes>
+void PackGroup(float* in, int64_t c, uint8_t* block) {
+  if (kBytes) Rotate(in);
+  float most = 0.0f;
+  bool finite = true;
+  for (int64_t i = 0; i < kFixedGroup; ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
+  float* scales = reinterpret_cast<float*>(block);
+  uint8_t* out = block + kPanelColumns * 4;
+  const bool scaled = finite && most >= kLeastScaled;
+  const float top = !scaled ? 1.0f : kBytes ? LargestInteger(in, kFixedGroup, most) : kMostWord;
+  const float up = scaled ? top / most : 0.0f;
+  scales[c] = scaled ? most / top * (kBytes ? 1.0f / kFixedGroup : 1.0f) : finite ? 0.0f : NAN;
+  for (int64_t i = 0; i < kFixedGroup; ++i) {
+    const int value = static_cast<int>(finite ? std::nearbyint(in[i] * up) : 0.0f);
+    if (kBytes) {
+      constexpr int64_t kPlace[] = {0, 2, 1, 3};
+      out[(i / 4 * kPanelColumns + c) * 4 + kPlace[i % 4]] = static_cast<uint8_t>(value + 128);
+    } else {
+      reinterpret_cast<int16_t*>(out)[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<int16_t>(value);
+    }
+  }
+}
+
+template <bool kBytes>
 void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                void* packed) {
-  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(sizeof(T));
+  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(kBytes ? 1 : 2);
   ForEach(n, n * k > 65536, [&](int64_t i) {
     const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
     uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
@@ -85,7 +103,8 @@ void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DTy
     for (int64_t g = 0; g < groups; ++g) {
       const int64_t count = std::min(kFixedGroup, k - g * kFixedGroup);
       for (int64_t j = 0; j < count; ++j) wide[j] = ElementAsFloat(weight, i * row_stride + g * kFixedGroup + j, dtype);
-      PackGroup<T>(wide, count, column % kPanelColumns, panel + g * block);
+      std::fill(wide + count, wide + kFixedGroup, 0.0f);
+      PackGroup<kBytes>(wide, column % kPanelColumns, panel + g * block);
     }
   });
 }
@@ -103,8 +122,8 @@ int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form) {
 
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                 void* packed, LinearForm form) {
-  if (form == LinearForm::kInt16) return PackFixed<int16_t>(weight, n, k, row_stride, dtype, columns, packed);
-  if (form == LinearForm::kInt8) return PackFixed<int8_t>(weight, n, k, row_stride, dtype, columns, packed);
+  if (form == LinearForm::kInt16) return PackFixed<false>(weight, n, k, row_stride, dtype, columns, packed);
+  if (form == LinearForm::kInt8) return PackFixed<true>(weight, n, k, row_stride, dtype, columns, packed);
   if (dtype == DType::kFloat32) return PackRows<float, float>(weight, n, k, row_stride, columns, packed);
   if (dtype == DType::kFloat16) return PackRows<uint16_t, uint16_t>(weight, n, k, row_stride, columns, packed);
   PackRows<uint16_t, uint32_t>(weight, n, k, row_stride, columns, packed);

@@ -105,6 +105,7 @@ inline Vec Odd(Pairs a) {
 struct Ints { __m256i lo, hi; };
 struct Words { __m256i lo, hi; };
 inline Ints ZeroInts() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+inline Ints BroadcastInts(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
 inline Vec ToFloat(Ints a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 inline Words LoadWords(const int16_t* p) {
   const __m256i* q = reinterpret_cast<const __m256i*>(p);
@@ -132,9 +133,38 @@ inline void WidenBytes(const int8_t* from, int16_t* to) {
   _mm256_storeu_si256(out, wide.lo);
   _mm256_storeu_si256(out + 1, wide.hi);
 }
-inline Vec Abs(Vec a) {
-  const __m256 sign = _mm256_set1_ps(-0.0f);
-  return {_mm256_andnot_ps(sign, a.lo), _mm256_andnot_ps(sign, a.hi)};
+inline Ints MaxMagnitude(Ints most, Vec a) {
+  const __m256i bits = _mm256_set1_epi32(0x7fffffff);
+  return {_mm256_max_epi32(most.lo, _mm256_and_si256(_mm256_castps_si256(a.lo), bits)),
+          _mm256_max_epi32(most.hi, _mm256_and_si256(_mm256_castps_si256(a.hi), bits))};
+}
+inline int32_t ReduceMax(Ints a) {
+  const __m256i x = _mm256_max_epi32(a.lo, a.hi);
+  __m128i y = _mm_max_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+  y = _mm_max_epi32(y, _mm_shuffle_epi32(y, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(y, _mm_shuffle_epi32(y, 0xb1)));
+}
+inline Words EvenBytes(const uint8_t* from) {
+  const __m256i low = _mm256_set1_epi16(255), *p = reinterpret_cast<const __m256i*>(from);
+  return {_mm256_and_si256(_mm256_loadu_si256(p), low), _mm256_and_si256(_mm256_loadu_si256(p + 1), low)};
+}
+inline Words OddBytes(const uint8_t* from) {
+  const __m256i* p = reinterpret_cast<const __m256i*>(from);
+  return {_mm256_srli_epi16(_mm256_loadu_si256(p), 8), _mm256_srli_epi16(_mm256_loadu_si256(p + 1), 8)};
+}
+template <int kStep>
+inline __m256 HalfButterfly(__m256 a) {
+  __m256 other;
+  if constexpr (kStep == 1) other = _mm256_permute_ps(a, 0xb1);
+  else if constexpr (kStep == 2) other = _mm256_permute_ps(a, 0x4e);
+  else other = _mm256_permute2f128_ps(a, a, 1);
+  constexpr int kUpper = kStep == 1 ? 0xaa : kStep == 2 ? 0xcc : 0xf0;
+  return _mm256_blend_ps(_mm256_add_ps(a, other), _mm256_sub_ps(other, a), kUpper);
+}
+template <int kStep>
+inline Vec Butterfly(Vec a) {
+  if constexpr (kStep == 8) return {_mm256_add_ps(a.lo, a.hi), _mm256_sub_ps(a.lo, a.hi)};
+  else return {HalfButterfly<kStep>(a.lo), HalfButterfly<kStep>(a.hi)};
 }
 
 }  // namespace ttsk::TTSK_ISA

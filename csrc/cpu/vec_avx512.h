@@ -8,6 +8,7 @@
 namespace ttsk::TTSK_ISA {
 
 struct Vec { __m512 v; };
+struct Lanes { float v[16]; };
 
 inline Vec Load(const float* p) { return {_mm512_loadu_ps(p)}; }
 inline void Store(float* p, Vec a) { _mm512_storeu_ps(p, a.v); }
@@ -126,6 +127,7 @@ inline void Exp2Bf16(const float* s, const float* m, void* to, Vec* sum) {
 struct Ints { __m512i v; };
 struct Words { __m512i v; };
 inline Ints ZeroInts() { return {_mm512_setzero_si512()}; }
+inline Ints BroadcastInts(int32_t x) { return {_mm512_set1_epi32(x)}; }
 inline Vec ToFloat(Ints a) { return {_mm512_cvtepi32_ps(a.v)}; }
 inline Words LoadWords(const int16_t* p) { return {LoadOnce(p)}; }
 inline Words BroadcastWords(const int16_t* pair) { return {_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(pair))}; }
@@ -138,6 +140,30 @@ inline Ints DotWords(Ints acc, Words a, Words b) {
   return {_mm512_add_epi32(acc.v, _mm512_madd_epi16(a.v, b.v))};
 #endif
 }
+#if defined(__AVX512VNNI__)
+// Sixteen times four bytes. acc + the four products of an unsigned and a signed byte each, exact as long as it fits.
+struct Quads { __m512i v; };
+inline Quads LoadQuads(const uint8_t* p) { return {LoadOnce(p)}; }
+inline Quads BroadcastQuads(const int8_t* four) { return {_mm512_set1_epi32(*reinterpret_cast<const int32_t*>(four))}; }
+inline Ints DotQuads(Ints acc, Quads a, Quads b) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));
+  return acc;
+}
+// 64 values, rounded to nearest even, to int8, of every four the second and third in turned order (see PackGroup). Returns
+// their sum.
+inline int32_t StoreQuads(int8_t* p, const Vec* v) {
+  const auto pack = [&](int i) { return _mm512_packs_epi32(_mm512_cvtps_epi32(v[i].v), _mm512_cvtps_epi32(v[i + 1].v)); };
+  const __m512i bytes = _mm512_packs_epi16(pack(0), pack(2));  // each 128 bits: four of every vector
+  const __m512i turned = _mm512_shuffle_epi8(bytes, _mm512_set4_epi32(0x0f0d0e0c, 0x0b090a08, 0x07050604, 0x03010200));
+  const __m512i place = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  _mm512_storeu_si512(p, _mm512_permutexvar_epi32(place, turned));
+  return _mm512_reduce_add_epi32(DotQuads(ZeroInts(), {_mm512_set1_epi8(1)}, {bytes}).v);
+}
+#else
+// Of 64 unsigned bytes those at even and at odd places, as pairs of int16.
+inline Words EvenBytes(const uint8_t* p) { return {_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi16(255))}; }
+inline Words OddBytes(const uint8_t* p) { return {_mm512_srli_epi16(_mm512_loadu_si512(p), 8)}; }
+#endif
 // Sixteen values below 2^15 to int16, to nearest even.
 inline void StoreRounded(int16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a.v)));
@@ -149,6 +175,23 @@ inline Words LoadBytes(const int8_t* p) {
 inline void WidenBytes(const int8_t* from, int16_t* to) {
   _mm512_storeu_si512(to, LoadBytes(from).v);
 }
-inline Vec Abs(Vec a) { return {_mm512_abs_ps(a.v)}; }
+// Bits of the larger magnitude: what is not finite is larger than all that is.
+inline Ints MaxMagnitude(Ints most, Vec a) { return {_mm512_max_epi32(most.v, _mm512_castps_si512(_mm512_abs_ps(a.v)))}; }
+inline int32_t ReduceMax(Ints a) { return _mm512_reduce_max_epi32(a.v); }
+// Lane i to a[i] + a[i + kStep] where i has no bit kStep, else to a[i - kStep] - a[i].
+template <int kStep>
+inline Vec Butterfly(Vec a) {
+  __m512 other;
+  if constexpr (kStep == 1) other = _mm512_permute_ps(a.v, 0xb1);
+  else if constexpr (kStep == 2) other = _mm512_permute_ps(a.v, 0x4e);
+  else if constexpr (kStep == 4) other = _mm512_shuffle_f32x4(a.v, a.v, 0xb1);
+  else other = _mm512_shuffle_f32x4(a.v, a.v, 0x4e);
+  alignas(64) static constexpr auto kSigns = [] {
+    Lanes signs{};
+    for (int i = 0; i < 16; ++i) signs.v[i] = i & kStep ? -1.0f : 1.0f;
+    return signs;
+  }();
+  return {_mm512_fmadd_ps(a.v, _mm512_load_ps(kSigns.v), other)};
+}
 
 }  // namespace ttsk::TTSK_ISA

@@ -79,11 +79,11 @@ struct Pairs { uint32x4_t q[4]; };
 inline Pairs LoadPairs(const void* p) { TTSK_QUADS(vld1q_u32(static_cast<const uint32_t*>(p) + 4 * i)) }
 inline Vec Even(Pairs a) { TTSK_QUADS(vreinterpretq_f32_u32(vshlq_n_u32(a.q[i], 16))) }
 inline Vec Odd(Pairs a) { TTSK_QUADS(vreinterpretq_f32_u32(vandq_u32(a.q[i], vdupq_n_u32(0xffff0000u)))) }
-inline Vec Abs(Vec a) { TTSK_QUADS(vabsq_f32(a.q[i])) }
 
 struct Ints { int32x4_t q[4]; };
 struct Words { int16x8_t q[4]; };
 inline Ints ZeroInts() { TTSK_QUADS((void(i), vdupq_n_s32(0))) }
+inline Ints BroadcastInts(int32_t x) { TTSK_QUADS((void(i), vdupq_n_s32(x))) }
 inline Vec ToFloat(Ints a) { TTSK_QUADS(vcvtq_f32_s32(a.q[i])) }
 inline Words LoadWords(const int16_t* p) { TTSK_QUADS(vld1q_s16(p + 8 * i)) }
 inline Words BroadcastWords(const int16_t* pair) {
@@ -99,6 +99,31 @@ inline void StoreRounded(int16_t* p, Vec a) {
 inline Words LoadBytes(const int8_t* p) { TTSK_QUADS(vmovl_s8(vld1_s8(p + 8 * i))) }
 inline void WidenBytes(const int8_t* from, int16_t* to) {
   for (int i = 0; i < 4; ++i) vst1q_s16(to + 8 * i, vmovl_s8(vld1_s8(from + 8 * i)));
+}
+inline Ints MaxMagnitude(Ints most, Vec a) {
+  TTSK_QUADS(vmaxq_s32(most.q[i], vreinterpretq_s32_f32(vabsq_f32(a.q[i]))))
+}
+inline int32_t ReduceMax(Ints a) {
+  return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.q[0], a.q[1]), vmaxq_s32(a.q[2], a.q[3])));
+}
+inline int16x8_t SixteenBytes(const uint8_t* p) { return vreinterpretq_s16_u8(vld1q_u8(p)); }
+inline Words EvenBytes(const uint8_t* p) { TTSK_QUADS(vandq_s16(SixteenBytes(p + 16 * i), vdupq_n_s16(255))) }
+inline Words OddBytes(const uint8_t* p) {
+  TTSK_QUADS(vreinterpretq_s16_u16(vshrq_n_u16(vreinterpretq_u16_s16(SixteenBytes(p + 16 * i)), 8)))
+}
+// Within four lanes: signs of a, and the lanes at a distance of kStep.
+template <int kStep>
+inline float32x4_t QuadButterfly(float32x4_t a) {
+  constexpr float kSigns[4] = {1.0f, kStep == 1 ? -1.0f : 1.0f, kStep == 2 ? -1.0f : 1.0f, -1.0f};
+  return vfmaq_f32(kStep == 1 ? vrev64q_f32(a) : vextq_f32(a, a, 2), a, vld1q_f32(kSigns));
+}
+template <int kStep>
+inline Vec Butterfly(Vec a) {
+  if constexpr (kStep < 4) {
+    TTSK_QUADS(QuadButterfly<kStep>(a.q[i]))
+  } else {
+    TTSK_QUADS(i & kStep / 4 ? vsubq_f32(a.q[i - kStep / 4], a.q[i]) : vaddq_f32(a.q[i], a.q[i + kStep / 4]))
+  }
 }
 #undef TTSK_QUADS
 

@@ -88,11 +88,15 @@ inline Pairs LoadPairs(const void* p) {
 }
 inline Vec Even(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] << 16)) }
 inline Vec Odd(Pairs a) { TTSK_LANES(BitsToFloat(a.v[i] & 0xffff0000u)) }
-inline Vec Abs(Vec a) { TTSK_LANES(std::fabs(a.v[i])) }
 
 struct Ints { int32_t v[16]; };
 struct Words { int16_t v[32]; };
 inline Ints ZeroInts() { return {}; }
+inline Ints BroadcastInts(int32_t x) {
+  Ints r;
+  for (int32_t& v : r.v) v = x;
+  return r;
+}
 inline Vec ToFloat(Ints a) { TTSK_LANES(static_cast<float>(a.v[i])) }
 inline Words LoadWords(const int16_t* p) {
   Words r;
@@ -123,6 +127,26 @@ inline Words LoadBytes(const int8_t* p) {
   WidenBytes(p, r.v);
   return r;
 }
+inline Ints MaxMagnitude(Ints most, Vec a) {
+  for (int i = 0; i < 16; ++i) {
+    const int32_t bits = static_cast<int32_t>(FloatToBits(a.v[i]) & 0x7fffffffu);
+    most.v[i] = bits > most.v[i] ? bits : most.v[i];
+  }
+  return most;
+}
+inline int32_t ReduceMax(Ints a) {
+  int32_t most = a.v[0];
+  for (const int32_t v : a.v) most = v > most ? v : most;
+  return most;
+}
+inline Words EvenBytes(const uint8_t* p) {
+  Words r;
+  for (int i = 0; i < 32; ++i) r.v[i] = p[2 * i];
+  return r;
+}
+inline Words OddBytes(const uint8_t* p) { return EvenBytes(p + 1); }
+template <int kStep>
+inline Vec Butterfly(Vec a) { TTSK_LANES(i & kStep ? a.v[i - kStep] - a.v[i] : a.v[i] + a.v[i + kStep]) }
 #undef TTSK_LANES
 
 }  // namespace ttsk::TTSK_ISA

@@ -92,3 +92,19 @@ def test_int8_pages_of_every_implementation(variant, load, tmp_path):
     cost = (rounded - exact).square().mean().sqrt()
     assert 0 < cost <= 0.05 * exact.std()
     assert (ours - rounded).square().mean().sqrt() <= cost / 4
+
+
+@pytest.mark.parametrize("variant", ["llama", "qwen2", "qwen3"])
+def test_int8_weights_of_every_implementation(variant, isa, tmp_path):
+    """As above, of matrices; a bf16 model of those may be as far from the exact ones as their cost and bf16's own."""
+    write_tiny(tmp_path, variant)
+
+    def run(impl, weights, dtype=torch.float32):
+        model = load_model(tmp_path, dtype, impl, weights=weights, kv="float")
+        return stack([row for seed in range(3) for row in walk(model, VOCAB, seed)])
+
+    exact, rounded, low = run("reference", "float"), run("reference", "int8"), run("reference", "float", torch.bfloat16)
+    cost, own = ((t - exact).square().mean().sqrt() for t in (rounded, low))
+    assert 0 < cost <= 0.05 * exact.std()
+    assert (run("cpu", "int8") - rounded).square().mean().sqrt() <= cost / 4
+    assert (run("cpu", "int8", torch.bfloat16) - exact).square().mean().sqrt() <= 1.25 * (cost + own)

@@ -25,9 +25,9 @@ IDS = [(7 * i * i + 3 * i + 5) % VOCAB for i in range(45)]
 
 @pytest.fixture
 def native(isa, tmp_path):
-    def load(variant="qwen3", dtype=torch.bfloat16, kv="float"):
+    def load(variant="qwen3", dtype=torch.bfloat16, kv="float", weights="auto"):
         write_tiny(tmp_path, variant)
-        return load_model(tmp_path, dtype, "cpu", kv=kv)
+        return load_model(tmp_path, dtype, "cpu", kv=kv, weights=weights)
 
     return load
 
@@ -55,9 +55,9 @@ def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype, kv):
         assert torch.equal(torch.cat([first, tree.run([node])]), whole), f"cut at {cut}"
 
 
-@pytest.mark.parametrize("kv", KV)
-def test_row_alone_equals_row_in_a_batch(native, kv):
-    model = native(kv=kv)
+@pytest.mark.parametrize("kv, weights", [*((kv, "auto") for kv in KV), ("float", "int16"), ("float", "int8"), ("int8", "int8")])
+def test_row_alone_equals_row_in_a_batch(native, kv, weights):
+    model = native(kv=kv, weights=weights)
     alone = prefill(model, IDS)[2]
     tree = Tree(model)
     others = [tree.forest.add(None, [(i * j + 1) % VOCAB for j in range(n)]) for i, n in enumerate((3, 33, 18))]

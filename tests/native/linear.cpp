@@ -1,6 +1,8 @@
 #include "ttskernels/linear.h"
 
 #include <algorithm>
+#include <bit>
+#include <vector>
 
 #include "check.h"
 
@@ -86,6 +88,17 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
   check.True(std::memcmp(alone.data(), together, size) == 0, "a row alone has other bits");
 }
 
+// Group `first` of a row of k values, as fixed point rounds it: int8 after the Hadamard matrix of signs (-1)^popcount(i & j).
+std::vector<double> GroupOf(const Array& from, int64_t row, int64_t k, int64_t first, bool turned) {
+  std::vector<double> group(kFixedGroup), out(kFixedGroup);
+  for (int64_t i = first; i < std::min(k, first + kFixedGroup); ++i) group[i - first] = from.Get(row * k + i);
+  if (!turned) return group;
+  for (int64_t i = 0; i < kFixedGroup; ++i) {
+    for (int64_t j = 0; j < kFixedGroup; ++j) out[i] += std::popcount(static_cast<uint64_t>(i & j)) % 2 ? -group[j] : group[j];
+  }
+  return out;
+}
+
 // Fixed point: a term errs by at most half a scale of its weight's group, times the input, and the other way round.
 void RunFixed(Checks& check, Random& random, int64_t rows, int64_t n, int64_t k, DType dtype, LinearForm form) {
   const bool words = form == LinearForm::kInt16;
@@ -100,22 +113,23 @@ void RunFixed(Checks& check, Random& random, int64_t rows, int64_t n, int64_t k,
   p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = n;
   p.x_dtype = p.weight_dtype = dtype, p.y_dtype = DType::kFloat32, p.form = form;
   TTSK_SELECT(Linear)(p);
-  const double half_w = 0.5001 / (words ? kMostWord : kMostByte);
-  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostRowOfBytes);
+  const double half_w = 0.5001 / (words ? kMostWord : kMostByte - 0.5 * (kByteTries - 1));
+  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostByte), scale = words ? 1.0 : 1.0 / kFixedGroup;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, error = 0;
       for (int64_t first = 0; first < k; first += kFixedGroup) {
-        const int64_t end = std::min(k, first + kFixedGroup);
+        const std::vector<double> xs = GroupOf(x, r, k, first, !words), ws = GroupOf(weight, c, k, first, !words);
         double top_x = 0, top_w = 0;
-        for (int64_t i = first; i < end; ++i) {
-          top_x = std::max(top_x, std::fabs(x.Get(r * k + i))), top_w = std::max(top_w, std::fabs(weight.Get(c * k + i)));
+        for (int64_t i = 0; i < kFixedGroup; ++i) {
+          top_x = std::max(top_x, std::fabs(xs[i])), top_w = std::max(top_w, std::fabs(ws[i]));
         }
-        for (int64_t i = first; i < end; ++i) {
-          const double a = std::fabs(x.Get(r * k + i)), b = std::fabs(weight.Get(c * k + i));
-          sum += x.Get(r * k + i) * weight.Get(c * k + i);
-          error += a * half_w * top_w + b * half_x * top_x + half_w * half_x * top_w * top_x + 8 * kEps * a * b;
+        for (int64_t i = 0; i < kFixedGroup; ++i) {
+          const double a = std::fabs(xs[i]), b = std::fabs(ws[i]);
+          error += scale * (a * half_w * top_w + b * half_x * top_x + half_w * half_x * top_w * top_x);
+          error += 8 * kEps * scale * (a * b + top_x * b + a * top_w);  // the transform's own roundings are of its largest
         }
+        for (int64_t i = first; i < std::min(k, first + kFixedGroup); ++i) sum += x.Get(r * k + i) * weight.Get(c * k + i);
       }
       check.Near(r * n + c, y.Get(r * n + c), sum, error + 1e-30);
     }

@@ -122,12 +122,50 @@ def test_what_is_not_finite_stays_visible(isa, form, bad):
     assert torch.equal(y.isnan(), expected)
 
 
-def test_largest_products_fit(isa):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_largest_products_fit(isa, sign):
     """A group of 64 of the largest integers on both sides, with one sign: the sum just fits in int32."""
-    x, weight = torch.full((7, 64), 3.0), torch.full((64, 64), -2.0)
-    for form in ("int16", "int8"):
-        y = linear(x, linear_pack(weight, form=form, impl="cpu"))
-        torch.testing.assert_close(y, torch.full((7, 64), -384.0), rtol=1e-6, atol=0)
+    x, weight = torch.full((7, 64), 3.0), torch.full((64, 64), 2.0 * sign)
+    y = linear(x, linear_pack(weight, form="int16", impl="cpu"))
+    torch.testing.assert_close(y, torch.full((7, 64), 384.0 * sign), rtol=1e-6, atol=0)
+    x[:, 1:] = weight[:, 1:] = 0  # one value becomes 64 equal ones
+    y = linear(x, linear_pack(weight, form="int8", impl="cpu"))
+    torch.testing.assert_close(y, torch.full((7, 64), 6.0 * sign), rtol=1e-6, atol=0)
+
+
+def test_rotation_is_a_hadamard_matrix():
+    turned = reference.rotate(torch.eye(64))
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(64)] for i in range(64)])
+    assert torch.equal(turned, signs)  # and so H H^T = 64 I: products of two become 64 times as large
+    x, y = torch.randn(3, 150), torch.randn(3, 150)
+    torch.testing.assert_close((reference.rotate(x) * reference.rotate(y)).sum(1) / 64, (x * y).sum(1))
+
+
+@pytest.mark.parametrize("rows, n, k", FIXED_SHAPES[3:])
+def test_int8_is_rounded_no_further_than_its_scales_say(isa, rows, n, k):
+    """|error| <= sum over a group of |w| half a scale of x + |x| half a scale of w + a quarter of both, w and x rotated."""
+    x, (_, weight, bias) = outliers(rows, k, torch.float32), make(rows, n, k, torch.float32)
+    exact = reference.linear(*to_float64(x, weight, bias))
+    turned = [reference.rotate(t) for t in (x, weight)]
+    wide = [t.double().abs().unflatten(1, (-1, 64)) for t in turned]
+    (a, a_scale), (w, w_scale) = ((t, t.amax(2) / 254) for t in wide)  # half of a scale; a weight's may be 7 % larger
+    w_scale = w_scale * 127 / 123
+    bound = torch.einsum("rg,ng->rn", a_scale, w.sum(2)) + torch.einsum("rg,ng->rn", a.sum(2), w_scale)
+    bound = (bound + 64 * torch.einsum("rg,ng->rn", a_scale, w_scale)) / 64
+    error = (linear(x, linear_pack(weight, form="int8", impl="cpu"), bias).double() - exact).abs()
+    assert (error <= 1.001 * bound).all()
+    assert (error.square().mean() / exact.square().mean()).sqrt() < 0.015
+
+
+def test_int8_loses_less_than_without_the_rotation(cpu_extension):
+    x, (_, weight, _) = outliers(64, 576, torch.float32), make(1, 200, 576, torch.float32)
+    exact = x.double() @ weight.double().T
+    plain = torch.zeros(64, 200, dtype=torch.float64)
+    (a, a_scale), (w, w_scale) = reference.fixed_groups(x, 127), reference.fixed_groups(weight, 127)
+    for g in range(9):
+        plain += (a[:, g] * a_scale[:, g, None]).double() @ (w[:, g] * w_scale[:, g, None]).double().T
+    ours = linear(x, linear_pack(weight, form="int8")).double()
+    assert (ours - exact).norm() < 0.8 * (plain - exact).norm()
 
 
 def test_strided_weight_and_x(cpu_extension):

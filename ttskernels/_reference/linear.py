@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 GROUP = 64
-MOST = {"int16": (4095, 8191), "int8": (127, 32767)}  # largest integers of a weight and of x
+MOST = {"int16": (4095, 8191), "int8": (127, 127)}  # largest integers of a weight and of x
 BYTE_TRIES = 8
 
 
@@ -48,11 +48,24 @@ def fixed_groups(x: Tensor, most: int, tries: int = 1) -> tuple[Tensor, Tensor]:
     return values, torch.where(finite, scales, torch.nan)
 
 
+def rotate(x: Tensor) -> Tensor:
+    """The Hadamard transform of every group of 64, not scaled: products of two become 64 times as large."""
+    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP))
+    for step in (1, 2, 4, 8, 16, 32):
+        a, b = x.unflatten(1, (-1, 2, step)).unbind(2)
+        x = torch.stack((a + b, a - b), 2).flatten(1)
+    return x
+
+
 def linear_fixed(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """The product in fixed point: exact sums of 64, scaled and added up as float32."""
+    """The product in fixed point: exact sums of 64, scaled and added up as float32. int8 is rotated before."""
     most_weight, most_x = MOST[form]
-    w, w_scales = fixed_groups(weight, most_weight, BYTE_TRIES if form == "int8" else 1)
-    a, a_scales = fixed_groups(x, most_x)
+    if form == "int8":
+        w, w_scales = fixed_groups(rotate(weight), most_weight, BYTE_TRIES)
+        a, a_scales = fixed_groups(rotate(x), most_x)
+        w_scales = w_scales / GROUP
+    else:
+        (w, w_scales), (a, a_scales) = fixed_groups(weight, most_weight), fixed_groups(x, most_x)
     y = torch.zeros(len(x), len(weight))
     for g in range(w.shape[1]):
         exact = (a[:, g].double() @ w[:, g].double().T).float()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +19,23 @@ from ttskernels.ops.silu_mul import silu_mul
 from ttskernels.ops.tree_attention import tree_attention
 
 LM_HEAD = "lm_head.weight"
-KEPT = (LM_HEAD, "k_proj.weight", "v_proj.weight")
+
+
+@dataclass(frozen=True)
+class Forms:
+    """How a decoder keeps its matrices, see `linear_pack`."""
+
+    most: Form
+    kv: Form  # k and v
+    down: Form
+
+    def of(self, name: str) -> Form:
+        if name.endswith(("k_proj.weight", "v_proj.weight")):
+            return self.kv
+        return self.down if name.endswith("down_proj.weight") else self.most
+
+
+FLOAT = Forms("float", "float", "float")
 
 
 class Decoder(Protocol):
@@ -47,16 +64,13 @@ class Decoder(Protocol):
 class PythonDecoder:
     """Runs layer by layer through `ops`; every op gets the same `impl`."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True, form: Form = "float"):
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True, forms: Forms = FLOAT):
         self.config, self.impl = config, impl
         self.embed = weights["model.embed_tokens.weight"]
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
         if lm_head:
             matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
-        kept = "int16" if form == "int8" else form  # of what would cost most of the accuracy
-        self.packed = {
-            name: linear_pack(tensor, form=kept if name.endswith(KEPT) else form, impl=impl) for name, tensor in matrices.items()
-        }
+        self.packed = {name: linear_pack(tensor, form=forms.of(name), impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
     def forward(

@@ -16,12 +16,12 @@ from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.layout import FORMS as KV_FORMS
 from ttskernels.models.config import DecoderConfig, FlopsOutput
-from ttskernels.models.decoder import Decoder, PythonDecoder
+from ttskernels.models.decoder import Decoder, Forms, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
 from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.ops.linear import FORMS
+from ttskernels.ops.linear import FORMS, Form
 from ttskernels.ops.sample import check_params, sample
 
 Output = Literal["logits", "hidden"]
@@ -228,8 +228,9 @@ def load_model(
             published without a config.json (PQM; only the base's config.json is read).
         device: "cpu", or "cuda" (`impl` "auto" or "triton") for weights, KV and every kernel on a GPU.
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
-            as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes, at a small loss
-            of accuracy (bench/int8_accuracy.py measures it). "auto": "int16" for bf16 models where it is the faster one.
+            as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes and at up to twice
+            the speed again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down stay in two
+            bytes). "auto": "int16" for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
             then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
@@ -258,6 +259,14 @@ def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
     fast."""
     native = impl in ("auto", "cpu") and _dispatch.load_extension() is None
     return native and dtype == torch.bfloat16 and _dispatch.isa_name() == "avx512_vnni"
+
+
+def forms_of(form: Form, impl: str, checkpoint: Checkpoint) -> Forms:
+    """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster."""
+    if form != "int8":
+        return Forms(form, form, form)
+    dtype = checkpoint.config.dtype
+    return Forms("int8", "int16", "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16")
 
 
 def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
@@ -293,10 +302,10 @@ def make_decoder(
 
         if weights == "auto":
             weights = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
-        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, weights), "cpu"
+        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, forms_of(weights, impl, checkpoint)), "cpu"
     resolved = "reference" if impl == "auto" else impl
-    form = "float" if weights == "auto" else weights
-    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, form), resolved
+    forms = forms_of("float" if weights == "auto" else weights, impl, checkpoint)
+    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, forms), resolved
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

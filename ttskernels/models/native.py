@@ -12,7 +12,8 @@ from ttskernels import _dispatch
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
-from ttskernels.ops.linear import FORMS, Form
+from ttskernels.models.decoder import FLOAT, Forms
+from ttskernels.ops.linear import FORMS
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _LAYER_WEIGHTS = (
@@ -30,7 +31,7 @@ _LAYER_WEIGHTS = (
 class NativeDecoder:
     """Same interface and results (within rounding) as `PythonDecoder`. Weights are copied and packed once."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool, form: Form = "float"):
+    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool, forms: Forms = FLOAT):
         c = config
         embed = weights["model.embed_tokens.weight"]
         head = weights.get("lm_head.weight", embed) if lm_head else None
@@ -47,7 +48,9 @@ class NativeDecoder:
             c.intermediate,
             c.window,
             _DTYPES[c.dtype],
-            FORMS.index(form),
+            FORMS.index(forms.most),
+            FORMS.index(forms.kv),
+            FORMS.index(forms.down),
         ]
         constants = [c.rms_eps, c.rope_scale, c.scale, 0.0]
         self._handle = torch.ops.ttskernels.decoder_create(ints, constants, c.inv_freq.contiguous(), flat)

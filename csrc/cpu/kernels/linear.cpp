@@ -73,15 +73,18 @@ struct Job {
 
 bool IsFixed(const LinearParams& p) { return p.form != LinearForm::kFloat; }
 
-void FixRowOf(const Job& job, int64_t row, int64_t chunk_row) {
+template <typename Form>
+void FixRowAs(const Job& job, int64_t row, int64_t chunk_row) {
   const LinearParams& p = *job.p;
-  int16_t* values = const_cast<int16_t*>(job.fixed.values) + chunk_row * job.fixed.groups * kFixedGroup;
-  float* scales = const_cast<float*>(job.fixed.scales) + chunk_row * job.fixed.groups;
-  const float most = p.form == LinearForm::kInt16 ? kMostRowOfWords : kMostRowOfBytes;
   const int64_t first = row * p.x_stride;
-  if (p.x_dtype == DType::kFloat32) return FixRow(static_cast<const float*>(p.x) + first, p.k, most, values, scales);
-  if (p.x_dtype == DType::kFloat16) return FixRow(static_cast<const Fp16*>(p.x) + first, p.k, most, values, scales);
-  FixRow(static_cast<const Bf16*>(p.x) + first, p.k, most, values, scales);
+  if (p.x_dtype == DType::kFloat32) FixRow<Form>(static_cast<const float*>(p.x) + first, p.k, job.fixed, chunk_row);
+  else if (p.x_dtype == DType::kFloat16) FixRow<Form>(static_cast<const Fp16*>(p.x) + first, p.k, job.fixed, chunk_row);
+  else FixRow<Form>(static_cast<const Bf16*>(p.x) + first, p.k, job.fixed, chunk_row);
+}
+
+void FixRowOf(const Job& job, int64_t row, int64_t chunk_row) {
+  if (job.p->form == LinearForm::kInt16) FixRowAs<Int16Form>(job, row, chunk_row);
+  else FixRowAs<Int8Form>(job, row, chunk_row);
 }
 
 void ConvertRow(const Job& job, int64_t row, float* out) {
@@ -103,8 +106,8 @@ void RunTask(const Job& job, const float* x, int64_t row, int64_t chunk_row, int
   alignas(64) float acc[kBlockRows * kPanel];
   const LinearParams& p = *job.p;
   const uint8_t* w = static_cast<const uint8_t*>(p.packed) + panel * job.panel_bytes;
-  if (p.form == LinearForm::kInt16) MultiplyFixed<int16_t>(job.fixed, chunk_row, rows, w, acc);
-  else if (p.form == LinearForm::kInt8) MultiplyFixed<int8_t>(job.fixed, chunk_row, rows, w, acc);
+  if (p.form == LinearForm::kInt16) MultiplyFixed<Int16Form>(job.fixed, chunk_row, rows, w, acc);
+  else if (p.form == LinearForm::kInt8) MultiplyFixed<Int8Form>(job.fixed, chunk_row, rows, w, acc);
   else MultiplyPanel(p.weight_dtype, job.dot, x, job.x_stride, w, rows, job.step_count, acc);
   if (p.y_dtype == DType::kFloat32) return Epilogue<float>(p, acc, row, rows, panel);
   if (p.y_dtype == DType::kFloat16) return Epilogue<Fp16>(p, acc, row, rows, panel);
@@ -152,8 +155,8 @@ void Linear(const LinearParams& p) {
   Job job{&p, false, (p.k + 1) / 2 * 2, steps, LinearPackedBytes(kPanel, p.k, p.weight_dtype, p.form), {}};
   if (IsFixed(p)) {
     const int64_t groups = (p.k + kFixedGroup - 1) / kFixedGroup, most = p.rows < kChunkRows ? p.rows : kChunkRows;
-    int16_t* values = static_cast<int16_t*>(p.workspace);
-    job.fixed = {values, reinterpret_cast<const float*>(values + most * groups * kFixedGroup), groups};
+    float* scales = reinterpret_cast<float*>(static_cast<int16_t*>(p.workspace) + most * groups * kFixedGroup);
+    job.fixed = {p.workspace, scales, reinterpret_cast<int32_t*>(scales + most * groups), groups, most};
   }
 #if defined(__AVX512BF16__)
   job.dot = !IsFixed(p) && p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;

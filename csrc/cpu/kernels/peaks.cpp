@@ -84,6 +84,15 @@ double PeakWordsGflops() {
   return Peak(4.0 * kLanes, ZeroInts(), BroadcastWords(pair), [](Ints a, Words b) { return DotWords(a, b, b); });
 }
 
+#if defined(__AVX512VNNI__)
+double PeakBytesGflops() {
+  const int8_t four[4] = {1, 1, 1, 1};
+  return Peak(8.0 * kLanes, ZeroInts(), BroadcastQuads(four), [](Ints a, Quads b) { return DotQuads(a, b, b); });
+}
+#else
+double PeakBytesGflops() { return PeakWordsGflops(); }
+#endif
+
 double ReadGbPerSecond(const float* data, int64_t count) {
   constexpr int64_t kStep = 8 * kLanes;
   const int64_t steps = count / kStep;

@@ -16,7 +16,7 @@ namespace ttsk {
 struct DecoderShape {
   int64_t vocab, hidden, layers, q_heads, kv_heads, head_dim, intermediate, window;  // window 0: none
   DType dtype;
-  LinearForm form;  // of the packed matrices
+  LinearForm form, kv_form, down_form;  // of the packed matrices; of k and v; of down
   float rms_eps, rope_scale, scale, softcap;
 };
 
@@ -81,10 +81,8 @@ class Decoder {
   };
   template <typename T>
   T* Scratch(int index, int64_t count);
-  // Of the vocabulary's rows and of k and v: in int8 they would cost most of the accuracy (bench/LOG.md).
-  LinearForm KeptForm() const { return shape_.form == LinearForm::kInt8 ? LinearForm::kInt16 : shape_.form; }
-  // What linears read: fixed-point ones round it themselves, to more bits than bf16 has.
-  DType InnerType() const { return shape_.form == LinearForm::kFloat ? shape_.dtype : DType::kFloat32; }
+  // What linears of a form read: fixed-point ones round it themselves.
+  DType InnerType(LinearForm form) const { return form == LinearForm::kFloat ? shape_.dtype : DType::kFloat32; }
   void Norm(const float* x, const Bytes& weight, int64_t rows, void* y) const;
   void Project(const void* x, DType x_dtype, const Bytes& packed, const std::vector<float>& bias, int64_t rows, int64_t n,
                int64_t k, bool add, void* y, DType y_dtype, bool swiglu, LinearForm form);

@@ -14,11 +14,12 @@ namespace ttsk {
 constexpr int64_t kPanelColumns = 64;
 
 // How packed weights are kept. Fixed point: a group of 64 consecutive weights of a row shares a float32 scale, its
-// largest magnitude over 4095 or 127; so does a group of x, over 8191 or 32767. The sums of 64 products are exact in
-// int32 and added up as float32 over ascending groups. Packed: [panel][ceil(k / 64)]{scale [64], [32][64][2] integers}.
+// largest magnitude over 4095 or 127; so does a group of x, over 8191 or 127. For int8 both are turned by a Hadamard
+// transform before, which spreads outliers. The sums of 64 products are exact in int32 and added up as float32 over
+// ascending groups. Packed: [panel][ceil(k / 64)]{scale [64], [32][64][2] int16 or [16][64][4] bytes (weight + 128)}.
 enum class LinearForm : int { kFloat, kInt16, kInt8 };
 constexpr int64_t kFixedGroup = 64;
-inline int64_t FixedBlockBytes(int64_t element_size) { return kPanelColumns * (4 + kFixedGroup * element_size); }
+constexpr int64_t FixedBlockBytes(int64_t element_size) { return kPanelColumns * (4 + kFixedGroup * element_size); }
 int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form = LinearForm::kFloat);
 
 // Where row i of a weight goes: column first + i / group * step + i % group of the packed matrix. Several weights can
