@@ -228,9 +228,9 @@ def load_model(
             published without a config.json (PQM; only the base's config.json is read).
         device: "cpu", or "cuda" (`impl` "auto" or "triton") for weights, KV and every kernel on a GPU.
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
-            as bf16 arithmetic and up to twice as fast where the CPU has VNNI; "int8" in half the bytes and at up to twice
-            the speed again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down stay in two
-            bytes). "auto": "int16" for bf16 models where it is the faster one.
+            as bf16 arithmetic and up to twice as fast where the CPU has no fast bf16 products; "int8" in half the bytes
+            and up to twice as fast again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down
+            stay in two bytes). "auto": "int16" for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
             then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
@@ -255,10 +255,10 @@ def check_impl(impl: str) -> None:
 
 
 def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
-    """Whether "auto" means int16, which is at least as accurate as bf16: avx512_bf16 is in use where its own dot product is as
-    fast."""
+    """Whether "auto" means int16, which is at least as accurate as bf16. avx512_bf16 is in use where its own dot product is as
+    fast; not measured on AArch64."""
     native = impl in ("auto", "cpu") and _dispatch.load_extension() is None
-    return native and dtype == torch.bfloat16 and _dispatch.isa_name() == "avx512_vnni"
+    return native and dtype == torch.bfloat16 and _dispatch.isa_name() in ("avx2", "avx512", "avx512_vnni")
 
 
 def forms_of(form: Form, impl: str, checkpoint: Checkpoint) -> Forms:

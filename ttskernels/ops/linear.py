@@ -35,10 +35,10 @@ def linear_pack(weight: Tensor, *, form: Form = "float", impl: Impl = "auto") ->
             "triton").
         form: "float" keeps the weight's dtype. "int16" and "int8" are fixed point: 64 consecutive weights of a row
             share a scale (their largest magnitude is 4095 or 127), and so do 64 inputs of `x` (8191 or 127); sums of 64
-            products are exact. The rounding of "int16" is finer than that of bf16 inputs, and twice as fast as float
-            multiply-adds where the CPU has VNNI. "int8" halves the bytes and doubles that rate again; a Hadamard transform
-            of each 64 weights and inputs spreads outliers before they are rounded (QuaRot, arXiv:2404.00456), so inputs
-            must be below 5e36. Not on a GPU.
+            products are exact. "int16" rounds less than bf16 inputs do, and is up to twice as fast as float multiply-adds.
+            "int8" halves the bytes and, with VNNI, doubles that rate again; a Hadamard transform of each 64 weights and
+            inputs spreads outliers before they are rounded (QuaRot, arXiv:2404.00456), so inputs must be below 5e36. Not
+            on a GPU.
     Raises:
         ValueError: shape or dtype mismatch.
     """
