@@ -85,7 +85,7 @@ void PackGroup(float* in, int64_t c, uint8_t* block) {
     const int value = static_cast<int>(finite ? std::nearbyint(in[i] * up) : 0.0f);
     if (kBytes) {
       constexpr int64_t kPlace[] = {0, 2, 1, 3};
-      out[(i / 4 * kPanelColumns + c) * 4 + kPlace[i % 4]] = static_cast<uint8_t>(value + 128);
+      out[(i / 4 * kPanelColumns + c) * 4 + kPlace[i % 4]] = static_cast<uint8_t>(value + kByteZero);
     } else {
       reinterpret_cast<int16_t*>(out)[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<int16_t>(value);
     }

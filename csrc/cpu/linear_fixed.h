@@ -34,7 +34,6 @@ struct Int16Form {
 };
 
 // Weights are kept plus kByteZero, as unsigned bytes: a sum begins with -kByteZero times the sum of its 64 x.
-constexpr int32_t kByteZero = 128;
 #if defined(__AVX512VNNI__)
 struct Int8Form {
   using X = int8_t;

@@ -324,3 +324,12 @@ def test_sampling_of_the_llama_worker():
     logits = np.log(np.array([[0.5, 0.3, 0.15, 0.05]], np.float32)).repeat(4000, 0)
     counts = np.bincount(scope["sample"](logits, np.random.default_rng(0)), minlength=4) / 4000
     assert np.abs(counts - [0.5, 0.3, 0.15, 0.05]).max() < 4 * np.sqrt(0.25 / 4000)
+
+
+def test_int8_is_held_against_products_of_bytes():
+    peaks = {"fma_gflops": 100.0, "dot_gflops": 200.0, "bytes_gflops": 400.0, "read_gbps": 10.0}
+    eight, sixteen = report.rates_of(peaks, "int8"), report.rates_of(peaks, "bf16")
+    assert (eight.dense_gflops, eight.attention_gflops, eight.weight_bytes) == (400.0, 200.0, 1)
+    assert (sixteen.dense_gflops, sixteen.attention_gflops, sixteen.weight_bytes) == (200.0, 200.0, 2)
+    del peaks["bytes_gflops"]  # a file of before they were measured
+    assert report.rates_of(peaks, "int8").dense_gflops == 200.0

@@ -14,7 +14,8 @@ from trees import Tree
 
 from ttskernels import _dispatch
 from ttskernels.models import load_checkpoint, load_model
-from ttskernels.models.decoder import PythonDecoder
+from ttskernels.models.decoder import Forms, PythonDecoder
+from ttskernels.models.model import forms_of
 from ttskernels.models.native import NativeDecoder
 from ttskernels.ops.sample import sample
 
@@ -53,6 +54,15 @@ def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype, kv):
         tree, node, first = prefill(model, IDS[:cut])
         tree.grow(node, IDS[cut:])
         assert torch.equal(torch.cat([first, tree.run([node])]), whole), f"cut at {cut}"
+
+
+def test_auto_is_fixed_point_where_bf16_products_are_not_fast(native, isa):
+    auto = "int16" if isa in ("avx2", "avx512", "avx512_vnni") else "float"
+    assert native(kv="auto").config.kv_form == auto
+    assert native(dtype=torch.float32, kv="auto").config.kv_form == "float"
+    assert forms_of("int8", "cpu", torch.bfloat16) == Forms("int8", "int16", auto)
+    assert forms_of("int8", "cpu", torch.float32) == Forms("int8", "int16", "int16")
+    assert forms_of("int16", "cpu", torch.bfloat16) == Forms("int16", "int16", "int16")
 
 
 @pytest.mark.parametrize("kv, weights", [*((kv, "auto") for kv in KV), ("float", "int16"), ("float", "int8"), ("int8", "int8")])

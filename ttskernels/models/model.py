@@ -261,11 +261,10 @@ def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
     return native and dtype == torch.bfloat16 and _dispatch.isa_name() in ("avx2", "avx512", "avx512_vnni")
 
 
-def forms_of(form: Form, impl: str, checkpoint: Checkpoint) -> Forms:
+def forms_of(form: Form, impl: str, dtype: torch.dtype) -> Forms:
     """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster."""
     if form != "int8":
         return Forms(form, form, form)
-    dtype = checkpoint.config.dtype
     return Forms("int8", "int16", "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16")
 
 
@@ -302,9 +301,10 @@ def make_decoder(
 
         if weights == "auto":
             weights = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
-        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, forms_of(weights, impl, checkpoint)), "cpu"
+        forms = forms_of(weights, impl, checkpoint.config.dtype)
+        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, forms), "cpu"
     resolved = "reference" if impl == "auto" else impl
-    forms = forms_of("float" if weights == "auto" else weights, impl, checkpoint)
+    forms = forms_of("float" if weights == "auto" else weights, impl, checkpoint.config.dtype)
     return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, forms), resolved
 
 

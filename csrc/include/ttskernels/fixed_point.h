@@ -7,6 +7,7 @@ namespace ttsk {
 // 127 * 32767 * 64). int8 weights are multiplied with int8 (127 * 127), int8 K and V with int16.
 constexpr float kMostWord = 4095.0f, kMostByte = 127.0f;
 constexpr float kMostRowOfWords = 8191.0f, kMostRowOfBytes = 32767.0f;
+constexpr int kByteZero = 128;          // what is added to an int8 weight, which is kept as an unsigned byte
 constexpr int kByteTries = 8;           // numbers that the largest of a group of int8 weights may become
 constexpr float kLeastScaled = 1e-30f;  // vectors of smaller values are zero
 
