@@ -1,5 +1,7 @@
 #include "ttskernels/isa.h"
 
+#include <unistd.h>
+
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
@@ -66,6 +68,19 @@ bool SetIsa(Isa isa) {
   if (!CpuSupports(isa)) return false;
   Active().store(static_cast<int>(isa), std::memory_order_relaxed);
   return true;
+}
+
+int64_t L1CacheBytes() {
+  static const int64_t bytes = []() -> int64_t {
+    const char* kb = std::getenv("TTSK_L1_KB");
+    if (kb != nullptr && std::atoll(kb) > 0) return std::atoll(kb) * 1024;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+    return sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#else
+    return 0;
+#endif
+  }();
+  return bytes;
 }
 
 }  // namespace ttsk

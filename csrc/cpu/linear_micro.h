@@ -3,6 +3,7 @@
 // kernels/token_logprob.cpp.
 #pragma once
 
+#include "ttskernels/isa.h"
 #include "ttskernels/linear.h"
 #include "vec.h"
 
@@ -16,9 +17,12 @@ constexpr int kGroupRows = 6;
 constexpr int kBlockRows = 96;
 constexpr int kBlockK = 128;  // float32 panel block: 32 KiB
 constexpr int kDirectGroups = 4;  // measured: at 16 rows expanding first is 15 % slower, at 48 rows 5 % faster
-constexpr int kFewRows = 4 * kGroupRows;  // the next block of a panel must come within a few groups of rows
+constexpr int kFewRows = 3 * kGroupRows;  // the next block of a panel must come within a few groups of rows
 constexpr int kPrefetchSteps = 8;  // k-steps ahead: 2 KiB, within reach of the memory latency
-constexpr int64_t kDotSteps = 64, kDotAhead = 16;  // of bf16 pairs: a block of 16 KiB; as far ahead a single group reads
+// Steps of bf16 pairs, 256 bytes each: as far ahead a single group reads; a block that stays in the first-level cache while the
+// next one arrives; one from the second-level cache, where the first is too small for both (Zen 4, whose units that multiply
+// also store: a sum put aside there costs as much as one and a half products). Results are the same.
+constexpr int64_t kDotAhead = 16, kDotSteps = 64, kDotStepsOfL2 = 288, kL1OfTwoBlocks = 48 << 10;
 #if defined(__AVX512F__)
 constexpr int kStripVecs = 4;  // 6 x 4 accumulators of 32 registers
 #else
@@ -188,12 +192,13 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
   constexpr int64_t kStepBytes = kPanel * 4;
   if (rows <= kGroupRows) return DotGroup<true, 4>(rows, x, x_stride, panel, steps, panel + kDotAhead * kStepBytes, acc);
   const bool few = rows <= kFewRows;
-  for (int64_t s = 0; s < steps; s += kDotSteps, panel += kDotSteps * kStepBytes) {
-    const int64_t count = steps - s < kDotSteps ? steps - s : kDotSteps;
+  const int64_t l1 = L1CacheBytes(), block = l1 > 0 && l1 < kL1OfTwoBlocks ? kDotStepsOfL2 : kDotSteps;
+  for (int64_t s = 0; s < steps; s += block, panel += block * kStepBytes) {
+    const int64_t count = steps - s < block ? steps - s : block;
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + count * kStepBytes + fetched;
-      WithFetch(s == 0, fetched < kDotSteps * kStepBytes, few, [&](auto from_zero, auto lines) {
+      WithFetch(s == 0, fetched < block * kStepBytes, few, [&](auto from_zero, auto lines) {
         DotGroup<decltype(from_zero)::value, decltype(lines)::value>(size, x + first * x_stride + s, x_stride, panel,
                                                                      count, ahead, acc + first * kPanel);
       });

@@ -90,15 +90,13 @@ alignas(64) constexpr float kExp2Steps[32] = {
     1.21524739f, 1.24185777f, 1.26905096f, 1.29683959f, 1.32523668f, 1.35425556f, 1.38390994f, 1.41421354f,
     1.44518077f, 1.47682619f, 1.50916445f, 1.54221082f, 1.5759809f, 1.61049032f, 1.64575553f, 1.68179286f,
     1.71861935f, 1.75625217f, 1.79470909f, 1.8340081f, 1.87416768f, 1.91520655f, 1.95714414f};
-// 2^r for r in [0, 1/32), 1 at 0 and what the next step begins with at its end; what moves multiples of 1/32 to the last bits;
-// the least exponent whose power is not taken for 0.
-constexpr float kExp2Terms[] = {0.24284f, 0.693120007f, 1.0f, 393216.0f, -125.0f};
-// e = 2^(s - m), relative error < 2e-7, 0 below 2^-125; sum += e, `to` = bf16 of e. A table and a short polynomial, because
-// multiply-adds share two units with products of pairs while others idle; in assembly because it stands in loops of such
-// products, which leave it few registers, so that all constants come from memory.
+// 2^r for r in [0, 1/32), 1 at 0 and what the next step begins with at its end; what moves multiples of 1/32 to the last bits.
+constexpr float kExp2Terms[] = {0.24284f, 0.693120007f, 1.0f, 393216.0f};
+// e = 2^(s - m), relative error < 2e-7; sum += e, `to` = bf16 of e, 0 below 2^-126. A table and a short polynomial, because
+// multiply-adds share two units with products of pairs while others idle (on Zen 4 comparisons share them too); in assembly
+// because it stands in loops of such products, which leave it few registers, so that all constants come from memory.
 inline void Exp2Bf16(const float* s, const float* m, void* to, Vec* sum) {
   __m512 x, r, p, step;
-  __mmask16 seen;
   asm("vmovups %[s], %[x]\n\t"
       "vsubps %[m]%{1to16%}, %[x], %[x]\n\t"
       "vbroadcastss %[shift], %[step]\n\t"
@@ -110,16 +108,14 @@ inline void Exp2Bf16(const float* s, const float* m, void* to, Vec* sum) {
       "vfmadd213ps %[c1]%{1to16%}, %[r], %[p]\n\t"
       "vfmadd213ps %[c0]%{1to16%}, %[r], %[p]\n\t"
       "vmulps %[step], %[p], %[p]\n\t"
-      "vcmpps $5, %[least]%{1to16%}, %[x], %[seen]\n\t"  // not less: NaN stays
-      "vscalefps %[x], %[p], %[p]%{%[seen]%}%{z%}\n\t"
+      "vscalefps %[x], %[p], %[p]\n\t"
       "vcvtneps2bf16 %[p], %t[r]\n\t"
       "vmovups %t[r], %[to]\n\t"
       "vaddps %[p], %[sum], %[sum]"
-      : [x] "=&v"(x), [r] "=&v"(r), [p] "=&v"(p), [step] "=&v"(step), [seen] "=&Yk"(seen), [sum] "+v"(sum->v),
+      : [x] "=&v"(x), [r] "=&v"(r), [p] "=&v"(p), [step] "=&v"(step), [sum] "+v"(sum->v),
         [to] "=m"(*static_cast<char(*)[32]>(to))
       : [s] "m"(*reinterpret_cast<const char(*)[64]>(s)), [m] "m"(*m), [steps] "m"(kExp2Steps), [more] "m"(kExp2Steps[16]),
-        [shift] "m"(kExp2Terms[3]), [c2] "m"(kExp2Terms[0]), [c1] "m"(kExp2Terms[1]), [c0] "m"(kExp2Terms[2]),
-        [least] "m"(kExp2Terms[4]));
+        [shift] "m"(kExp2Terms[3]), [c2] "m"(kExp2Terms[0]), [c1] "m"(kExp2Terms[1]), [c0] "m"(kExp2Terms[2]));
 }
 #endif
 

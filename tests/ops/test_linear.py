@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from budget import assert_within_budget, to_float64
@@ -67,6 +71,23 @@ def test_every_task_is_done_at_any_number_of_threads(cpu_extension, n, form):
                 assert torch.equal(linear(x[:rows], packed), exact[:rows]), f"{threads} threads, {rows} rows"
     finally:
         lib.ttsk_set_num_threads(before)
+
+
+def test_bits_do_not_depend_on_the_size_of_the_cache(cpu_extension):
+    """Blocks of a panel are as long as TTSK_L1_KB allows, which a process reads once: 705 pairs are 12 blocks, or 3."""
+    code = (
+        "import hashlib, torch; from ttskernels.ops.linear import linear, linear_pack; torch.manual_seed(0)\n"
+        "packed = linear_pack(torch.randn(130, 1410, dtype=torch.bfloat16), impl='cpu')\n"
+        "ys = [linear(torch.randn(rows, 1410, dtype=torch.bfloat16), packed) for rows in (1, 13, 20, 70)]\n"
+        "print(torch.cat(ys).isfinite().all().item(), hashlib.sha256(torch.cat(ys).view(torch.uint8).numpy()).hexdigest())"
+    )
+    seen = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "TTSK_L1_KB": kb}, capture_output=True, text=True, check=True
+        ).stdout
+        for kb in ("32", "48", "")
+    }
+    assert len(seen) == 1 and seen.pop().startswith("True ")
 
 
 FIXED_SHAPES = [(0, 64, 8), (1, 1, 1), (1, 64, 576), (3, 65, 17), (16, 130, 129), (61, 100, 300), (401, 70, 65)]

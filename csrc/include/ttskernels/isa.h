@@ -1,6 +1,8 @@
 // Instruction-set levels of the CPU kernels, chosen once at run time. Torch-free.
 #pragma once
 
+#include <cstdint>
+
 namespace ttsk {
 
 enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kNeon = 5 };
@@ -15,6 +17,9 @@ Isa ActiveIsa();
 bool SetIsa(Isa isa);
 bool CpuSupports(Isa isa);
 const char* IsaName(Isa isa);
+
+// Size of a core's first-level data cache, or TTSK_L1_KB; 0 if the system does not tell. No result depends on it.
+int64_t L1CacheBytes();
 
 }  // namespace ttsk
 
