@@ -20,8 +20,8 @@ constexpr int kDirectGroups = 4;  // measured: at 16 rows expanding first is 15 
 constexpr int kFewRows = 3 * kGroupRows;  // the next block of a panel must come within a few groups of rows
 constexpr int kPrefetchSteps = 8;  // k-steps ahead: 2 KiB, within reach of the memory latency
 // Steps of bf16 pairs, 256 bytes each: as far ahead a single group reads; a block that stays in the first-level cache while the
-// next one arrives; one from the second-level cache, where the first is too small for both (Zen 4, whose units that multiply
-// also store: a sum put aside there costs as much as one and a half products). Results are the same.
+// next one arrives; a longer one, whose sums are put aside less often, from the second-level cache, where the first is too
+// small for both (Zen 4). Results are the same.
 constexpr int64_t kDotAhead = 16, kDotSteps = 64, kDotStepsOfL2 = 288, kL1OfTwoBlocks = 48 << 10;
 #if defined(__AVX512F__)
 constexpr int kStripVecs = 4;  // 6 x 4 accumulators of 32 registers
