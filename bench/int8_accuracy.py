@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--texts", type=Path, required=True, help="JSON lines")
     parser.add_argument("--fields", nargs="+", default=["question", "answer"], help="of a line; joined by line ends")
     parser.add_argument("--tokens", type=int, default=20_000)
-    parser.add_argument("--weights", choices=("int8", "int16", "float"), default="int8", help="what is measured")
+    parser.add_argument("--weights", choices=("calibrated", "int8", "int16", "float"), default="int8", help="what is measured")
     parser.add_argument("--against", choices=("int16", "float"), default="float", help="float: bf16 products, as elsewhere")
     parser.add_argument("--kv", choices=("int8", "int16", "float"), default="float", help="pages of what is measured")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of what is measured")

@@ -19,8 +19,8 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return torch.empty_like(x)
 
 
-@_define("linear_pack(Tensor weight, int form=0) -> Tensor")
-def _(weight: Tensor, form: int = 0) -> Tensor:
+@_define("linear_pack(Tensor weight, int form=0, Tensor? scales=None) -> Tensor")
+def _(weight: Tensor, form: int = 0, scales: Tensor | None = None) -> Tensor:
     n, k = weight.shape
     if form:  # blocks of 64 columns and 64 inputs, with a float32 scale a column
         size = ((n + 63) // 64) * ((k + 63) // 64) * 64 * (4 + 64 * (2 if form == 1 else 1))

@@ -1,6 +1,6 @@
 """This engine: samples of one prompt, and whole searches with a process reward model of the policy's own size.
 
-`precision` is "bf16" (as `load_model` runs it), "bf16 float" (without fixed point) or "int8" (weights).
+`precision` is "bf16" (as `load_model` runs it), "bf16 float" (without fixed point), "int8" or "calibrated" (weights).
 Searches are the strategies of `ttsearch`, over ids.
 """
 
@@ -26,11 +26,16 @@ from ttsearch.verifiers.text import Extension, PrmPath  # noqa: E402
 import ttskernels  # noqa: E402
 from ttskernels.engine.batcher import Engine  # noqa: E402
 from ttskernels.engine.work import Sampling  # noqa: E402
+from ttskernels.models.calibrated import calibration_file  # noqa: E402
+from ttskernels.models.calibration import calibrate  # noqa: E402
 from ttskernels.models.heads import HeadSpec  # noqa: E402
+from ttskernels.models.loading import load_checkpoint  # noqa: E402
 from ttskernels.models.model import load_model  # noqa: E402
 
 KV_BYTES = 4 << 30
-OPTIONS = {"bf16": {}, "bf16 float": {"weights": "float", "kv": "float"}, "int8": {"weights": "int8"}}
+OPTIONS = {
+    "bf16": {}, "bf16 float": {"weights": "float", "kv": "float"}, "int8": {"weights": "int8"}, "calibrated": {"weights": "calibrated"},
+}
 
 
 class IdPolicy:
@@ -79,6 +84,8 @@ class OursWorker:
         if precision not in OPTIONS:
             raise ValueError(f"precision must be one of {', '.join(OPTIONS)}, got {precision!r}")
         self.source, self.options, self.backends = model, OPTIONS[precision], {}
+        if precision == "calibrated" and not calibration_file(load_checkpoint(model, torch.bfloat16)).is_file():
+            calibrate(model, torch.bfloat16)
         self.policy = load_model(model, torch.bfloat16, **self.options)
         settings = {"isa": ttskernels.isa_name(), "threads": threads, "kv_bytes": KV_BYTES, **self.options}
         return {"versions": {**versions("torch", "numpy"), "ttskernels": ttskernels.__version__}, "settings": settings}

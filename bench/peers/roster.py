@@ -32,6 +32,7 @@ ENGINES = {
     "ours bf16": Engine("ours", "bf16", "hf"),
     "ours bf16 float": Engine("ours", "bf16 float", "hf"),
     "ours int8": Engine("ours", "int8", "hf"),
+    "ours calibrated": Engine("ours", "calibrated", "hf"),
     "transformers generate": Engine("transformers", "bf16 generate", "hf"),
     "transformers batching": Engine("transformers", "bf16 batching", "hf"),
     "transformers shared": Engine("transformers", "bf16 shared", "hf"),

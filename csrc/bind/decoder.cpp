@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "check_plan.h"
+#include "rounded.h"
 #include "tensor.h"
 
 namespace ttsk {
@@ -29,7 +30,7 @@ std::shared_ptr<Entry> Find(int64_t handle) {
   return found->second;
 }
 
-constexpr int kConfigInts = 12, kConstants = 4, kLayerWeights = 15, kModelWeights = 3;
+constexpr int kConfigInts = 12, kConstants = 4, kLayerWeights = 22, kModelWeights = 4;  // a matrix: values, scales
 
 int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, const Tensor& inv_freq,
                  std::vector<std::optional<Tensor>> weights) {
@@ -68,21 +69,28 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
                     " dimensions, ", w.numel(), " elements");
     return w.data_ptr();
   };
+  const auto matrix = [&](size_t i, int64_t n, int64_t k, LinearForm form, bool required) -> Matrix {
+    if (!weights[i + 1].has_value()) return {get(i, {n, k}, required), nullptr};
+    STD_TORCH_CHECK(form == LinearForm::kInt8 && weights[i].has_value(), "weight ", i, " has scales, but is no int8 matrix");
+    const RoundedPointers rounded = CheckRounded(*weights[i], *weights[i + 1], n, k);
+    return {rounded.values, rounded.scales};
+  };
   const void* embed = get(0, {s.vocab, h}, true);
   const void* final_norm = get(1, {h}, true);
-  const void* lm_head = get(2, {s.vocab, h}, false);
+  const Matrix lm_head = matrix(2, s.vocab, h, s.form, false);
   std::vector<LayerWeights> layers;
   for (int64_t l = 0; l < s.layers; ++l) {
     size_t i = kModelWeights + kLayerWeights * l;
     LayerWeights w{};
     w.input_norm = get(i++, {h}, true);
-    w.q = get(i++, {q, h}, true), w.q_bias = get(i++, {q}, false);
-    w.k = get(i++, {kv, h}, true), w.k_bias = get(i++, {kv}, false);
-    w.v = get(i++, {kv, h}, true), w.v_bias = get(i++, {kv}, false);
+    const auto next = [&](int64_t n, int64_t k, LinearForm form) { return i += 2, matrix(i - 2, n, k, form, true); };
+    w.q = next(q, h, s.form), w.q_bias = get(i++, {q}, false);
+    w.k = next(kv, h, s.kv_form), w.k_bias = get(i++, {kv}, false);
+    w.v = next(kv, h, s.kv_form), w.v_bias = get(i++, {kv}, false);
     w.q_norm = get(i++, {s.head_dim}, false), w.k_norm = get(i++, {s.head_dim}, false);
-    w.o = get(i++, {h, q}, true), w.o_bias = get(i++, {h}, false);
+    w.o = next(h, q, s.form), w.o_bias = get(i++, {h}, false);
     w.post_norm = get(i++, {h}, true);
-    w.gate = get(i++, {m, h}, true), w.up = get(i++, {m, h}, true), w.down = get(i++, {h, m}, true);
+    w.gate = next(m, h, s.form), w.up = next(m, h, s.form), w.down = next(h, m, s.down_form);
     layers.push_back(w);
   }
   auto entry = std::make_shared<Entry>();

@@ -3,6 +3,7 @@
 #include <cstring>
 #include <vector>
 
+#include "rounded.h"
 #include "tensor.h"
 
 namespace ttsk {
@@ -13,14 +14,20 @@ LinearForm FormOf(int64_t form) {
   return static_cast<LinearForm>(form);
 }
 
-Tensor LinearPackOp(const Tensor& weight, int64_t form) {
+Tensor LinearPackOp(const Tensor& weight, int64_t form, const std::optional<Tensor>& scales) {
   STD_TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "weight must be [n, k] with contiguous rows");
-  const DType dtype = DTypeOf(weight);
+  STD_TORCH_CHECK(!scales || FormOf(form) == LinearForm::kInt8, "only int8 weights have scales");
+  const DType dtype = scales ? DType::kFloat32 : DTypeOf(weight);
   const int64_t n = weight.size(0), k = weight.size(1), bytes = LinearPackedBytes(n, k, dtype, FormOf(form));
   Tensor packed = torch::stable::new_empty(weight, {bytes}, ScalarType::Byte);
   std::memset(packed.mutable_data_ptr(), 0, bytes);
-  LinearPack(weight.data_ptr(), n, k, weight.stride(0), dtype, {0, n > 0 ? n : 1, 0}, packed.mutable_data_ptr(),
-             FormOf(form));
+  const PackColumns columns{0, n > 0 ? n : 1, 0};
+  if (scales) {
+    const RoundedPointers rounded = CheckRounded(weight, *scales, n, k);
+    LinearPackRounded(rounded.values, rounded.scales, n, k, columns, packed.mutable_data_ptr());
+  } else {
+    LinearPack(weight.data_ptr(), n, k, weight.stride(0), dtype, columns, packed.mutable_data_ptr(), FormOf(form));
+  }
   return packed;
 }
 

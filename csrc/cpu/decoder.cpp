@@ -51,18 +51,22 @@ enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kWorksp
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
-                 const void* lm_head, const std::vector<LayerWeights>& layers)
+                 const Matrix& lm_head, const std::vector<LayerWeights>& layers)
     : shape_(shape), inv_freq_(inv_freq, inv_freq + shape.head_dim / 2), scratch_(kCount) {
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
   const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim, wide_q = WholePanels(q);
   const auto pack = [&](int64_t n, int64_t k, LinearForm form) { return Bytes(LinearPackedBytes(n, k, t, form), 0); };
   const auto whole = [](int64_t first, int64_t n) { return PackColumns{first, n, 0}; };
+  const auto put = [&](const Matrix& w, int64_t n, int64_t k, const PackColumns& columns, void* to, LinearForm form) {
+    if (w.scales == nullptr) LinearPack(w.values, n, k, k, t, columns, to, form);
+    else LinearPackRounded(static_cast<const int8_t*>(w.values), w.scales, n, k, columns, to);
+  };
   embed_ = Copy(embed, shape.vocab * h, t);
   final_norm_ = CopyAs(final_norm, h, t, InnerType(shape.form));
-  if (lm_head != nullptr) {
+  if (lm_head.values != nullptr) {
     lm_head_ = pack(shape.vocab, h, shape.form);
-    LinearPack(lm_head, shape.vocab, h, h, t, whole(0, shape.vocab), lm_head_.data(), shape.form);
+    put(lm_head, shape.vocab, h, whole(0, shape.vocab), lm_head_.data(), shape.form);
   }
   for (const LayerWeights& w : layers) {
     Layer layer;
@@ -71,30 +75,34 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     layer.q_norm = Copy(w.q_norm, shape.head_dim, t), layer.k_norm = Copy(w.k_norm, shape.head_dim, t);
     const int64_t q_bytes = LinearPackedBytes(wide_q, h, t, shape.form);
     layer.qkv = Bytes(q_bytes + LinearPackedBytes(2 * kv, h, t, shape.kv_form), 0);
-    LinearPack(w.q, q, h, h, t, whole(0, q), layer.qkv.data(), shape.form);
-    LinearPack(w.k, kv, h, h, t, whole(0, kv), layer.qkv.data() + q_bytes, shape.kv_form);
-    LinearPack(w.v, kv, h, h, t, whole(kv, kv), layer.qkv.data() + q_bytes, shape.kv_form);
+    put(w.q, q, h, whole(0, q), layer.qkv.data(), shape.form);
+    put(w.k, kv, h, whole(0, kv), layer.qkv.data() + q_bytes, shape.kv_form);
+    put(w.v, kv, h, whole(kv, kv), layer.qkv.data() + q_bytes, shape.kv_form);
     const bool biased = w.q_bias != nullptr || w.k_bias != nullptr || w.v_bias != nullptr;
     AppendBias(layer.qkv_bias, w.q_bias, q, t, biased);
     layer.qkv_bias.resize(biased ? wide_q : 0);
     AppendBias(layer.qkv_bias, w.k_bias, kv, t, biased);
     AppendBias(layer.qkv_bias, w.v_bias, kv, t, biased);
     layer.o = pack(h, q, shape.form);
-    LinearPack(w.o, h, q, q, t, whole(0, h), layer.o.data(), shape.form);
+    put(w.o, h, q, whole(0, h), layer.o.data(), shape.form);
     AppendBias(layer.o_bias, w.o_bias, h, t, w.o_bias != nullptr);
     // Panels of 32 gate and 32 up columns (kSwiGlu); an intermediate size that is no multiple of 32 is padded with zeros.
     const int64_t padded = (inner + 31) / 32 * 32;
     layer.gate_up = pack(2 * padded, h, shape.form);
-    LinearPack(w.gate, inner, h, h, t, {0, 32, 64}, layer.gate_up.data(), shape.form);
-    LinearPack(w.up, inner, h, h, t, {32, 32, 64}, layer.gate_up.data(), shape.form);
+    put(w.gate, inner, h, {0, 32, 64}, layer.gate_up.data(), shape.form);
+    put(w.up, inner, h, {32, 32, 64}, layer.gate_up.data(), shape.form);
     // `down` reads the padded activations: its extra columns are zero.
     layer.down = pack(h, padded, shape.down_form);
-    Bytes wide(h * padded * SizeOf(t), 0);
-    for (int64_t r = 0; r < h; ++r) {
-      std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down) + r * inner * SizeOf(t),
-                  inner * SizeOf(t));
+    if (w.down.scales != nullptr) {  // whole groups, so padded already
+      put(w.down, h, padded, whole(0, h), layer.down.data(), shape.down_form);
+    } else {
+      Bytes wide(h * padded * SizeOf(t), 0);
+      for (int64_t r = 0; r < h; ++r) {
+        std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down.values) + r * inner * SizeOf(t),
+                    inner * SizeOf(t));
+      }
+      put({wide.data()}, h, padded, whole(0, h), layer.down.data(), shape.down_form);
     }
-    LinearPack(wide.data(), h, padded, padded, t, whole(0, h), layer.down.data(), shape.down_form);
     layers_.push_back(std::move(layer));
   }
   shape_.intermediate = (inner + 31) / 32 * 32;

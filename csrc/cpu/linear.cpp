@@ -12,6 +12,10 @@
 namespace ttsk {
 namespace {
 
+int64_t ColumnOf(const PackColumns& columns, int64_t row) {
+  return columns.first + row / columns.group * columns.step + row % columns.group;
+}
+
 // Element (column c, reduced index i) of a packed matrix is at PanelBase + (i / f * 64 + c % 64) * f + i % f: a row goes
 // out as `Group`s of f elements, 64 groups apart.
 template <typename Element, typename Group>
@@ -19,7 +23,7 @@ void PackRows(const void* weight, int64_t n, int64_t k, int64_t row_stride, cons
   constexpr int64_t kF = sizeof(Group) / sizeof(Element);
   const int64_t steps = (k + kF - 1) / kF, whole = k / kF;
   ForEach(n, n * k > 65536, [&](int64_t i) {
-    const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
+    const int64_t column = ColumnOf(columns, i);
     const Element* in = static_cast<const Element*>(weight) + i * row_stride;
     Group* out = static_cast<Group*>(packed) + column / kPanelColumns * steps * kPanelColumns + column % kPanelColumns;
     for (int64_t j = 0; j < whole; ++j) std::memcpy(out + j * kPanelColumns, in + j * kF, sizeof(Group));
@@ -67,8 +71,22 @@ void Rotate(float* v) {
   }
 }
 
-// One group of a row to column c of a packed block. int8 is rotated, and so is what it is multiplied with: products are 64
-// times as large, scales as much smaller. Its bytes lie so that those at even places are the first two of four (EvenBytes).
+// Integer i of a group to column c of a block's values. Bytes lie so that those at even places are the first two of four
+// (EvenBytes).
+template <bool kBytes>
+void Place(int value, int64_t i, int64_t c, uint8_t* out) {
+  if (kBytes) {
+    constexpr int64_t kPlace[] = {0, 2, 1, 3};
+    out[(i / 4 * kPanelColumns + c) * 4 + kPlace[i % 4]] = static_cast<uint8_t>(value + kByteZero);
+  } else {
+    reinterpret_cast<int16_t*>(out)[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<int16_t>(value);
+  }
+}
+
+// What int8 weights are rotated with is undone by their scales: so are their inputs, and products are 64 times as large.
+constexpr float kUnturned = 1.0f / kFixedGroup;
+
+// One group of a row to column c of a packed block.
 template <bool kBytes>
 void PackGroup(float* in, int64_t c, uint8_t* block) {
   if (kBytes) Rotate(in);
@@ -80,15 +98,9 @@ void PackGroup(float* in, int64_t c, uint8_t* block) {
   const bool scaled = finite && most >= kLeastScaled;
   const float top = !scaled ? 1.0f : kBytes ? LargestInteger(in, kFixedGroup, most) : kMostWord;
   const float up = scaled ? top / most : 0.0f;
-  scales[c] = scaled ? most / top * (kBytes ? 1.0f / kFixedGroup : 1.0f) : finite ? 0.0f : NAN;
+  scales[c] = scaled ? most / top * (kBytes ? kUnturned : 1.0f) : finite ? 0.0f : NAN;
   for (int64_t i = 0; i < kFixedGroup; ++i) {
-    const int value = static_cast<int>(finite ? std::nearbyint(in[i] * up) : 0.0f);
-    if (kBytes) {
-      constexpr int64_t kPlace[] = {0, 2, 1, 3};
-      out[(i / 4 * kPanelColumns + c) * 4 + kPlace[i % 4]] = static_cast<uint8_t>(value + kByteZero);
-    } else {
-      reinterpret_cast<int16_t*>(out)[(i / 2 * kPanelColumns + c) * 2 + i % 2] = static_cast<int16_t>(value);
-    }
+    Place<kBytes>(static_cast<int>(finite ? std::nearbyint(in[i] * up) : 0.0f), i, c, out);
   }
 }
 
@@ -97,7 +109,7 @@ void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DTy
                void* packed) {
   const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(kBytes ? 1 : 2);
   ForEach(n, n * k > 65536, [&](int64_t i) {
-    const int64_t column = columns.first + i / columns.group * columns.step + i % columns.group;
+    const int64_t column = ColumnOf(columns, i);
     uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
     float wide[kFixedGroup];
     for (int64_t g = 0; g < groups; ++g) {
@@ -127,6 +139,20 @@ void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DT
   if (dtype == DType::kFloat32) return PackRows<float, float>(weight, n, k, row_stride, columns, packed);
   if (dtype == DType::kFloat16) return PackRows<uint16_t, uint16_t>(weight, n, k, row_stride, columns, packed);
   PackRows<uint16_t, uint32_t>(weight, n, k, row_stride, columns, packed);
+}
+
+void LinearPackRounded(const int8_t* values, const float* scales, int64_t n, int64_t k, const PackColumns& columns,
+                       void* packed) {
+  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(1);
+  ForEach(n, n * k > 65536, [&](int64_t row) {
+    const int64_t column = ColumnOf(columns, row), c = column % kPanelColumns;
+    uint8_t* out = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
+    for (int64_t g = 0; g < groups; ++g, out += block) {
+      const int8_t* group = values + (row * groups + g) * kFixedGroup;
+      reinterpret_cast<float*>(out)[c] = scales[row * groups + g] * kUnturned;
+      for (int64_t i = 0; i < kFixedGroup; ++i) Place<true>(group[i], i, c, out + kPanelColumns * 4);
+    }
+  });
 }
 
 // The x rows of one chunk as float32 (or bf16 pairs, or int16 with scales), k rounded up to a whole group.

@@ -1,4 +1,4 @@
-"""`ttsearch`: solve a problem, list the strategies, evaluate over a problem file, compare two runs."""
+"""`ttsearch`: solve a problem, list the strategies, evaluate over a problem file, compare two runs, calibrate a model."""
 
 from __future__ import annotations
 
@@ -9,22 +9,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
 from .budget import Budget
+from .calibrate import calibrate
+from .console import INTERRUPTED, err, friendly_errors, out
 from .strategies import STRATEGIES, get_strategy
 from .types import Problem
 
 DEMO_PROMPT = "10;a+17;b-13;c*6;d-71?"
-INTERRUPTED = 130  # exit status of a program ended by Ctrl-C
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Search over reasoning steps with a policy and a process reward model.",
 )  # fmt: skip
-out, err = Console(), Console(stderr=True)
 
 Strategy = Annotated[str, typer.Option(help=f"One of {', '.join(STRATEGIES)}.")]
 N = Annotated[int, typer.Option("--n", help="Budget: paths kept alive per problem.")]
@@ -55,30 +54,12 @@ MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
 Kv = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps K and V; int8 is the smallest.")]
-Weights = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps matrices; int8 is the smallest.")]
+Weights = Annotated[str, typer.Option(help="auto, float, int16, int8 or calibrated: how a CPU keeps matrices; see ttsearch calibrate.")]
 Speculate = Annotated[
     str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")
 ]
 Concurrency = Annotated[int, typer.Option(help="Problems searched at the same time.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else.")]
-
-
-@contextmanager
-def friendly_errors():
-    """A wrong argument gets its message, not a traceback."""
-    try:
-        yield
-    except (ValueError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _is_expected(error):
-            raise
-        err.print(f"error: {error}", style="red", markup=False, highlight=False)
-        raise typer.Exit(2) from None
-
-
-def _is_expected(error: RuntimeError) -> bool:
-    from ttskernels.errors import OutOfPagesError, UnavailableError
-
-    return isinstance(error, (OutOfPagesError, UnavailableError))
 
 
 @app.command()
@@ -387,6 +368,9 @@ def compare(
         f"on {found.problems} problems; only a solves {found.only_a}, only b {found.only_b}: {verdict}",
         highlight=False,
     )
+
+
+app.command()(calibrate)
 
 
 def main() -> None:

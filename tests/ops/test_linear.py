@@ -8,7 +8,7 @@ from budget import assert_within_budget, to_float64
 
 from ttskernels import _dispatch
 from ttskernels._reference import linear as reference
-from ttskernels.ops.linear import FORMS, gated_linear, linear, linear_pack, linear_parts
+from ttskernels.ops.linear import FORMS, Rounded, gated_linear, linear, linear_pack, linear_parts
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
@@ -104,11 +104,38 @@ def outliers(rows, k, dtype):
 def test_fixed_point_equals_its_definition(isa, rows, n, k, dtype, form):
     _, weight, bias = make(rows, n, k, dtype, bias=n != 100)
     x = outliers(rows, k, dtype)
-    expected = reference.linear_fixed(x, weight, bias, form).float()
+    expected = reference.linear_fixed(x, *reference.fixed_weight(weight, form), bias, form).float()
     got = linear(x, linear_pack(weight, form=form, impl="cpu"), bias).float()
     # Sums of groups are exact; what may differ is the rounding of a few float32 additions, and so of the result.
     scale = expected.abs().amax(1, keepdim=True) if rows else 1.0
     assert ((got - expected).abs() <= scale * (2e-6 + torch.finfo(dtype).eps)).all()
+
+
+@pytest.mark.parametrize("rows, n, k", FIXED_SHAPES)
+def test_weights_that_are_rounded_already(isa, rows, n, k):
+    """Any integers and scales, multiplied as their definition says."""
+    x, _, bias = make(rows, n, k, torch.bfloat16)
+    groups = -(-k // 64)
+    values = torch.randint(-127, 128, (n, groups * 64), dtype=torch.int8)
+    rounded = Rounded(values, torch.rand(n, groups) * 1e-3, k, torch.bfloat16)
+    ours, theirs = (linear(x, linear_pack(rounded, form="int8", impl=impl), bias).float() for impl in ("cpu", "reference"))
+    scale = theirs.abs().amax(1, keepdim=True) if rows else 1.0
+    assert ((ours - theirs).abs() <= scale * (2e-6 + torch.finfo(torch.bfloat16).eps)).all()
+
+
+def test_rounded_weights_of_the_wrong_shape_are_refused(cpu_extension):
+    values, scales = torch.zeros(3, 128, dtype=torch.int8), torch.zeros(3, 2)
+    Rounded(values, scales, 65, torch.float32)
+    for wrong in ((values[:, :64], scales, 65), (values, scales[:2], 65), (values, scales, 64), (values.int(), scales, 65),
+                  (values, scales.half(), 65)):  # fmt: skip
+        with pytest.raises(ValueError, match="(values|scales) must be"):
+            Rounded(*wrong, torch.float32)
+    with pytest.raises(ValueError, match="form must be 'int8' for a weight that is rounded already"):
+        linear_pack(Rounded(values, scales, 65, torch.float32))
+    pack = torch.ops.ttskernels.linear_pack
+    for wrong in ((values.int(), 2, scales), (values, 2, scales[:, :1].contiguous()), (values, 1, scales), (values.T, 2, scales)):
+        with pytest.raises(RuntimeError, match="int8|scales|rows"):
+            pack(*wrong)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -57,16 +57,18 @@ def rotate(x: Tensor) -> Tensor:
     return x
 
 
-def linear_fixed(x: Tensor, weight: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """The product in fixed point: exact sums of 64, scaled and added up as float32. int8 is rotated before."""
-    most_weight, most_x = MOST[form]
-    if form == "int8":
-        w, w_scales = fixed_groups(rotate(weight), most_weight, BYTE_TRIES)
-        a, a_scales = fixed_groups(rotate(x), most_x)
-        w_scales = w_scales / GROUP
-    else:
-        (w, w_scales), (a, a_scales) = fixed_groups(weight, most_weight), fixed_groups(x, most_x)
-    y = torch.zeros(len(x), len(weight))
+def fixed_weight(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
+    """Integers `[n, groups * 64]` (as float32) and scales `[n, groups]` of a weight; int8 is rotated before."""
+    turned, tries = (rotate(weight), BYTE_TRIES) if form == "int8" else (weight, 1)
+    values, scales = fixed_groups(turned, MOST[form][0], tries)
+    return values.flatten(1), scales
+
+
+def linear_fixed(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
+    """The product in fixed point: exact sums of 64, scaled and added up as float32. x is rotated for int8, as the weight is."""
+    a, a_scales = fixed_groups(rotate(x) if form == "int8" else x, MOST[form][1])
+    w, w_scales = values.unflatten(1, (-1, GROUP)), scales / GROUP if form == "int8" else scales
+    y = torch.zeros(len(x), len(values))
     for g in range(w.shape[1]):
         exact = (a[:, g].double() @ w[:, g].double().T).float()
         y = torch.addcmul(y, exact * w_scales[:, g], a_scales[:, g, None])

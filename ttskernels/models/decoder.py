@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
-from ttskernels.ops.linear import Form, linear, linear_pack
+from ttskernels.ops.linear import Form, Rounded, linear, linear_pack
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
@@ -36,6 +38,7 @@ class Forms:
 
 
 FLOAT = Forms("float", "float", "float")
+NONE_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
 
 
 class Decoder(Protocol):
@@ -62,14 +65,23 @@ class Decoder(Protocol):
 
 
 class PythonDecoder:
-    """Runs layer by layer through `ops`; every op gets the same `impl`."""
+    """Runs layer by layer through `ops`; every op gets the same `impl`. `rounded`: int8 matrices that are rounded already."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], impl: str, lm_head: bool = True, forms: Forms = FLOAT):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: dict[str, Tensor],
+        impl: str,
+        lm_head: bool = True,
+        forms: Forms = FLOAT,
+        rounded: Mapping[str, Rounded] = NONE_ROUNDED,
+    ):
         self.config, self.impl = config, impl
         self.embed = weights["model.embed_tokens.weight"]
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
         if lm_head:
             matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
+        matrices |= {name: rounded[name] for name in matrices if name in rounded}
         self.packed = {name: linear_pack(tensor, form=forms.of(name), impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
 
@@ -94,7 +106,7 @@ class PythonDecoder:
         if output == "hidden":
             return x.float()
         x = rms_norm(x, self.vectors["model.norm.weight"], self.config.rms_eps, impl=self.impl)
-        return linear(x, self.packed[LM_HEAD]).float()
+        return self._logits(x)
 
     def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
         rows = torch.arange(plan.num_rows, dtype=torch.int32)
@@ -109,6 +121,9 @@ class PythonDecoder:
             if (states < 0).any():
                 return iteration + 1
         return tokens.shape[0]
+
+    def _logits(self, x: Tensor) -> Tensor:
+        return linear(x, self.packed[LM_HEAD]).float()
 
     def _heads(self, layer: int, name: str, x: Tensor) -> Tensor:
         return self._linear(layer, f"self_attn.{name}", x).unflatten(1, (-1, self.config.head_dim))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -15,17 +15,18 @@ from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.layout import FORMS as KV_FORMS
+from ttskernels.models.calibrated import read_calibration
 from ttskernels.models.config import DecoderConfig, FlopsOutput
-from ttskernels.models.decoder import Decoder, Forms, PythonDecoder
+from ttskernels.models.decoder import NONE_ROUNDED, Decoder, Forms, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
 from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.ops.linear import FORMS, Form
+from ttskernels.ops.linear import Form
 from ttskernels.ops.sample import check_params, sample
 
 Output = Literal["logits", "hidden"]
-Weights = Literal["auto", "float", "int16", "int8"]
+Weights = Literal["auto", "float", "int16", "int8", "calibrated"]
 Kv = Literal["auto", "float", "int16", "int8"]
 
 
@@ -230,7 +231,8 @@ def load_model(
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
             as bf16 arithmetic and up to twice as fast where the CPU has no fast bf16 products; "int8" in half the bytes
             and up to twice as fast again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down
-            stay in two bytes). "auto": "int16" for bf16 models where it is the faster one.
+            stay in two bytes); "calibrated" the same with down in int8, too, faster and more accurate, once `calibrate` has
+            rounded the weights. "auto": "int16" for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
             then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
@@ -261,11 +263,13 @@ def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
     return native and dtype == torch.bfloat16 and _dispatch.isa_name() in ("avx2", "avx512", "avx512_vnni")
 
 
-def forms_of(form: Form, impl: str, dtype: torch.dtype) -> Forms:
-    """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster."""
-    if form != "int8":
+def forms_of(form: Form | Literal["calibrated"], impl: str, dtype: torch.dtype) -> Forms:
+    """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster; a
+    calibrated one k and v alone."""
+    if form not in ("int8", "calibrated"):
         return Forms(form, form, form)
-    return Forms("int8", "int16", "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16")
+    two_bytes = "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16"
+    return Forms("int8", "int16", "int8" if form == "calibrated" else two_bytes)
 
 
 def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
@@ -287,8 +291,8 @@ def make_decoder(
     weights: Weights = "auto",
 ) -> tuple[Decoder, str]:
     """The decoder that runs a checkpoint, and its implementation; without `lm_head` it gives hidden states alone."""
-    if weights not in ("auto", *FORMS):
-        raise ValueError(f"weights must be one of {('auto', *FORMS)}, got {weights!r}")
+    if weights not in get_args(Weights):
+        raise ValueError(f"weights must be one of {get_args(Weights)}, got {weights!r}")
     if impl == "triton":
         if weights not in ("auto", "float"):
             raise ValueError(f'weights must be "auto" or "float" on a GPU, got {weights!r}')
@@ -296,16 +300,17 @@ def make_decoder(
 
         where = device or torch.device("cpu")  # there, the interpreter
         return DeviceDecoder(checkpoint.config, checkpoint.weights, lm_head, where), impl
+    rounded = read_calibration(checkpoint, lm_head) if weights == "calibrated" else NONE_ROUNDED
     if impl in ("auto", "cpu") and _dispatch.load_extension() is None:
         from ttskernels.models.native import NativeDecoder
 
         if weights == "auto":
             weights = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
         forms = forms_of(weights, impl, checkpoint.config.dtype)
-        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, forms), "cpu"
+        return NativeDecoder(checkpoint.config, checkpoint.weights, lm_head, forms, rounded), "cpu"
     resolved = "reference" if impl == "auto" else impl
     forms = forms_of("float" if weights == "auto" else weights, impl, checkpoint.config.dtype)
-    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, forms), resolved
+    return PythonDecoder(checkpoint.config, checkpoint.weights, resolved, lm_head, forms, rounded), resolved
 
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:

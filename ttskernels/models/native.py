@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import weakref
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -12,10 +13,11 @@ from ttskernels import _dispatch
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
-from ttskernels.models.decoder import FLOAT, Forms
-from ttskernels.ops.linear import FORMS
+from ttskernels.models.decoder import FLOAT, LM_HEAD, NONE_ROUNDED, Forms
+from ttskernels.ops.linear import FORMS, Rounded
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+# A matrix is two tensors: its values, and the scales of one that is rounded already.
 _LAYER_WEIGHTS = (
     "input_layernorm.weight",
     "self_attn.q_proj.weight", "self_attn.q_proj.bias",
@@ -31,12 +33,26 @@ _LAYER_WEIGHTS = (
 class NativeDecoder:
     """Same interface and results (within rounding) as `PythonDecoder`. Weights are copied and packed once."""
 
-    def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool, forms: Forms = FLOAT):
+    def __init__(
+        self,
+        config: DecoderConfig,
+        weights: dict[str, Tensor],
+        lm_head: bool,
+        forms: Forms = FLOAT,
+        rounded: Mapping[str, Rounded] = NONE_ROUNDED,
+    ):
         c = config
+
+        def tensors(name: str, weight: Tensor | None) -> list[Tensor | None]:
+            if not name.endswith("_proj.weight") and name != LM_HEAD:
+                return [weight]
+            return [rounded[name].values, rounded[name].scales] if name in rounded else [weight, None]
+
         embed = weights["model.embed_tokens.weight"]
-        head = weights.get("lm_head.weight", embed) if lm_head else None
-        flat = [embed, weights["model.norm.weight"], head]
-        flat += [weights.get(f"model.layers.{i}.{name}") for i in range(c.layers) for name in _LAYER_WEIGHTS]
+        flat = [embed, weights["model.norm.weight"]]
+        flat += tensors(LM_HEAD, weights.get(LM_HEAD, embed)) if lm_head else [None, None]
+        names = [f"model.layers.{i}.{name}" for i in range(c.layers) for name in _LAYER_WEIGHTS]
+        flat += [tensor for name in names for tensor in tensors(name, weights.get(name))]
         flat = [w if w is None else w.contiguous() for w in flat]
         ints = [
             c.vocab,

@@ -15,10 +15,41 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
+class Rounded:
+    """An int8 weight that is rounded already, see `ttskernels.models.rounding`.
+
+    `values` are integers in -127 .. 127 of the Hadamard transform (not scaled) of each 64 weights, the last filled up with
+    zeros: `[out_features, groups * 64]` int8. `scales` is what one of a group's is worth: `[out_features, groups]` float32.
+    `dtype` is that of the weight and of `x`.
+    """
+
+    values: Tensor
+    scales: Tensor
+    in_features: int
+    dtype: torch.dtype
+
+    def __post_init__(self):
+        groups = -(-self.in_features // reference.GROUP)
+        values, scales = (len(self.values), groups * reference.GROUP), (len(self.values), groups)
+        if (self.values.dtype, tuple(self.values.shape)) != (torch.int8, values):
+            raise ValueError(f"values must be int8 {values}, got {self.values.dtype} {tuple(self.values.shape)}")
+        if (self.scales.dtype, tuple(self.scales.shape)) != (torch.float32, scales):
+            raise ValueError(f"scales must be float32 {scales}, got {self.scales.dtype} {tuple(self.scales.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return len(self.values), self.in_features
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+
+@dataclass(frozen=True)
 class PackedLinear:
     """Weights laid out for one implementation; made by `linear_pack`, used by `linear`. `data` is opaque."""
 
-    data: Tensor
+    data: Tensor | Rounded
     out_features: int
     in_features: int
     dtype: torch.dtype
@@ -26,13 +57,13 @@ class PackedLinear:
     form: Form = "float"
 
 
-def linear_pack(weight: Tensor, *, form: Form = "float", impl: Impl = "auto") -> PackedLinear:
+def linear_pack(weight: Tensor | Rounded, *, form: Form = "float", impl: Impl = "auto") -> PackedLinear:
     """Lay out a weight for `linear`: panels of 64 outputs, bf16 in pairs along the inputs. On a GPU ("triton") the
     weight stays as it is and the vendor's GEMM runs.
 
     Args:
         weight: `[out_features, in_features]`, fp32 / fp16 / bf16; copied, not kept (kept by "reference" and
-            "triton").
+            "triton"). Or an int8 weight that is rounded already.
         form: "float" keeps the weight's dtype. "int16" and "int8" are fixed point: 64 consecutive weights of a row
             share a scale (their largest magnitude is 4095 or 127), and so do 64 inputs of `x` (8191 or 127); sums of 64
             products are exact. "int16" rounds less than bf16 inputs do, and is up to twice as fast as float multiply-adds.
@@ -42,14 +73,20 @@ def linear_pack(weight: Tensor, *, form: Form = "float", impl: Impl = "auto") ->
     Raises:
         ValueError: shape or dtype mismatch.
     """
-    if weight.ndim != 2 or 0 in weight.shape:
+    if len(weight.shape) != 2 or 0 in weight.shape:
         raise ValueError(f"weight must be [out_features, in_features], both at least 1, got {tuple(weight.shape)}")
-    chosen = resolve(impl, weight)
+    rounded = isinstance(weight, Rounded)
+    if rounded and form != "int8":
+        raise ValueError(f"form must be 'int8' for a weight that is rounded already, got {form!r}")
+    chosen = resolve(impl, weight.values if rounded else weight)
     if form not in FORMS or form != "float" and chosen == "triton":
         raise ValueError(f"form must be one of {FORMS} on a CPU and 'float' on a GPU, got {form!r}")
     if chosen != "reference" and weight.dtype not in DTYPES:
         raise ValueError(f"weight must be float32, float16 or bfloat16, got {weight.dtype}; pass impl='reference'")
-    data = torch.ops.ttskernels.linear_pack(weight.contiguous(), FORMS.index(form)) if chosen == "cpu" else weight
+    data = weight
+    if chosen == "cpu":
+        source, scales = (weight.values, weight.scales.contiguous()) if rounded else (weight, None)
+        data = torch.ops.ttskernels.linear_pack(source.contiguous(), FORMS.index(form), scales)
     return PackedLinear(data, weight.shape[0], weight.shape[1], weight.dtype, chosen, form)
 
 
@@ -77,7 +114,9 @@ def linear(x: Tensor, packed: PackedLinear, bias: Tensor | None = None) -> Tenso
         return torch.nn.functional.linear(x, packed.data, None if bias is None else bias.to(x.dtype))
     if packed.impl == "reference":
         if packed.form != "float":
-            return reference.linear_fixed(x, packed.data, bias, packed.form)
+            data = packed.data
+            known = (data.values, data.scales) if isinstance(data, Rounded) else reference.fixed_weight(data, packed.form)
+            return reference.linear_fixed(x, *known, bias, packed.form)
         return reference.linear(x, packed.data, bias)
     wide = None if bias is None else bias.to(x.device, torch.float32).contiguous()
     return torch.ops.ttskernels.linear(x.contiguous(), packed.data, packed.out_features, wide, FORMS.index(packed.form))

@@ -20,10 +20,16 @@ struct DecoderShape {
   float rms_eps, rope_scale, scale, softcap;
 };
 
-// Weights as the checkpoint has them, row-major, of the decoder's dtype; null where the family has none.
+// A matrix as the checkpoint has it, row-major, of the decoder's dtype; or, with scales, rounded already (LinearPackRounded).
+struct Matrix {
+  const void* values = nullptr;
+  const float* scales = nullptr;
+};
+
+// Null where the family has none.
 struct LayerWeights {
-  const void *input_norm, *q, *q_bias, *k, *k_bias, *v, *v_bias, *q_norm, *k_norm, *o, *o_bias, *post_norm, *gate, *up,
-      *down;
+  const void *input_norm, *q_bias, *k_bias, *v_bias, *q_norm, *k_norm, *o_bias, *post_norm;
+  Matrix q, k, v, o, gate, up, down;
 };
 
 // KV of all layers, packed layout, page_size 16; layer l begins `*_layer_bytes * l` bytes in.
@@ -52,10 +58,10 @@ struct DecodeParams {
 
 class Decoder {
  public:
-  // Copies every weight (matrices packed); the caller's memory may go away. lm_head: null for a model without one;
+  // Copies every weight (matrices packed); the caller's memory may go away. lm_head: no values for a model without one;
   // tied embeddings pass the embedding. inv_freq: [head_dim / 2].
   Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
-          const void* lm_head, const std::vector<LayerWeights>& layers);
+          const Matrix& lm_head, const std::vector<LayerWeights>& layers);
 
   const DecoderShape& shape() const { return shape_; }
   bool has_lm_head() const { return !lm_head_.empty(); }

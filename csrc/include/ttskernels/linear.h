@@ -32,6 +32,11 @@ struct PackColumns {
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                 void* packed, LinearForm form = LinearForm::kFloat);
 
+// The same with int8 weights that somebody else has rounded: values [n, ceil(k / 64) * 64] in -127 .. 127, turned by the
+// (not scaled) Hadamard transform, and the scales [n, ceil(k / 64)] of their groups.
+void LinearPackRounded(const int8_t* values, const float* scales, int64_t n, int64_t k, const PackColumns& columns,
+                       void* packed);
+
 enum class LinearEpilogue : int {
   kStore,   // y = acc + bias
   kAdd,     // y += acc + bias

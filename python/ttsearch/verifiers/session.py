@@ -248,7 +248,7 @@ def load_verifier(
         reference: of an implicit PRM, the model that it was trained from.
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`; also where their tokenizer is, if
             they have none, with the family's own token added behind it.
-        weights: on a CPU "auto", "float", "int16" or "int8"; see `ttskernels.load_model`.
+        weights: on a CPU "auto", "float", "int16", "int8" or "calibrated"; see `load_model`.
         kv: how K and V are kept on a CPU, likewise.
         device: "cpu", or "cuda" for weights and KV on a GPU.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
