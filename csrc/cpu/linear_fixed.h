@@ -90,9 +90,9 @@ void FixRow(const T* x, int64_t k, const FixedRows& out, int64_t row) {
   }
 }
 
-// acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns. Meanwhile kLines cache lines a step are fetched
-// from `ahead` on: all at once they would fill the line buffers, and the core would wait.
-template <typename Form, int kRows, bool kFromZero, int kLines>
+// acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns. Meanwhile Fetched lines a step come in, from
+// `ahead` on: all at once they would fill the line buffers, and the core would wait.
+template <typename Form, int kRows, bool kFromZero, typename Fetched>
 void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const uint8_t* weights, const float* scales,
                 const uint8_t* ahead, float* acc) {
   constexpr int kParts = Form::kPerLane / Form::kStep;
@@ -106,7 +106,7 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const uint8_t* w
     for (int c = 0; c < kStripVecs; ++c) sum[r][c] = begin;
   }
   for (int s = 0; s < kFixedGroup / Form::kPerLane; ++s) {
-    for (int l = 0; l < kLines; ++l) __builtin_prefetch(ahead + (s * kLines + l) * 64);
+    Fetched::Fetch(ahead, s);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
       decltype(Form::LoadWeights(weights, 0)) w[kStripVecs];
@@ -132,18 +132,18 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const uint8_t* w
   }
 }
 
-template <typename Form, bool kFromZero, int kLines>
+template <typename Form, bool kFromZero, typename Fetched>
 void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, const uint8_t* w, const float* scales,
                     const uint8_t* ahead, float* acc) {
   for (int c = 0; c < kPanel; c += kStripVecs * kLanes, w += kStripVecs * 64, acc += kStripVecs * kLanes) {
     const float* s = scales + c;
     switch (rows) {
-      case 1: FixedStrip<Form, 1, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
-      case 2: FixedStrip<Form, 2, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
-      case 3: FixedStrip<Form, 3, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
-      case 4: FixedStrip<Form, 4, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
-      case 5: FixedStrip<Form, 5, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
-      default: FixedStrip<Form, 6, kFromZero, kLines>(x, row, group, w, s, ahead, acc); break;
+      case 1: FixedStrip<Form, 1, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
+      case 2: FixedStrip<Form, 2, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
+      case 3: FixedStrip<Form, 3, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
+      case 4: FixedStrip<Form, 4, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
+      case 5: FixedStrip<Form, 5, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
+      default: FixedStrip<Form, 6, kFromZero, Fetched>(x, row, group, w, s, ahead, acc); break;
     }
   }
 }
@@ -159,8 +159,8 @@ void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* pan
     int fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + kBlock + fetched * 64;
-      WithFetch(g == 0, fetched * 64 < kBlock, few, [&](auto from_zero, auto lines) {
-        FixedGroupRows<Form, decltype(from_zero)::value, decltype(lines)::value>(
+      WithFetch(g == 0, fetched * 64 < kBlock, rows, [&](auto from_zero, auto lines) {
+        FixedGroupRows<Form, decltype(from_zero)::value, decltype(lines)>(
             size, x, row + first, g, panel + kPanel * 4, scales, ahead, acc + first * kPanel);
       });
       fetched += few ? 4 * kSteps : kSteps;

@@ -48,6 +48,19 @@ struct Bf16Panel {
   static constexpr int kVecBytes = 64;
 };
 
+// Cache lines to fetch a step, and whether from afar. What one group of rows reads follows soon, and memory gives it in time;
+// what several read in turn comes while they do.
+template <int kCount, bool kFar>
+struct LinesAhead {
+  static void Fetch(const uint8_t* ahead, int64_t step) {
+    for (int l = 0; l < kCount; ++l) {
+      const uint8_t* line = ahead + (step * kCount + l) * 64;
+      if (kFar) FetchFar(line);
+      else __builtin_prefetch(line);
+    }
+  }
+};
+
 template <typename Panel>
 constexpr bool IsExpanded(Panel) { return false; }
 constexpr bool IsExpanded(ExpandedPanel) { return true; }
@@ -86,9 +99,9 @@ void Strip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps
 }
 
 #if defined(__AVX512BF16__)
-// The same with x as bf16 pairs (stored in the float workspace, one pair per 4 bytes). Meanwhile kLines cache lines a step are
-// fetched from `ahead` on.
-template <int kRows, bool kFromZero, int kLines>
+// The same with x as bf16 pairs (stored in the float workspace, one pair per 4 bytes). Meanwhile Fetched lines a step come in,
+// from `ahead` on.
+template <int kRows, bool kFromZero, typename Fetched>
 void DotStrip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, const uint8_t* ahead, float* acc) {
   Vec sum[kRows][kStripVecs];
 #pragma GCC unroll 6
@@ -97,7 +110,7 @@ void DotStrip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t st
     for (int c = 0; c < kStripVecs; ++c) sum[r][c] = kFromZero ? Zero() : Load(acc + r * kPanel + c * kLanes);
   }
   for (int64_t s = 0; s < steps; ++s) {
-    for (int l = 0; l < kLines; ++l) __builtin_prefetch(ahead + (s * kLines + l) * 64);
+    Fetched::Fetch(ahead, s);
     Pairs w[kStripVecs];
 #pragma GCC unroll 4
     for (int c = 0; c < kStripVecs; ++c) w[c] = LoadPairs(panel + c * 64);
@@ -156,33 +169,34 @@ void Multiply(const float* x, int64_t x_stride, const uint8_t* panel, int rows, 
   });
 }
 
-template <int kValue>
-struct Constant { static constexpr int value = kValue; };
+template <bool kValue>
+struct Constant { static constexpr bool value = kValue; };
 
-// Calls f(whether sums begin at zero, cache lines to fetch a step): none if nothing is left, four for few rows, else one.
+// Calls f(whether sums begin at zero, lines to fetch a step): none if nothing is left, four for few rows, else one.
 template <typename F>
-inline void WithFetch(bool from_zero, bool left, bool few, F f) {
+inline void WithFetch(bool from_zero, bool left, int rows, F f) {
   const auto with_lines = [&](auto zero) {
-    if (!left) f(zero, Constant<0>{});
-    else if (few) f(zero, Constant<4>{});
-    else f(zero, Constant<1>{});
+    if (!left) f(zero, LinesAhead<0, false>{});
+    else if (rows <= kGroupRows) f(zero, LinesAhead<4, false>{});
+    else if (rows <= kFewRows) f(zero, LinesAhead<4, true>{});
+    else f(zero, LinesAhead<1, true>{});
   };
-  if (from_zero) with_lines(Constant<1>{});
-  else with_lines(Constant<0>{});
+  if (from_zero) with_lines(Constant<true>{});
+  else with_lines(Constant<false>{});
 }
 
 #if defined(__AVX512BF16__)
-template <bool kFromZero, int kLines>
+template <bool kFromZero, typename Fetched>
 void DotGroup(int rows, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, const uint8_t* ahead,
               float* acc) {
   static_assert(kStripVecs * kLanes == kPanel);
   switch (rows) {
-    case 1: return DotStrip<1, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
-    case 2: return DotStrip<2, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
-    case 3: return DotStrip<3, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
-    case 4: return DotStrip<4, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
-    case 5: return DotStrip<5, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
-    default: return DotStrip<6, kFromZero, kLines>(x, x_stride, panel, steps, ahead, acc);
+    case 1: return DotStrip<1, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+    case 2: return DotStrip<2, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+    case 3: return DotStrip<3, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+    case 4: return DotStrip<4, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+    case 5: return DotStrip<5, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+    default: return DotStrip<6, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
   }
 }
 
@@ -190,7 +204,9 @@ void DotGroup(int rows, const float* x, int64_t x_stride, const uint8_t* panel, 
 // memory in between (exact).
 inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, int rows, int64_t steps, float* acc) {
   constexpr int64_t kStepBytes = kPanel * 4;
-  if (rows <= kGroupRows) return DotGroup<true, 4>(rows, x, x_stride, panel, steps, panel + kDotAhead * kStepBytes, acc);
+  if (rows <= kGroupRows) {
+    return DotGroup<true, LinesAhead<4, false>>(rows, x, x_stride, panel, steps, panel + kDotAhead * kStepBytes, acc);
+  }
   const bool few = rows <= kFewRows;
   const int64_t l1 = L1CacheBytes(), block = l1 > 0 && l1 < kL1OfTwoBlocks ? kDotStepsOfL2 : kDotSteps;
   for (int64_t s = 0; s < steps; s += block, panel += block * kStepBytes) {
@@ -198,8 +214,8 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + count * kStepBytes + fetched;
-      WithFetch(s == 0, fetched < block * kStepBytes, few, [&](auto from_zero, auto lines) {
-        DotGroup<decltype(from_zero)::value, decltype(lines)::value>(size, x + first * x_stride + s, x_stride, panel,
+      WithFetch(s == 0, fetched < block * kStepBytes, rows, [&](auto from_zero, auto lines) {
+        DotGroup<decltype(from_zero)::value, decltype(lines)>(size, x + first * x_stride + s, x_stride, panel,
                                                                      count, ahead, acc + first * kPanel);
       });
       fetched += few ? count * kStepBytes : count * 64;

@@ -97,24 +97,24 @@ struct None {};
 template <int NV, typename E>
 inline void FetchK(const Tile<E>& ahead, int first, int64_t i) {
   TTSK_UNROLL
-  for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.k[first + j] + i);
+  for (int j = 0; j < NV; ++j) FetchFar(ahead.k[first + j] + i);
 }
 template <int NV, typename E, int kN>
 inline void FetchK(const Lines<E, kN>& ahead, int first, int64_t i) {
   TTSK_UNROLL
-  for (int j = 0; j < kN; ++j) __builtin_prefetch(ahead.tile->k[first + ahead.number + j] + i);
+  for (int j = 0; j < kN; ++j) FetchFar(ahead.tile->k[first + ahead.number + j] + i);
 }
 template <int NV>
 inline void FetchK(const None&, int, int64_t) {}
 template <int NV, int kStep, typename E>
 inline void FetchV(const Tile<E>& ahead, int block, int64_t i) {
   TTSK_UNROLL
-  for (int j = 0; j < NV; ++j) __builtin_prefetch(ahead.v[block] + i + j * kStep);
+  for (int j = 0; j < NV; ++j) FetchFar(ahead.v[block] + i + j * kStep);
 }
 template <int NV, int kStep, typename E, int kN>
 inline void FetchV(const Lines<E, kN>& ahead, int block, int64_t i) {
   TTSK_UNROLL
-  for (int j = 0; j < kN; ++j) __builtin_prefetch(ahead.tile->v[block] + i + (ahead.number + j) * kStep);
+  for (int j = 0; j < kN; ++j) FetchFar(ahead.tile->v[block] + i + (ahead.number + j) * kStep);
 }
 template <int NV, int kStep>
 inline void FetchV(const None&, int, int64_t) {}
