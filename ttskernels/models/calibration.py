@@ -137,5 +137,5 @@ class _Observer(PythonDecoder):
             self._seen = (x, second_moments(x))
         try:
             self.rounded[name] = round_weight(self.weights.get(name, self.embed), self._seen[1])
-        except ValueError as error:
+        except (ValueError, torch.linalg.LinAlgError) as error:
             raise CalibrationError(f"{name} cannot be calibrated: {error}") from error

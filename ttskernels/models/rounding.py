@@ -53,7 +53,7 @@ def _feedback(moments: Tensor, size: int) -> Tensor:
     before it weight j makes up for. Moments are this times a diagonal matrix times its transpose."""
     if tuple(moments.shape) != (size, size) or not moments.isfinite().all():
         raise ValueError(f"moments must be finite [{size}, {size}], got {list(moments.shape)}; an input was not finite")
-    damped = moments.double()
+    damped = moments.to(torch.float64, copy=True)
     mean = damped.diagonal().mean()
     damped.diagonal().add_(DAMPING * mean if mean > 0 else 1.0)
     upper = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)  # from the far end: damped = upper upper^T
