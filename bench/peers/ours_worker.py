@@ -34,8 +34,9 @@ from ttskernels.models.model import load_model  # noqa: E402
 
 KV_BYTES = 4 << 30
 OPTIONS = {
-    "bf16": {}, "bf16 float": {"weights": "float", "kv": "float"}, "int8": {"weights": "int8"}, "calibrated": {"weights": "calibrated"},
-}
+    "bf16": {}, "bf16 float": {"weights": "float", "kv": "float"},
+    "int8": {"weights": "int8"}, "calibrated": {"weights": "calibrated"},
+}  # fmt: skip
 
 
 class IdPolicy:

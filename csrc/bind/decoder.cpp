@@ -193,7 +193,8 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
   }
   DecodeParams p{};
   p.plan = Data<int32_t>(plan), p.ids = Data<int32_t>(ids), p.keys = Data<const int64_t>(keys), p.options = options;
-  p.next_state = Data<const int32_t>(next_state), p.num_states = next_state.size(0), p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
+  p.next_state = Data<const int32_t>(next_state), p.num_states = next_state.size(0);
+  p.states = Data<int32_t>(states), p.tokens = Data<int32_t>(tokens);
   p.logprobs = Data<float>(logprobs), p.rows = rows, p.max_iterations = tokens.size(0);
   int64_t iterations = 0, bad_row = -1;
   DecodeStop stop;

@@ -17,7 +17,9 @@ def calibrate(
     texts: Annotated[
         Path | None, typer.Option(help="JSONL file of texts to read [default: text that the model writes itself].")
     ] = None,
-    field: Annotated[list[str], typer.Option(help="Of a line; may be given several times.")] = ["problem", "solution"],  # noqa: B006
+    field: Annotated[
+        list[str], typer.Option(help="Of a line; may be given several times.")
+    ] = ["problem", "solution"],  # noqa: B006
     base: Annotated[str | None, typer.Option(help="Of an adapter or PQM, the model it was trained on.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: as it will be loaded.")] = "bf16",
 ) -> None:

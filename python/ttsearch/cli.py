@@ -54,7 +54,7 @@ MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
 Kv = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps K and V; int8 is the smallest.")]
-Weights = Annotated[str, typer.Option(help="auto, float, int16, int8 or calibrated: how a CPU keeps matrices; see ttsearch calibrate.")]
+Weights = Annotated[str, typer.Option(help="auto, float, int16, int8 or calibrated: how a CPU keeps matrices.")]
 Speculate = Annotated[
     str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")
 ]

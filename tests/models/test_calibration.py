@@ -125,7 +125,9 @@ def test_a_reward_model_needs_texts(tmp_path):
     assert 0 < rms(ours - exact) <= 0.05 * exact.std()
 
 
-@pytest.mark.parametrize("texts, message", [([], "got none"), ([[]], "got none"), ([[VOCAB]], r"0\.\.130, got 131"), ([[-1]], "-1")])
+@pytest.mark.parametrize(
+    "texts, message", [([], "got none"), ([[]], "got none"), ([[VOCAB]], r"0\.\.130, got 131"), ([[-1]], "-1")]
+)
 def test_bad_texts(folder, texts, message):
     with pytest.raises(ValueError, match=f"texts must .*{message}"):
         calibrate(folder, FP32, texts=texts)
