@@ -1,6 +1,7 @@
 """What fixed-point weights, K and V cost in accuracy: mean KL(exact || other) and share of equal argmax over real text.
 
     python bench/int8_accuracy.py --model SmolLM2-135M-Instruct --texts gsm8k.jsonl --out bench/results/int8.json
+    python bench/int8_accuracy.py --model ... --texts ... --weights calibrated  int8 as `ttsearch calibrate` rounded it
     python bench/int8_accuracy.py --model ... --texts ... --weights int16       fixed point, as bf16 models run by default
     python bench/int8_accuracy.py --model ... --texts ... --weights int16 --against int16 --kv int8       pages alone
     python bench/int8_accuracy.py --model ... --texts ... --weights int16 --kv int16 --against-dtype fp32  all of a bf16 model

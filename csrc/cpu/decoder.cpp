@@ -93,16 +93,14 @@ Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* e
     put(w.up, inner, h, {32, 32, 64}, layer.gate_up.data(), shape.form);
     // `down` reads the padded activations: its extra columns are zero.
     layer.down = pack(h, padded, shape.down_form);
-    if (w.down.scales != nullptr) {  // whole groups, so padded already
-      put(w.down, h, padded, whole(0, h), layer.down.data(), shape.down_form);
-    } else {
-      Bytes wide(h * padded * SizeOf(t), 0);
-      for (int64_t r = 0; r < h; ++r) {
-        std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down.values) + r * inner * SizeOf(t),
-                    inner * SizeOf(t));
-      }
-      put({wide.data()}, h, padded, whole(0, h), layer.down.data(), shape.down_form);
+    Matrix down = w.down;  // rounded: whole groups, so padded already
+    Bytes wide(down.scales == nullptr ? h * padded * SizeOf(t) : 0, 0);
+    for (int64_t r = 0; down.scales == nullptr && r < h; ++r) {
+      std::memcpy(wide.data() + r * padded * SizeOf(t), static_cast<const char*>(w.down.values) + r * inner * SizeOf(t),
+                  inner * SizeOf(t));
     }
+    if (down.scales == nullptr) down.values = wide.data();
+    put(down, h, padded, whole(0, h), layer.down.data(), shape.down_form);
     layers_.push_back(std::move(layer));
   }
   shape_.intermediate = (inner + 31) / 32 * 32;

@@ -23,7 +23,7 @@ def calibrate(
     base: Annotated[str | None, typer.Option(help="Of an adapter or PQM, the model it was trained on.")] = None,
     dtype: Annotated[str, typer.Option(help="bf16, fp16 or fp32: as it will be loaded.")] = "bf16",
 ) -> None:
-    """Round a model's int8 weights for what they meet; `--weights calibrated` is then faster and more accurate than int8."""
+    """Round a model's int8 weights for what they meet; `--weights calibrated` is then faster than int8."""
     from ttskernels.models.calibration import calibrate as run
 
     from .dtypes import torch_dtype

@@ -86,12 +86,15 @@ def test_own_texts_are_samples_of_the_model(folder):
 def test_only_the_weights_that_were_calibrated(folder):
     with pytest.raises(CalibrationError, match="needs a calibration of the weights .* make it once: ttsearch calibrate"):
         load_model(folder, FP32, weights="calibrated")
+    with pytest.raises(CalibrationError, match="--dtype fp16$"):
+        load_model(folder, torch.float16, weights="calibrated")
     file = calibrate(folder, FP32, texts=[range(20), [], range(40, 90)])
+    assert list(file.parent.iterdir()) == [file]
     load_model(folder, FP32, weights="calibrated")
     with pytest.raises(CalibrationError, match="needs a calibration"):
         load_model(folder, torch.bfloat16, weights="calibrated")
     assert calibration_file(load_checkpoint(folder, FP32)) == file
-    rewrite(folder, lambda t: t["model.layers.1.mlp.down_proj.weight"].mul_(1.01))
+    rewrite(folder, lambda t: t["model.layers.1.mlp.down_proj.weight"][5, 7].add_(0.5))
     assert calibration_file(load_checkpoint(folder, FP32)) != file
 
 

@@ -1,6 +1,6 @@
 """Files of calibrated int8 weights, one for each checkpoint's weights, under the user's cache folder.
 
-k and v are not among them: they stay in two bytes (`forms_of`).
+k and v are not among them: they stay in two bytes (`CALIBRATED`).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from ttskernels._cache import cache_root
-from ttskernels.models.decoder import LM_HEAD
+from ttskernels.models.decoder import CALIBRATED, LM_HEAD
 from ttskernels.models.loading import EMBED, Checkpoint
 from ttskernels.ops.linear import Rounded
 
 SCALES = ".scales"
-SAMPLED = 4096  # elements of a weight that its fingerprint reads
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as `ttsearch calibrate` has them
 
 
 def is_calibrated(name: str) -> bool:
     """Whether a weight of a decoder's layers is kept in int8."""
-    return name.endswith("_proj.weight") and not name.endswith(("k_proj.weight", "v_proj.weight"))
+    return name.endswith("_proj.weight") and CALIBRATED.of(name) == "int8"
 
 
 class CalibrationError(ValueError):
@@ -32,15 +32,13 @@ class CalibrationError(ValueError):
 
 
 def fingerprint(checkpoint: Checkpoint) -> str:
-    """Names weights by a sample of each one's elements. The vocabulary head does not count: a verifier has none."""
+    """A name for weights, of all their bytes. The vocabulary head does not count: a verifier has none."""
     digest = hashlib.sha256()
     for name, weight in sorted(checkpoint.weights.items()):
         if name == LM_HEAD:
             continue
-        flat = weight.flatten()
-        sample = flat[:: max(1, len(flat) // SAMPLED)].contiguous()
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}\n".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        digest.update(weight.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:24]
 
 
@@ -56,11 +54,14 @@ def keep_calibration(checkpoint: Checkpoint, rounded: dict[str, Rounded]) -> Pat
     """
     file = calibration_file(checkpoint)
     tensors = {name: r.values for name, r in rounded.items()} | {name + SCALES: r.scales for name, r in rounded.items()}
+    fresh = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        save_file(tensors, fresh)
-        fresh.replace(file)
+        try:
+            save_file(tensors, fresh)
+            fresh.replace(file)
+        finally:
+            fresh.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"the calibration cannot be kept as {file} ({error}); set TTSK_CACHE to another folder") from error
     return file
@@ -76,7 +77,7 @@ def read_calibration(checkpoint: Checkpoint, lm_head: bool) -> dict[str, Rounded
     if not file.is_file():
         raise CalibrationError(
             f"weights 'calibrated' needs a calibration of the weights in {checkpoint.folder}, and there is no {file}; "
-            f"make it once: ttsearch calibrate {checkpoint.folder}"
+            f"make it once: ttsearch calibrate {checkpoint.folder} --dtype {DTYPES[checkpoint.config.dtype]}"
         )
     shapes = {name: weight.shape for name, weight in checkpoint.weights.items() if is_calibrated(name)}
     if lm_head:

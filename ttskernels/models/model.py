@@ -17,7 +17,7 @@ from ttskernels.kv.pool import ByteBudget, PagePool
 from ttskernels.layout import FORMS as KV_FORMS
 from ttskernels.models.calibrated import read_calibration
 from ttskernels.models.config import DecoderConfig, FlopsOutput
-from ttskernels.models.decoder import NONE_ROUNDED, Decoder, Forms, PythonDecoder
+from ttskernels.models.decoder import CALIBRATED, NONE_ROUNDED, Decoder, Forms, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
 from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
@@ -231,7 +231,7 @@ def load_model(
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
             as bf16 arithmetic and up to twice as fast where the CPU has no fast bf16 products; "int8" in half the bytes
             and up to twice as fast again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down
-            stay in two bytes); "calibrated" the same with down in int8, too, faster and more accurate, once `calibrate` has
+            stay in two bytes); "calibrated" the same with down in int8, too, faster at no more loss, once `calibrate` has
             rounded the weights. "auto": "int16" for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
             then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
@@ -266,10 +266,11 @@ def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
 def forms_of(form: Form | Literal["calibrated"], impl: str, dtype: torch.dtype) -> Forms:
     """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster; a
     calibrated one k and v alone."""
-    if form not in ("int8", "calibrated"):
+    if form == "calibrated":
+        return CALIBRATED
+    if form != "int8":
         return Forms(form, form, form)
-    two_bytes = "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16"
-    return Forms("int8", "int16", "int8" if form == "calibrated" else two_bytes)
+    return Forms("int8", "int16", "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16")
 
 
 def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
