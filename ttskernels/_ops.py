@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ttskernels._reference.linear import group_size
+
 _LIB = torch.library.Library("ttskernels", "FRAGMENT")  # keeps the definitions alive
 
 
@@ -22,8 +24,9 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 @_define("linear_pack(Tensor weight, int form=0, Tensor? scales=None) -> Tensor")
 def _(weight: Tensor, form: int = 0, scales: Tensor | None = None) -> Tensor:
     n, k = weight.shape
-    if form:  # blocks of 64 columns and 64 inputs, with a float32 scale a column
-        size = ((n + 63) // 64) * ((k + 63) // 64) * 64 * (4 + 64 * (2 if form == 1 else 1))
+    if form:  # blocks of 64 columns and a group of inputs, with a float32 scale a column
+        group = group_size(k, "int16" if form == 1 else "int8")
+        size = ((n + 63) // 64) * (-(-k // group)) * 64 * (4 + group * (2 if form == 1 else 1))
         return weight.new_empty(size, dtype=torch.uint8)
     panels, pairs = (n + 63) // 64, (k + 1) // 2
     size = panels * (pairs * 2 if weight.dtype == torch.bfloat16 else k) * 64 * weight.element_size()
@@ -33,6 +36,11 @@ def _(weight: Tensor, form: int = 0, scales: Tensor | None = None) -> Tensor:
 @_define("linear(Tensor x, Tensor packed, int out_features, Tensor? bias, int form=0) -> Tensor")
 def _(x: Tensor, packed: Tensor, out_features: int, bias: Tensor | None, form: int = 0) -> Tensor:
     return x.new_empty(*x.shape[:-1], out_features)
+
+
+@_define("refine_logits(Tensor(a!) logits, Tensor x, Tensor weight) -> ()")
+def _(logits: Tensor, x: Tensor, weight: Tensor) -> None:
+    pass
 
 
 @_define(

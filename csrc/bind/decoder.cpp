@@ -16,6 +16,7 @@ namespace {
 
 // Handles of live decoders. A decoder is not reentrant: one call at a time each, from any thread.
 struct Entry {
+  std::optional<Tensor> head_rows;  // the decoder reads them
   std::unique_ptr<Decoder> decoder;
   std::mutex running;
 };
@@ -30,7 +31,7 @@ std::shared_ptr<Entry> Find(int64_t handle) {
   return found->second;
 }
 
-constexpr int kConfigInts = 12, kConstants = 4, kLayerWeights = 22, kModelWeights = 4;  // a matrix: values, scales
+constexpr int kConfigInts = 12, kConstants = 4, kLayerWeights = 22, kModelWeights = 5;  // a matrix: values, scales
 
 int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, const Tensor& inv_freq,
                  std::vector<std::optional<Tensor>> weights) {
@@ -78,6 +79,9 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
   const void* embed = get(0, {s.vocab, h}, true);
   const void* final_norm = get(1, {h}, true);
   const Matrix lm_head = matrix(2, s.vocab, h, s.form, false);
+  const void* head_rows = get(4, {s.vocab, h}, false);
+  STD_TORCH_CHECK(head_rows == nullptr || (s.form == LinearForm::kInt8 && lm_head.values != nullptr),
+                  "weight 4 refines the logits of an int8 vocabulary head, and there is none");
   std::vector<LayerWeights> layers;
   for (int64_t l = 0; l < s.layers; ++l) {
     size_t i = kModelWeights + kLayerWeights * l;
@@ -94,7 +98,8 @@ int64_t CreateOp(std::vector<int64_t> config, std::vector<double> constants, con
     layers.push_back(w);
   }
   auto entry = std::make_shared<Entry>();
-  entry->decoder = std::make_unique<Decoder>(s, Data<const float>(inv_freq), embed, final_norm, lm_head, layers);
+  entry->head_rows = weights[4];
+  entry->decoder = std::make_unique<Decoder>(s, Data<const float>(inv_freq), embed, final_norm, lm_head, head_rows, layers);
   std::lock_guard<std::mutex> lock(registry_mutex);
   registry[next_handle] = entry;
   return next_handle++;

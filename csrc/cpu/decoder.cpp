@@ -6,6 +6,7 @@
 #include "element.h"
 #include "ttskernels/linear.h"
 #include "ttskernels/plan.h"
+#include "ttskernels/refine_logits.h"
 #include "ttskernels/rms_norm.h"
 #include "ttskernels/rope_append.h"
 #include "ttskernels/threads.h"
@@ -51,8 +52,8 @@ enum ScratchIndex : int { kX, kNormed, kQkv, kQ, kAttended, kAct, kOutX, kWorksp
 }  // namespace
 
 Decoder::Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
-                 const Matrix& lm_head, const std::vector<LayerWeights>& layers)
-    : shape_(shape), inv_freq_(inv_freq, inv_freq + shape.head_dim / 2), scratch_(kCount) {
+                 const Matrix& lm_head, const void* head_rows, const std::vector<LayerWeights>& layers)
+    : shape_(shape), inv_freq_(inv_freq, inv_freq + shape.head_dim / 2), head_rows_(head_rows), scratch_(kCount) {
   const DType t = shape.dtype;
   const int64_t h = shape.hidden, inner = shape.intermediate;
   const int64_t q = shape.q_heads * shape.head_dim, kv = shape.kv_heads * shape.head_dim, wide_q = WholePanels(q);
@@ -236,6 +237,8 @@ void Decoder::Forward(const KvPools& pools, const int32_t* plan, const int32_t* 
   }
   Norm(x, final_norm_, num_out, normed);
   Project(normed, inner, lm_head_, no_bias, num_out, s.vocab, h, false, out, DType::kFloat32, false, s.form);
+  if (head_rows_ == nullptr) return;
+  TTSK_SELECT(RefineLogits)({out, reinterpret_cast<const float*>(normed), head_rows_, num_out, s.vocab, h, s.dtype});
 }
 
 DecodeStop Decoder::Decode(const KvPools& pools, const DecodeParams& p, int64_t* iterations, int64_t* bad_row) {

@@ -60,13 +60,23 @@ float LargestInteger(const float* in, int64_t count, float most) {
   return best;
 }
 
-// The Hadamard transform of a group, not scaled.
-void Rotate(float* v) {
-  for (int64_t step = 1; step < kFixedGroup; step *= 2) {
-    for (int64_t i = 0; i < kFixedGroup; ++i) {
+// Turns a group, see TurnUnits of linear_fixed.h.
+void Turn(float* v, int64_t units) {
+  for (int64_t step = 1; step < kFixedUnit; step *= 2) {
+    for (int64_t i = 0; i < units * kFixedUnit; ++i) {
       if (i & step) continue;
       const float a = v[i], b = v[i + step];
       v[i] = a + b, v[i + step] = a - b;
+    }
+  }
+  for (int64_t i = 0; i < kFixedUnit && units > 1; ++i) {
+    float *a = v + i, *b = a + kFixedUnit, *c = b + kFixedUnit;
+    if (units == 2) {
+      const float sum = *a + *b;
+      *b = *a - *b, *a = sum;
+    } else {
+      const float most = (*a + *b + *c) * kTwoThirds;
+      *a -= most, *b -= most, *c -= most;
     }
   }
 }
@@ -83,23 +93,23 @@ void Place(int value, int64_t i, int64_t c, uint8_t* out) {
   }
 }
 
-// What int8 weights are rotated with is undone by their scales: so are their inputs, and products are 64 times as large.
-constexpr float kUnturned = 1.0f / kFixedGroup;
+// Turned weights times turned inputs are so many times as large as they were; the weights' scales undo it.
+constexpr float Unturned(int64_t units) { return 1.0f / static_cast<float>(units == 2 ? 2 * kFixedUnit : kFixedUnit); }
 
 // One group of a row to column c of a packed block.
 template <bool kBytes>
-void PackGroup(float* in, int64_t c, uint8_t* block) {
-  if (kBytes) Rotate(in);
+void PackGroup(float* in, const FixedGroups& groups, int64_t c, uint8_t* block) {
+  if (kBytes) Turn(in, groups.units);
   float most = 0.0f;
   bool finite = true;
-  for (int64_t i = 0; i < kFixedGroup; ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
+  for (int64_t i = 0; i < groups.size(); ++i) most = std::max(most, std::fabs(in[i])), finite &= std::isfinite(in[i]);
   float* scales = reinterpret_cast<float*>(block);
   uint8_t* out = block + kPanelColumns * 4;
   const bool scaled = finite && most >= kLeastScaled;
-  const float top = !scaled ? 1.0f : kBytes ? LargestInteger(in, kFixedGroup, most) : kMostWord;
+  const float top = !scaled ? 1.0f : kBytes ? LargestInteger(in, groups.size(), most) : kMostWord;
   const float up = scaled ? top / most : 0.0f;
-  scales[c] = scaled ? most / top * (kBytes ? kUnturned : 1.0f) : finite ? 0.0f : NAN;
-  for (int64_t i = 0; i < kFixedGroup; ++i) {
+  scales[c] = scaled ? most / top * (kBytes ? Unturned(groups.units) : 1.0f) : finite ? 0.0f : NAN;
+  for (int64_t i = 0; i < groups.size(); ++i) {
     Place<kBytes>(static_cast<int>(finite ? std::nearbyint(in[i] * up) : 0.0f), i, c, out);
   }
 }
@@ -107,16 +117,17 @@ void PackGroup(float* in, int64_t c, uint8_t* block) {
 template <bool kBytes>
 void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                void* packed) {
-  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(kBytes ? 1 : 2);
+  const FixedGroups groups(kBytes ? LinearForm::kInt8 : LinearForm::kInt16, k);
+  const int64_t size = groups.size(), block = groups.block_bytes(kBytes ? 1 : 2);
   ForEach(n, n * k > 65536, [&](int64_t i) {
     const int64_t column = ColumnOf(columns, i);
-    uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
-    float wide[kFixedGroup];
-    for (int64_t g = 0; g < groups; ++g) {
-      const int64_t count = std::min(kFixedGroup, k - g * kFixedGroup);
-      for (int64_t j = 0; j < count; ++j) wide[j] = ElementAsFloat(weight, i * row_stride + g * kFixedGroup + j, dtype);
-      std::fill(wide + count, wide + kFixedGroup, 0.0f);
-      PackGroup<kBytes>(wide, column % kPanelColumns, panel + g * block);
+    uint8_t* panel = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups.count * block;
+    float wide[kMostUnits * kFixedUnit];
+    for (int64_t g = 0; g < groups.count; ++g) {
+      const int64_t count = std::min(size, k - g * size);
+      for (int64_t j = 0; j < count; ++j) wide[j] = ElementAsFloat(weight, i * row_stride + g * size + j, dtype);
+      std::fill(wide + count, wide + size, 0.0f);
+      PackGroup<kBytes>(wide, groups, column % kPanelColumns, panel + g * block);
     }
   });
 }
@@ -125,8 +136,8 @@ void PackFixed(const void* weight, int64_t n, int64_t k, int64_t row_stride, DTy
 
 int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form) {
   if (form != LinearForm::kFloat) {
-    const int64_t blocks = (n + kPanelColumns - 1) / kPanelColumns * ((k + kFixedGroup - 1) / kFixedGroup);
-    return blocks * FixedBlockBytes(form == LinearForm::kInt16 ? 2 : 1);
+    const FixedGroups groups(form, k);
+    return (n + kPanelColumns - 1) / kPanelColumns * groups.count * groups.block_bytes(form == LinearForm::kInt16 ? 2 : 1);
   }
   const int64_t f = PackFactor(dtype);
   return (n + kPanelColumns - 1) / kPanelColumns * kPanelColumns * ((k + f - 1) / f * f) * SizeOf(dtype);
@@ -143,21 +154,22 @@ void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DT
 
 void LinearPackRounded(const int8_t* values, const float* scales, int64_t n, int64_t k, const PackColumns& columns,
                        void* packed) {
-  const int64_t groups = (k + kFixedGroup - 1) / kFixedGroup, block = FixedBlockBytes(1);
+  const FixedGroups groups(LinearForm::kInt8, k);
+  const int64_t block = groups.block_bytes(1);
   ForEach(n, n * k > 65536, [&](int64_t row) {
     const int64_t column = ColumnOf(columns, row), c = column % kPanelColumns;
-    uint8_t* out = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups * block;
-    for (int64_t g = 0; g < groups; ++g, out += block) {
-      const int8_t* group = values + (row * groups + g) * kFixedGroup;
-      reinterpret_cast<float*>(out)[c] = scales[row * groups + g] * kUnturned;
-      for (int64_t i = 0; i < kFixedGroup; ++i) Place<true>(group[i], i, c, out + kPanelColumns * 4);
+    uint8_t* out = static_cast<uint8_t*>(packed) + column / kPanelColumns * groups.count * block;
+    for (int64_t g = 0; g < groups.count; ++g, out += block) {
+      const int8_t* group = values + (row * groups.count + g) * groups.size();
+      reinterpret_cast<float*>(out)[c] = scales[row * groups.count + g] * Unturned(groups.units);
+      for (int64_t i = 0; i < groups.size(); ++i) Place<true>(group[i], i, c, out + kPanelColumns * 4);
     }
   });
 }
 
 // The x rows of one chunk as float32 (or bf16 pairs, or int16 with scales), k rounded up to a whole group.
 int64_t LinearWorkspaceBytes(int64_t rows, int64_t k) {
-  return std::min<int64_t>(rows, 384) * ((k + kFixedGroup - 1) / kFixedGroup * kFixedGroup) * 4 + 64;
+  return std::min<int64_t>(rows, 384) * ((k + kFixedUnit - 1) / kFixedUnit * kFixedUnit) * 4 + 64;
 }
 
 }  // namespace ttsk

@@ -1,4 +1,4 @@
-// Microkernel of linear for fixed-point weights: integer dot products of groups of 64, exact, scaled and added up as
+// Microkernel of linear for fixed-point weights: integer dot products of groups, exact, scaled and added up as
 // float32. Where the CPU has VNNI, int16 goes at twice the rate of float32 multiply-adds and int8 at four times. Included by
 // kernels/linear.cpp.
 #pragma once
@@ -9,13 +9,17 @@
 namespace ttsk::TTSK_ISA {
 namespace {
 
-// Rows of x: integers [rows][groups * 64] and, [groups][rows], their scale and what a sum of their products begins with.
+// Rows of x: integers [rows][groups' sizes] and, [groups][rows], their scale and what a sum of their products begins with.
 struct FixedRows {
   void* values;
   float* scales;
   int32_t* begins;
-  int64_t groups, rows;
+  FixedGroups groups;
+  int64_t rows;
+
+  int64_t stride() const { return groups.count * groups.size(); }
 };
+constexpr int kUnitVecs = kFixedUnit / kLanes;
 
 // How a form multiplies: sixteen lanes at a time, each with 4 bytes of weights (kPerLane of them), kStep of which a product
 // takes. `part`: which of them.
@@ -28,12 +32,13 @@ struct Int16Form {
   static Words LoadX(const int16_t* p) { return BroadcastWords(p); }
   static Ints Dot(Ints sum, Words w, Words x) { return DotWords(sum, w, x); }
   static int32_t StoreX(int16_t* p, const Vec* v) {
-    for (int c = 0; c < kFixedGroup / kLanes; ++c) StoreRounded(p + c * kLanes, v[c]);
+    for (int c = 0; c < kUnitVecs; ++c) StoreRounded(p + c * kLanes, v[c]);
     return 0;
   }
 };
 
-// Weights are kept plus kByteZero, as unsigned bytes: a sum begins with -kByteZero times the sum of its 64 x.
+// StoreX: a unit of values; returns its share of what a sum begins with.
+// Weights are kept plus kByteZero, as unsigned bytes: a sum begins with -kByteZero times the sum of its x.
 #if defined(__AVX512VNNI__)
 struct Int8Form {
   using X = int8_t;
@@ -54,40 +59,68 @@ struct Int8Form : Int16Form {
   static int32_t StoreX(int16_t* p, const Vec* v) {
     Int16Form::StoreX(p, v);
     int32_t sum = 0;
-    for (int i = 0; i < kFixedGroup; ++i) sum += p[i];
+    for (int i = 0; i < kFixedUnit; ++i) sum += p[i];
     return -kByteZero * sum;
   }
 };
 #endif
 
 // The Hadamard transform of 64 values, not scaled: it spreads an outlier over its group, which then loses less in int8
-// (QuaRot, arXiv:2404.00456). Products of two groups become 64 times as large.
-inline void Rotate(Vec v[kFixedGroup / kLanes]) {
+// (QuaRot, arXiv:2404.00456). Products of two become 64 times as large.
+inline void Rotate(Vec* v) {
   for (int c = 0; c < 4; ++c) v[c] = Butterfly<8>(Butterfly<4>(Butterfly<2>(Butterfly<1>(v[c]))));
   const Vec a = Add(v[0], v[1]), b = Sub(v[0], v[1]), c = Add(v[2], v[3]), d = Sub(v[2], v[3]);
   v[0] = Add(a, c), v[1] = Add(b, d), v[2] = Sub(a, c), v[3] = Sub(b, d);
 }
 
-// Row `row` of `out` from k values of x; T is their type.
-template <typename Form, typename T>
-void FixRow(const T* x, int64_t k, const FixedRows& out, int64_t row) {
-  using X = typename Form::X;
-  X* values = static_cast<X*>(out.values) + row * out.groups * kFixedGroup;
-  for (int64_t first = 0, at = row; first < k; first += kFixedGroup, values += kFixedGroup, at += out.rows) {
-    Vec v[kFixedGroup / kLanes];
-    for (int c = 0; c < kFixedGroup / kLanes; ++c) {
+// Turns a group: every 64 by itself, then two 64s into sum and difference (products become twice as large again), or of three,
+// two thirds of their sum from each (a reflection, so products stay).
+template <int kUnits>
+inline void TurnUnits(Vec* v) {
+  for (int u = 0; u < kUnits; ++u) Rotate(v + u * kUnitVecs);
+  for (int c = 0; c < kUnitVecs && kUnits > 1; ++c) {
+    Vec &a = v[c], &b = v[c + kUnitVecs], &last = v[c + (kUnits - 1) * kUnitVecs];
+    if (kUnits == 2) {
+      const Vec sum = Add(a, b);
+      b = Sub(a, b), a = sum;
+    } else {
+      const Vec most = Mul(Add(Add(a, b), last), Broadcast(kTwoThirds));
+      a = Sub(a, most), b = Sub(b, most), last = Sub(last, most);
+    }
+  }
+}
+
+template <typename Form, int kUnits, typename T>
+void FixGroups(const T* x, int64_t k, const FixedRows& out, int64_t row) {
+  constexpr int kSize = kUnits * kFixedUnit;
+  typename Form::X* values = static_cast<typename Form::X*>(out.values) + row * out.stride();
+  for (int64_t first = 0, at = row; first < k; first += kSize, at += out.rows) {
+    Vec v[kUnits * kUnitVecs];
+    for (int c = 0; c < kUnits * kUnitVecs; ++c) {
       const int64_t left = k - first - c * kLanes;
       v[c] = left >= kLanes ? LoadAs(x + first + c * kLanes)
                             : left > 0 ? LoadTail(x + first + c * kLanes, static_cast<int>(left)) : Zero();
     }
-    if (Form::kBytes) Rotate(v);
+    if (Form::kBytes) TurnUnits<kUnits>(v);
     Ints most = ZeroInts();
     for (const Vec& a : v) most = MaxMagnitude(most, a);
     const FixedScale fixed = ScaleOf(most, Form::kMost);
     out.scales[at] = fixed.scale;
     for (Vec& a : v) a = fixed.up > 0.0f ? Mul(a, Broadcast(fixed.up)) : Zero();
-    out.begins[at] = Form::StoreX(values, v);
+    int32_t begin = 0;
+    for (int u = 0; u < kUnits; ++u, values += kFixedUnit) begin += Form::StoreX(values, v + u * kUnitVecs);
+    out.begins[at] = begin;
   }
+}
+
+// Row `row` of `out` from k values of x; T is their type.
+template <typename Form, typename T>
+void FixRow(const T* x, int64_t k, const FixedRows& out, int64_t row) {
+  if constexpr (Form::kBytes) {
+    if (out.groups.units == 3) return FixGroups<Form, 3>(x, k, out, row);
+    if (out.groups.units == 2) return FixGroups<Form, 2>(x, k, out, row);
+  }
+  FixGroups<Form, 1>(x, k, out, row);
 }
 
 // acc [kRows][64] (+)= one group of kRows rows times kStripVecs columns. Meanwhile Fetched lines a step come in, from
@@ -96,8 +129,8 @@ template <typename Form, int kRows, bool kFromZero, typename Fetched>
 void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const uint8_t* weights, const float* scales,
                 const uint8_t* ahead, float* acc) {
   constexpr int kParts = Form::kPerLane / Form::kStep;
-  const int64_t stride = x.groups * kFixedGroup, at = group * x.rows + row;
-  const typename Form::X* values = static_cast<const typename Form::X*>(x.values) + row * stride + group * kFixedGroup;
+  const int64_t stride = x.stride(), at = group * x.rows + row, steps = x.groups.size() / Form::kPerLane;
+  const typename Form::X* values = static_cast<const typename Form::X*>(x.values) + row * stride + group * x.groups.size();
   Ints sum[kRows][kStripVecs];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; ++r) {
@@ -105,7 +138,7 @@ void FixedStrip(const FixedRows& x, int64_t row, int64_t group, const uint8_t* w
 #pragma GCC unroll 4
     for (int c = 0; c < kStripVecs; ++c) sum[r][c] = begin;
   }
-  for (int s = 0; s < kFixedGroup / Form::kPerLane; ++s) {
+  for (int64_t s = 0; s < steps; ++s) {
     Fetched::Fetch(ahead, s);
 #pragma GCC unroll 2
     for (int part = 0; part < kParts; ++part) {
@@ -151,19 +184,18 @@ void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, co
 // acc [rows][64] = `rows` rows from `row` on (at most kBlockRows) times a panel.
 template <typename Form>
 void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* panel, float* acc) {
-  constexpr int kSteps = kFixedGroup / Form::kPerLane;
-  constexpr int64_t kBlock = FixedBlockBytes(Form::kBytes ? 1 : 2);
+  const int64_t steps = x.groups.size() / Form::kPerLane, block = x.groups.block_bytes(Form::kBytes ? 1 : 2);
   const bool few = rows <= kFewRows;
-  for (int64_t g = 0; g < x.groups; ++g, panel += kBlock) {
+  for (int64_t g = 0; g < x.groups.count; ++g, panel += block) {
     const float* scales = reinterpret_cast<const float*>(panel);
-    int fetched = 0;
+    int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
-      const uint8_t* ahead = panel + kBlock + fetched * 64;
-      WithFetch(g == 0, fetched * 64 < kBlock, rows, [&](auto from_zero, auto lines) {
+      const uint8_t* ahead = panel + block + fetched * 64;
+      WithFetch(g == 0, fetched * 64 < block, rows, [&](auto from_zero, auto lines) {
         FixedGroupRows<Form, decltype(from_zero)::value, decltype(lines)>(
             size, x, row + first, g, panel + kPanel * 4, scales, ahead, acc + first * kPanel);
       });
-      fetched += few ? 4 * kSteps : kSteps;
+      fetched += few ? 4 * steps : steps;
     });
   }
 }

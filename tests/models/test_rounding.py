@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ttskernels._reference.linear import fixed_groups, fixed_weight, rotate
+from ttskernels._reference.linear import fixed_groups, fixed_weight, turn, turned_by
 from ttskernels.models.rounding import DAMPING, round_weight, second_moments
 from ttskernels.ops.linear import linear, linear_pack
 
@@ -16,12 +16,12 @@ def inputs(rows, k, rank=12):
 def loss(weight, values, scales, moments):
     """Of each row: the squared error of its products with the inputs that the (damped) moments are of."""
     damped = moments.double() + DAMPING * moments.double().diagonal().mean() * torch.eye(len(moments), dtype=torch.float64)
-    wide = values.double().unflatten(1, (-1, 64)) * scales.double()[..., None]
-    error = rotate(weight).double() - wide.flatten(1)
+    wide = values.double().unflatten(1, (scales.shape[1], -1)) * scales.double()[..., None]
+    error = turn(weight).double() - wide.flatten(1)
     return ((error @ damped) * error).sum(1)
 
 
-@pytest.mark.parametrize("n, k", [(1, 1), (3, 64), (70, 65), (33, 200), (5, 576)])
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 64), (70, 65), (33, 200), (7, 320), (5, 576)])
 def test_products_lose_less_than_by_plain_rounding(n, k):
     x, weight = inputs(600, k), torch.randn(n, k)
     moments = second_moments(x)
@@ -40,7 +40,7 @@ def test_unrelated_inputs_are_plain_rounding():
     """Second moments of a multiple of one: there is nothing to make up for."""
     weight = torch.randn(40, 150)
     ours = round_weight(weight, 3.0 * torch.eye(192))
-    values, scales = fixed_groups(rotate(weight), 127)
+    values, scales = fixed_groups(turn(weight), 127, 192)
     assert torch.equal(ours.values.float(), values.flatten(1))
     torch.testing.assert_close(ours.scales, scales)
 
@@ -66,17 +66,17 @@ def test_a_row_does_not_depend_on_the_others():
 
 
 def test_zeros_and_what_is_not_finite():
-    x, weight = inputs(300, 130), torch.randn(6, 130)
-    weight[0], weight[1, :64], weight[2, 70] = 0, 1e-38, torch.nan
+    x, weight = inputs(300, 380), torch.randn(6, 380)
+    weight[0], weight[1, :192], weight[2, 200] = 0, 1e-38, torch.nan
     rounded = round_weight(weight, second_moments(x))
     assert (rounded.values[0] == 0).all() and (rounded.scales[0] == 0).all()
-    assert rounded.scales[1, 0] == 0 and (rounded.values[1, :64] == 0).all()
+    assert rounded.scales[1, 0] == 0 and (rounded.values[1, :192] == 0).all()
     assert rounded.scales[2, 1:].isnan().all()
     y = linear(x[:3], linear_pack(rounded, form="int8", impl="reference"))
     assert torch.equal(y.isnan().any(0), torch.tensor([False, False, True, False, False, False]))
-    assert (round_weight(weight[3:], torch.zeros(192, 192)).values != 0).any()  # inputs that were always zero
+    assert (round_weight(weight[3:], torch.zeros(384, 384)).values != 0).any()  # inputs that were always zero
     x[1, 1] = torch.inf
     with pytest.raises(ValueError, match="moments must be finite .*; an input was not finite"):
         round_weight(weight, second_moments(x))
-    with pytest.raises(ValueError, match=r"moments must be finite \[192, 192\], got \[64, 64\]"):
+    with pytest.raises(ValueError, match=r"moments must be finite \[384, 384\], got \[64, 64\]"):
         round_weight(weight, torch.eye(64))

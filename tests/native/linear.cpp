@@ -88,13 +88,21 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
   check.True(std::memcmp(alone.data(), together, size) == 0, "a row alone has other bits");
 }
 
-// Group `first` of a row of k values, as fixed point rounds it: int8 after the Hadamard matrix of signs (-1)^popcount(i & j).
-std::vector<double> GroupOf(const Array& from, int64_t row, int64_t k, int64_t first, bool turned) {
-  std::vector<double> group(kFixedGroup), out(kFixedGroup);
-  for (int64_t i = first; i < std::min(k, first + kFixedGroup); ++i) group[i - first] = from.Get(row * k + i);
+// The group at `first` of a row of k values, as fixed point rounds it: int8 after the matrix of signs (-1)^popcount(i & j), of
+// three 64s after it for each, and a reflection.
+std::vector<double> GroupOf(const Array& from, int64_t row, int64_t k, int64_t first, int64_t size, bool turned) {
+  std::vector<double> group(size), out(size);
+  for (int64_t i = first; i < std::min(k, first + size); ++i) group[i - first] = from.Get(row * k + i);
   if (!turned) return group;
-  for (int64_t i = 0; i < kFixedGroup; ++i) {
-    for (int64_t j = 0; j < kFixedGroup; ++j) out[i] += std::popcount(static_cast<uint64_t>(i & j)) % 2 ? -group[j] : group[j];
+  const int64_t part = size == 192 ? 64 : size;
+  for (int64_t i = 0; i < size; ++i) {
+    for (int64_t j = i / part * part; j < i / part * part + part; ++j) {
+      out[i] += std::popcount(static_cast<uint64_t>(i % part & j % part)) % 2 ? -group[j] : group[j];
+    }
+  }
+  for (int64_t i = 0; i < 64 && size == 192; ++i) {
+    const double two_thirds = (out[i] + out[i + 64] + out[i + 128]) * 2 / 3;
+    out[i] -= two_thirds, out[i + 64] -= two_thirds, out[i + 128] -= two_thirds;
   }
   return out;
 }
@@ -113,23 +121,24 @@ void RunFixed(Checks& check, Random& random, int64_t rows, int64_t n, int64_t k,
   p.rows = rows, p.n = n, p.k = k, p.x_stride = k, p.y_stride = n;
   p.x_dtype = p.weight_dtype = dtype, p.y_dtype = DType::kFloat32, p.form = form;
   TTSK_SELECT(Linear)(p);
+  const int64_t size = FixedGroups(form, k).size();
   const double half_w = 0.5001 / (words ? kMostWord : kMostByte - 0.5 * (kByteTries - 1));
-  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostByte), scale = words ? 1.0 : 1.0 / kFixedGroup;
+  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostByte), scale = words ? 1.0 : size == 128 ? 1.0 / 128 : 1.0 / 64;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, error = 0;
-      for (int64_t first = 0; first < k; first += kFixedGroup) {
-        const std::vector<double> xs = GroupOf(x, r, k, first, !words), ws = GroupOf(weight, c, k, first, !words);
+      for (int64_t first = 0; first < k; first += size) {
+        const std::vector<double> xs = GroupOf(x, r, k, first, size, !words), ws = GroupOf(weight, c, k, first, size, !words);
         double top_x = 0, top_w = 0;
-        for (int64_t i = 0; i < kFixedGroup; ++i) {
+        for (int64_t i = 0; i < size; ++i) {
           top_x = std::max(top_x, std::fabs(xs[i])), top_w = std::max(top_w, std::fabs(ws[i]));
         }
-        for (int64_t i = 0; i < kFixedGroup; ++i) {
+        for (int64_t i = 0; i < size; ++i) {
           const double a = std::fabs(xs[i]), b = std::fabs(ws[i]);
           error += scale * (a * half_w * top_w + b * half_x * top_x + half_w * half_x * top_w * top_x);
           error += 8 * kEps * scale * (a * b + top_x * b + a * top_w);  // the transform's own roundings are of its largest
         }
-        for (int64_t i = first; i < std::min(k, first + kFixedGroup); ++i) sum += x.Get(r * k + i) * weight.Get(c * k + i);
+        for (int64_t i = first; i < std::min(k, first + size); ++i) sum += x.Get(r * k + i) * weight.Get(c * k + i);
       }
       check.Near(r * n + c, y.Get(r * n + c), sum, error + 1e-30);
     }

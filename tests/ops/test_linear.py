@@ -90,7 +90,7 @@ def test_bits_do_not_depend_on_the_size_of_the_cache(cpu_extension):
     assert len(seen) == 1 and seen.pop().startswith("True ")
 
 
-FIXED_SHAPES = [(0, 64, 8), (1, 1, 1), (1, 64, 576), (3, 65, 17), (16, 130, 129), (61, 100, 300), (401, 70, 65)]
+FIXED_SHAPES = [(0, 64, 8), (1, 1, 1), (1, 64, 576), (3, 65, 17), (16, 130, 129), (61, 100, 300), (7, 66, 250), (401, 70, 65)]
 
 
 def outliers(rows, k, dtype):
@@ -115,8 +115,9 @@ def test_fixed_point_equals_its_definition(isa, rows, n, k, dtype, form):
 def test_weights_that_are_rounded_already(isa, rows, n, k):
     """Any integers and scales, multiplied as their definition says."""
     x, _, bias = make(rows, n, k, torch.bfloat16)
-    groups = -(-k // 64)
-    values = torch.randint(-127, 128, (n, groups * 64), dtype=torch.int8)
+    size = reference.group_size(k, "int8")
+    groups = -(-k // size)
+    values = torch.randint(-127, 128, (n, groups * size), dtype=torch.int8)
     rounded = Rounded(values, torch.rand(n, groups) * 1e-3, k, torch.bfloat16)
     ours, theirs = (linear(x, linear_pack(rounded, form="int8", impl=impl), bias).float() for impl in ("cpu", "reference"))
     scale = theirs.abs().amax(1, keepdim=True) if rows else 1.0
@@ -124,14 +125,14 @@ def test_weights_that_are_rounded_already(isa, rows, n, k):
 
 
 def test_rounded_weights_of_the_wrong_shape_are_refused(cpu_extension):
-    values, scales = torch.zeros(3, 128, dtype=torch.int8), torch.zeros(3, 2)
-    Rounded(values, scales, 65, torch.float32)
-    for wrong in ((values[:, :64], scales, 65), (values, scales[:2], 65), (values, scales, 64), (values.int(), scales, 65),
-                  (values, scales.half(), 65)):  # fmt: skip
+    values, scales = torch.zeros(3, 320, dtype=torch.int8), torch.zeros(3, 5)
+    Rounded(values, scales, 257, torch.float32)
+    for wrong in ((values[:, :64], scales, 257), (values, scales[:2], 257), (values, scales, 256), (values.int(), scales, 257),
+                  (values, scales.half(), 257)):  # fmt: skip
         with pytest.raises(ValueError, match="(values|scales) must be"):
             Rounded(*wrong, torch.float32)
     with pytest.raises(ValueError, match="form must be 'int8' for a weight that is rounded already"):
-        linear_pack(Rounded(values, scales, 65, torch.float32))
+        linear_pack(Rounded(values, scales, 257, torch.float32))
     pack = torch.ops.ttskernels.linear_pack
     for wrong in ((values.int(), 2, scales), (values, 2, scales[:, :1].contiguous()), (values, 1, scales), (values.T, 2, scales)):
         with pytest.raises(RuntimeError, match="int8|scales|rows"):
@@ -147,14 +148,14 @@ def test_int16_is_as_accurate_as_bf16_arithmetic(isa, rows, n, k, dtype):
     assert_within_budget(linear(x, linear_pack(weight, form="int16", impl="cpu"), bias), exact, low)
 
 
-@pytest.mark.parametrize("most", [4095, 127])
-def test_fixed_groups_are_within_half_a_scale(most):
+@pytest.mark.parametrize("most, size", [(4095, 64), (127, 64), (127, 128), (127, 192)])
+def test_fixed_groups_are_within_half_a_scale(most, size):
     x = torch.randn(5, 150) * torch.tensor([1.0, 1e-3, 1e30, 0.0, 1e-38])[:, None]
-    values, scales = reference.fixed_groups(x, most)
+    values, scales = reference.fixed_groups(x, most, size)
     assert values.abs().max() <= most and (values == values.round()).all()
     wide = (values * scales[..., None]).flatten(1)[:, :150]
     error = (wide - x).abs().nan_to_num(torch.inf)
-    assert (error[:3] <= 0.5001 * scales[:3].repeat_interleave(64, 1)[:, :150]).all()
+    assert (error[:3] <= 0.5001 * scales[:3].repeat_interleave(size, 1)[:, :150]).all()
     assert (wide[3:] == 0).all()
 
 
@@ -181,25 +182,32 @@ def test_largest_products_fit(isa, sign):
     torch.testing.assert_close(y, torch.full((7, 64), 6.0 * sign), rtol=1e-6, atol=0)
 
 
-def test_rotation_is_a_hadamard_matrix():
-    turned = reference.rotate(torch.eye(64))
-    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(64)] for i in range(64)])
-    assert torch.equal(turned, signs)  # and so H H^T = 64 I: products of two become 64 times as large
-    x, y = torch.randn(3, 150), torch.randn(3, 150)
-    torch.testing.assert_close((reference.rotate(x) * reference.rotate(y)).sum(1) / 64, (x * y).sum(1))
+@pytest.mark.parametrize("k, size", [(1, 64), (64, 64), (65, 128), (130, 192), (320, 64), (576, 192), (896, 128), (1536, 192)])
+def test_turning_keeps_products_and_spreads_outliers(k, size):
+    assert reference.group_size(k, "int8") == size and reference.group_size(k, "int16") == 64
+    x, y = torch.randn(3, k), torch.randn(3, k)
+    torch.testing.assert_close((reference.turn(x) * reference.turn(y)).sum(1) / reference.turned_by(k), (x * y).sum(1))
+    units = -(-k // 64)
+    turned = reference.turn(torch.eye(64 * units)).unflatten(1, (-1, size))
+    signs = torch.tensor([[(-1.0) ** (i & j).bit_count() for j in range(128)] for i in range(128)])
+    if size < 192:
+        assert torch.equal(turned[:size, 0], signs[:size, :size]) and (turned[:size, 1:] == 0).all()
+    else:  # one value becomes 64 of two thirds in each of the others, and of a third where it was
+        thirds = turned[:64, 0].unflatten(1, (3, 64)).abs()
+        torch.testing.assert_close(thirds, torch.tensor([1.0, 2.0, 2.0])[:, None].expand(64, 3, 64) / 3)
 
 
 @pytest.mark.parametrize("rows, n, k", FIXED_SHAPES[3:])
 def test_int8_is_rounded_no_further_than_its_scales_say(isa, rows, n, k):
-    """|error| <= sum over a group of |w| half a scale of x + |x| half a scale of w + a quarter of both, w and x rotated."""
+    """|error| <= sum over a group of |w| half a scale of x + |x| half a scale of w + a quarter of both, w and x turned."""
     x, (_, weight, bias) = outliers(rows, k, torch.float32), make(rows, n, k, torch.float32)
     exact = reference.linear(*to_float64(x, weight, bias))
-    turned = [reference.rotate(t) for t in (x, weight)]
-    wide = [t.double().abs().unflatten(1, (-1, 64)) for t in turned]
+    size = reference.group_size(k, "int8")
+    wide = [reference.turn(t).double().abs().unflatten(1, (-1, size)) for t in (x, weight)]
     (a, a_scale), (w, w_scale) = ((t, t.amax(2) / 254) for t in wide)  # half of a scale; a weight's may be 7 % larger
     w_scale = w_scale * 127 / 123
     bound = torch.einsum("rg,ng->rn", a_scale, w.sum(2)) + torch.einsum("rg,ng->rn", a.sum(2), w_scale)
-    bound = (bound + 64 * torch.einsum("rg,ng->rn", a_scale, w_scale)) / 64
+    bound = (bound + size * torch.einsum("rg,ng->rn", a_scale, w_scale)) / reference.turned_by(k)
     error = (linear(x, linear_pack(weight, form="int8", impl="cpu"), bias).double() - exact).abs()
     assert (error <= 1.001 * bound).all()
     assert (error.square().mean() / exact.square().mean()).sqrt() < 0.015
@@ -209,7 +217,7 @@ def test_int8_loses_less_than_without_the_rotation(cpu_extension):
     x, (_, weight, _) = outliers(64, 576, torch.float32), make(1, 200, 576, torch.float32)
     exact = x.double() @ weight.double().T
     plain = torch.zeros(64, 200, dtype=torch.float64)
-    (a, a_scale), (w, w_scale) = reference.fixed_groups(x, 127), reference.fixed_groups(weight, 127)
+    (a, a_scale), (w, w_scale) = reference.fixed_groups(x, 127, 64), reference.fixed_groups(weight, 127, 64)
     for g in range(9):
         plain += (a[:, g] * a_scale[:, g, None]).double() @ (w[:, g] * w_scale[:, g, None]).double().T
     ours = linear(x, linear_pack(weight, form="int8")).double()

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-GROUP = 64
+UNIT = 64
 MOST = {"int16": (4095, 8191), "int8": (127, 127)}  # largest integers of a weight and of x
 BYTE_TRIES = 8
 
@@ -29,10 +29,16 @@ def gated_linear(x: Tensor, gate_up: Tensor) -> Tensor:
     return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
-def fixed_groups(x: Tensor, most: int, tries: int = 1) -> tuple[Tensor, Tensor]:
-    """Integers `[rows, groups, 64]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group. The
+def group_size(in_features: int, form: str) -> int:
+    """How many inputs share a scale: 64, and for int8 two or three times as many where whole groups come out."""
+    units = -(-in_features // UNIT)
+    return UNIT * (1 if form != "int8" else 3 if units % 3 == 0 else 2 if units % 2 == 0 else 1)
+
+
+def fixed_groups(x: Tensor, most: int, size: int, tries: int = 1) -> tuple[Tensor, Tensor]:
+    """Integers `[rows, groups, size]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group. The
     largest value becomes `most`, or of `tries` numbers from there down, half a unit apart, the one that rounds best."""
-    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
     finite = x.isfinite().all(-1)
     x = torch.where(finite[..., None], x, 0.0)
     top = x.abs().amax(-1)
@@ -48,26 +54,37 @@ def fixed_groups(x: Tensor, most: int, tries: int = 1) -> tuple[Tensor, Tensor]:
     return values, torch.where(finite, scales, torch.nan)
 
 
-def rotate(x: Tensor) -> Tensor:
-    """The Hadamard transform of every group of 64, not scaled: products of two become 64 times as large."""
-    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % GROUP))
-    for step in (1, 2, 4, 8, 16, 32):
+def turn(x: Tensor) -> Tensor:
+    """Every group of int8 as it is rounded: products of two become `turned_by` times as large. A Hadamard transform of each
+    64, then, of two of them, another; of three, two thirds of their sum from each, which is a reflection."""
+    size = group_size(x.shape[1], "int8")
+    x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % UNIT))
+    for step in (1, 2, 4, 8, 16, 32) + (64,) * (size == 2 * UNIT):
         a, b = x.unflatten(1, (-1, 2, step)).unbind(2)
         x = torch.stack((a + b, a - b), 2).flatten(1)
+    if size == 3 * UNIT:
+        a, b, c = x.unflatten(1, (-1, 3, UNIT)).unbind(2)
+        most = (a + b + c) * torch.tensor(2 / 3)
+        x = torch.stack((a - most, b - most, c - most), 2).flatten(1)
     return x
 
 
+def turned_by(in_features: int) -> int:
+    return 2 * UNIT if group_size(in_features, "int8") == 2 * UNIT else UNIT
+
+
 def fixed_weight(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
-    """Integers `[n, groups * 64]` (as float32) and scales `[n, groups]` of a weight; int8 is rotated before."""
-    turned, tries = (rotate(weight), BYTE_TRIES) if form == "int8" else (weight, 1)
-    values, scales = fixed_groups(turned, MOST[form][0], tries)
+    """Integers `[n, groups * size]` (as float32) and scales `[n, groups]` of a weight; int8 is turned before."""
+    turned, tries = (turn(weight), BYTE_TRIES) if form == "int8" else (weight, 1)
+    values, scales = fixed_groups(turned, MOST[form][0], group_size(weight.shape[1], form), tries)
     return values.flatten(1), scales
 
 
 def linear_fixed(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """The product in fixed point: exact sums of 64, scaled and added up as float32. x is rotated for int8, as the weight is."""
-    a, a_scales = fixed_groups(rotate(x) if form == "int8" else x, MOST[form][1])
-    w, w_scales = values.unflatten(1, (-1, GROUP)), scales / GROUP if form == "int8" else scales
+    """The product in fixed point: exact sums of groups, scaled and added up as float32. x is turned for int8, as the weight is."""
+    size = group_size(x.shape[1], form)
+    a, a_scales = fixed_groups(turn(x) if form == "int8" else x, MOST[form][1], size)
+    w, w_scales = values.unflatten(1, (-1, size)), scales / turned_by(x.shape[1]) if form == "int8" else scales
     y = torch.zeros(len(x), len(values))
     for g in range(w.shape[1]):
         exact = (a[:, g].double() @ w[:, g].double().T).float()

@@ -19,6 +19,7 @@ from ttskernels.models.loading import EMBED, Checkpoint
 from ttskernels.ops.linear import Rounded
 
 SCALES = ".scales"
+ROUNDING = b"groups of 192, 128 or 64"  # a calibration for other groups is none: part of every name
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as `ttsearch calibrate` has them
 
 
@@ -33,7 +34,7 @@ class CalibrationError(ValueError):
 
 def fingerprint(checkpoint: Checkpoint) -> str:
     """A name for weights, of all their bytes. The vocabulary head does not count: a verifier has none."""
-    digest = hashlib.sha256()
+    digest = hashlib.sha256(ROUNDING)
     for name, weight in sorted(checkpoint.weights.items()):
         if name == LM_HEAD:
             continue

@@ -14,6 +14,7 @@ from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
 from ttskernels.ops.linear import Form, Rounded, linear, linear_pack
+from ttskernels.ops.refine_logits import refine_logits
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
 from ttskernels.ops.sample import sample
@@ -82,6 +83,7 @@ class PythonDecoder:
         matrices = {name: tensor for name, tensor in weights.items() if name.endswith("_proj.weight")}
         if lm_head:
             matrices[LM_HEAD] = weights.get(LM_HEAD, self.embed)
+        self.refine = matrices.get(LM_HEAD) if forms.most == "int8" else None
         matrices |= {name: rounded[name] for name in matrices if name in rounded}
         self.packed = {name: linear_pack(tensor, form=forms.of(name), impl=impl) for name, tensor in matrices.items()}
         self.vectors = {name: tensor for name, tensor in weights.items() if tensor.ndim == 1}
@@ -124,7 +126,10 @@ class PythonDecoder:
         return tokens.shape[0]
 
     def _logits(self, x: Tensor) -> Tensor:
-        return linear(x, self.packed[LM_HEAD]).float()
+        logits = linear(x, self.packed[LM_HEAD]).float()
+        if self.refine is not None:
+            refine_logits(logits, x, self.refine, impl=self.impl)
+        return logits
 
     def _heads(self, layer: int, name: str, x: Tensor) -> Tensor:
         return self._linear(layer, f"self_attn.{name}", x).unflatten(1, (-1, self.config.head_dim))

@@ -49,8 +49,9 @@ class NativeDecoder:
             return [rounded[name].values, rounded[name].scales] if name in rounded else [weight, None]
 
         embed = weights["model.embed_tokens.weight"]
-        flat = [embed, weights["model.norm.weight"]]
-        flat += tensors(LM_HEAD, weights.get(LM_HEAD, embed)) if lm_head else [None, None]
+        flat, head = [embed, weights["model.norm.weight"]], weights.get(LM_HEAD, embed)
+        flat += tensors(LM_HEAD, head) if lm_head else [None, None]
+        flat += [head if lm_head and forms.most == "int8" else None]  # kept, not copied: for `refine_logits`
         names = [f"model.layers.{i}.{name}" for i in range(c.layers) for name in _LAYER_WEIGHTS]
         flat += [tensor for name in names for tensor in tensors(name, weights.get(name))]
         flat = [w if w is None else w.contiguous() for w in flat]

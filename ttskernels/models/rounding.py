@@ -1,7 +1,7 @@
-"""int8 weights rounded for the inputs they meet: GPTQ (Frantar et al. 2022, arXiv:2210.17323) after a Hadamard transform.
+"""int8 weights rounded for the inputs they meet: GPTQ (Frantar et al. 2022, arXiv:2210.17323) after what spreads outliers.
 
 Weights of a row are rounded one after the other, and what each lost is made up for by those that follow, as the inputs'
-second moments say. Each 64 weights share a scale, which is fixed before the first of them is rounded. Written as LDLQ (Chee et
+second moments say. Each group shares a scale, which is fixed before the first of them is rounded. Written as LDLQ (Chee et
 al. 2023, arXiv:2307.13304), which gives the same integers and needs one Cholesky factor and no inverse.
 """
 
@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ttskernels._reference.linear import GROUP, MOST, rotate
+from ttskernels._reference.linear import MOST, UNIT, group_size, turn, turned_by
 from ttskernels.ops.linear import Rounded
 
 DAMPING = 0.01  # of the mean second moment, added to each: the paper's
@@ -22,14 +22,14 @@ MOST_WEIGHT = MOST["int8"][0]
 
 
 def second_moments(x: Tensor) -> Tensor:
-    """Sums over rows of the products of two inputs, after the transform.
+    """Sums over rows of the products of two inputs, after they were turned.
 
     Args:
         x: `[rows, in_features]`, a matrix's inputs.
     Returns:
-        `[groups * 64] * 2` float32.
+        `[groups * size] * 2` float32.
     """
-    turned = rotate(x).div_(math.sqrt(GROUP))
+    turned = turn(x).div_(math.sqrt(turned_by(x.shape[1])))
     return turned.T @ turned
 
 
@@ -42,8 +42,8 @@ def round_weight(weight: Tensor, moments: Tensor) -> Rounded:
     Raises:
         ValueError: moments of another size, or not finite.
     """
-    feedback = _feedback(moments, -(-weight.shape[1] // GROUP) * GROUP)
-    parts = [_round_rows(rotate(rows), feedback) for rows in weight.split(ROWS)]
+    feedback, size = _feedback(moments, -(-weight.shape[1] // UNIT) * UNIT), group_size(weight.shape[1], "int8")
+    parts = [_round_rows(turn(rows), feedback, size) for rows in weight.split(ROWS)]
     values, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     return Rounded(values, scales, weight.shape[1], weight.dtype)
 
@@ -60,13 +60,13 @@ def _feedback(moments: Tensor, size: int) -> Tensor:
     return (upper / upper.diagonal()).float()
 
 
-def _round_rows(turned: Tensor, feedback: Tensor) -> tuple[Tensor, Tensor]:
-    """Integers `[rows, groups * 64]` int8 and scales `[rows, groups]` of transformed weights."""
+def _round_rows(turned: Tensor, feedback: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Integers `[rows, groups * size]` int8 and scales `[rows, groups]` of turned weights."""
     weights = turned.T.contiguous()
     errors, scales = torch.zeros_like(weights), []
     values = torch.empty(weights.shape, dtype=torch.int8)
-    for first in range(0, len(weights), GROUP):
-        end = first + GROUP
+    for first in range(0, len(weights), size):
+        end = first + size
         wanted = torch.addmm(weights[first:end], feedback[:first, first:end].T, errors[:first])
         top = wanted.abs().amax(0)
         scale, up = (torch.where(top >= LEAST, wide, 0.0) for wide in (top / MOST_WEIGHT, MOST_WEIGHT / top))

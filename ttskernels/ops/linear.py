@@ -18,9 +18,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 class Rounded:
     """An int8 weight that is rounded already, see `ttskernels.models.rounding`.
 
-    `values` are integers in -127 .. 127 of the Hadamard transform (not scaled) of each 64 weights, the last filled up with
-    zeros: `[out_features, groups * 64]` int8. `scales` is what one of a group's is worth: `[out_features, groups]` float32.
-    `dtype` is that of the weight and of `x`.
+    `values` are integers in -127 .. 127 of the weights, turned as `linear_pack` turns them (not scaled back), the last 64
+    filled up with zeros: `[out_features, groups * size]` int8. `scales` is what one of a group's is worth: `[out_features,
+    groups]` float32. `dtype` is that of the weight and of `x`.
     """
 
     values: Tensor
@@ -29,8 +29,9 @@ class Rounded:
     dtype: torch.dtype
 
     def __post_init__(self):
-        groups = -(-self.in_features // reference.GROUP)
-        values, scales = (len(self.values), groups * reference.GROUP), (len(self.values), groups)
+        size = reference.group_size(self.in_features, "int8")
+        groups = -(-self.in_features // size)
+        values, scales = (len(self.values), groups * size), (len(self.values), groups)
         if (self.values.dtype, tuple(self.values.shape)) != (torch.int8, values):
             raise ValueError(f"values must be int8 {values}, got {self.values.dtype} {tuple(self.values.shape)}")
         if (self.scales.dtype, tuple(self.scales.shape)) != (torch.float32, scales):
@@ -64,12 +65,13 @@ def linear_pack(weight: Tensor | Rounded, *, form: Form = "float", impl: Impl = 
     Args:
         weight: `[out_features, in_features]`, fp32 / fp16 / bf16; copied, not kept (kept by "reference" and
             "triton"). Or an int8 weight that is rounded already.
-        form: "float" keeps the weight's dtype. "int16" and "int8" are fixed point: 64 consecutive weights of a row
-            share a scale (their largest magnitude is 4095 or 127), and so do 64 inputs of `x` (8191 or 127); sums of 64
-            products are exact. "int16" rounds less than bf16 inputs do, and is up to twice as fast as float multiply-adds.
-            "int8" halves the bytes and, with VNNI, doubles that rate again; a Hadamard transform of each 64 weights and
-            inputs spreads outliers before they are rounded (QuaRot, arXiv:2404.00456), so inputs must be below 5e36. Not
-            on a GPU.
+        form: "float" keeps the weight's dtype. "int16" and "int8" are fixed point: a group of consecutive weights of a
+            row shares a scale (their largest magnitude is 4095 or 127), and so does a group of inputs (8191 or 127); a
+            group's sum is exact. "int16", in groups of 64, rounds less than bf16 inputs do, and is up to twice as fast as
+            float multiply-adds. "int8" halves the bytes and, with VNNI, doubles that rate again. Its groups are 192, 128
+            or 64, the first that whole 64s of a row divide into; weights and inputs are turned before they are rounded,
+            each 64 by a Hadamard transform (QuaRot, arXiv:2404.00456), then the 64s of a group among each other, which
+            spreads outliers; so inputs must be below 2e36. Not on a GPU.
     Raises:
         ValueError: shape or dtype mismatch.
     """

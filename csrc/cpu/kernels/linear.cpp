@@ -152,11 +152,13 @@ struct alignas(64) Taken {
 void Linear(const LinearParams& p) {
   if (p.rows == 0 || p.n == 0) return;
   const int64_t f = PackFactor(p.weight_dtype), steps = (p.k + f - 1) / f;
-  Job job{&p, false, (p.k + 1) / 2 * 2, steps, LinearPackedBytes(kPanel, p.k, p.weight_dtype, p.form), {}};
+  const FixedGroups groups(p.form, p.k);
+  const int64_t panel_bytes = LinearPackedBytes(kPanel, p.k, p.weight_dtype, p.form);
+  Job job{&p, false, (p.k + 1) / 2 * 2, steps, panel_bytes, {nullptr, nullptr, nullptr, groups, 0}};
   if (IsFixed(p)) {
-    const int64_t groups = (p.k + kFixedGroup - 1) / kFixedGroup, most = p.rows < kChunkRows ? p.rows : kChunkRows;
-    float* scales = reinterpret_cast<float*>(static_cast<int16_t*>(p.workspace) + most * groups * kFixedGroup);
-    job.fixed = {p.workspace, scales, reinterpret_cast<int32_t*>(scales + most * groups), groups, most};
+    const int64_t most = p.rows < kChunkRows ? p.rows : kChunkRows;
+    float* scales = reinterpret_cast<float*>(static_cast<int16_t*>(p.workspace) + most * groups.count * groups.size());
+    job.fixed = {p.workspace, scales, reinterpret_cast<int32_t*>(scales + most * groups.count), groups, most};
   }
 #if defined(__AVX512BF16__)
   job.dot = !IsFixed(p) && p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;

@@ -13,13 +13,25 @@ namespace ttsk {
 // fp32: [panel][k][64]. Columns past n and the odd k are zero.
 constexpr int64_t kPanelColumns = 64;
 
-// How packed weights are kept. Fixed point: a group of 64 consecutive weights of a row shares a float32 scale, its
-// largest magnitude over 4095 or 127; so does a group of x, over 8191 or 127. For int8 both are turned by a Hadamard
-// transform before, which spreads outliers. The sums of 64 products are exact in int32 and added up as float32 over
-// ascending groups. Packed: [panel][ceil(k / 64)]{scale [64], [32][64][2] int16 or [16][64][4] bytes (weight + 128)}.
+// How packed weights are kept. Fixed point: a group of consecutive weights of a row shares a float32 scale, its largest
+// magnitude over 4095 or 127; so does a group of x, over 8191 or 127. For int8 both are turned before, which spreads outliers:
+// each 64 by a Hadamard transform, and the two or three 64s of a group among each other. A group's sum is exact in int32; sums
+// are added up as float32 over ascending groups. Packed, of a group of g: [panel][k / g]{scale [64], [g / 2][64][2] int16 or
+// [g / 4][64][4] bytes (weight + 128)}.
 enum class LinearForm : int { kFloat, kInt16, kInt8 };
-constexpr int64_t kFixedGroup = 64;
-constexpr int64_t FixedBlockBytes(int64_t element_size) { return kPanelColumns * (4 + kFixedGroup * element_size); }
+constexpr int64_t kFixedUnit = 64;
+// Of a row of k: how many units of 64 (the last one filled up with zeros) a group has, and how many groups there are. Larger
+// groups are faster and coarser.
+struct FixedGroups {
+  constexpr FixedGroups(LinearForm form, int64_t k) : units(1), count((k + kFixedUnit - 1) / kFixedUnit) {
+    if (form == LinearForm::kInt8) units = count % 3 == 0 ? 3 : count % 2 == 0 ? 2 : 1;
+    count /= units;
+  }
+  constexpr int64_t size() const { return units * kFixedUnit; }
+  constexpr int64_t block_bytes(int64_t element_size) const { return kPanelColumns * (4 + size() * element_size); }
+
+  int64_t units, count;
+};
 int64_t LinearPackedBytes(int64_t n, int64_t k, DType dtype, LinearForm form = LinearForm::kFloat);
 
 // Where row i of a weight goes: column first + i / group * step + i % group of the packed matrix. Several weights can
@@ -32,8 +44,8 @@ struct PackColumns {
 void LinearPack(const void* weight, int64_t n, int64_t k, int64_t row_stride, DType dtype, const PackColumns& columns,
                 void* packed, LinearForm form = LinearForm::kFloat);
 
-// The same with int8 weights that somebody else has rounded: values [n, ceil(k / 64) * 64] in -127 .. 127, turned by the
-// (not scaled) Hadamard transform, and the scales [n, ceil(k / 64)] of their groups.
+// The same with int8 weights that somebody else has rounded: values [n, ceil(k / 64) * 64] in -127 .. 127, turned (and not
+// scaled back), and the scales [n, groups].
 void LinearPackRounded(const int8_t* values, const float* scales, int64_t n, int64_t k, const PackColumns& columns,
                        void* packed);
 
