@@ -53,11 +53,10 @@ void SampleWeights(const float* logits, int64_t n, float top, float inverse_temp
 
 int64_t SampleCollect(const float* logits, int64_t n, float floor, int32_t* ids) {
   int64_t count = 0;
-  const Vec below = Broadcast(__builtin_nextafterf(floor, -__builtin_inff()));
   for (int64_t i = 0; i < n; i += kLanes) {
     const int lanes = static_cast<int>(n - i < kLanes ? n - i : kLanes);
     const Vec v = lanes == kLanes ? Load(logits + i) : LoadPadded(logits + i, lanes, kLowest);
-    if (!AnyGreater(v, below)) continue;
+    if (!(ReduceMax(v) >= floor)) continue;
     for (int j = 0; j < lanes; ++j) {
       ids[count] = static_cast<int32_t>(i + j);
       count += logits[i + j] >= floor;
