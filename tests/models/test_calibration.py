@@ -10,7 +10,7 @@ from trees import stack, walk
 from ttskernels.models import calibrate, load_checkpoint, load_model
 from ttskernels.models.calibrated import CalibrationError, calibration_file, read_calibration
 from ttskernels.models.calibration import own_texts
-from ttskernels.models.decoder import Forms
+from ttskernels.models.decoder import CALIBRATED, Forms
 from ttskernels.models.model import Model, forms_of
 from ttskernels.models.native import NativeDecoder
 from ttskernels.ops.linear import Rounded
@@ -53,14 +53,14 @@ def test_calibrated_weights_of_every_implementation(variant, cpu_extension, tmp_
         for impl, weights in (("reference", "float"), ("cpu", "calibrated"), ("reference", "calibrated"))
     )
     checkpoint = load_checkpoint(folder, FP32)
-    plain = NativeDecoder(checkpoint.config, checkpoint.weights, True, Forms("int8", "int16", "int8"))
+    plain = NativeDecoder(checkpoint.config, checkpoint.weights, True, CALIBRATED)
     cost = rms(run(Model(checkpoint, plain, "cpu")) - exact)
     assert rms(ours - theirs) <= cost / 3  # an input near a half is rounded one way here, the other way there
     assert 0 < rms(ours - exact) < cost
 
 
 def test_forms_of_a_calibrated_model():
-    assert forms_of("calibrated", "cpu", torch.bfloat16) == Forms("int8", "int16", "int8")
+    assert forms_of("calibrated", "cpu", torch.bfloat16) == CALIBRATED == Forms("int8", "int8", "int8")
 
 
 def test_rounded_matrices_have_the_form_and_shape_of_the_decoder(folder):
@@ -72,7 +72,7 @@ def test_rounded_matrices_have_the_form_and_shape_of_the_decoder(folder):
     name = "model.layers.0.self_attn.o_proj.weight"
     short = Rounded(rounded[name].values[:-1], rounded[name].scales[:-1], rounded[name].in_features, FP32)
     with pytest.raises(RuntimeError, match="rounded values must be contiguous int8"):
-        NativeDecoder(checkpoint.config, checkpoint.weights, True, Forms("int8", "int16", "int8"), rounded | {name: short})
+        NativeDecoder(checkpoint.config, checkpoint.weights, True, CALIBRATED, rounded | {name: short})
 
 
 def test_own_texts_are_samples_of_the_model(folder):

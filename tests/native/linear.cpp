@@ -156,7 +156,7 @@ TTSK_TEST(linear) {
   for (const LinearForm form : {LinearForm::kInt16, LinearForm::kInt8}) {
     for (int i = 0; i < 12; ++i) {
       RunFixed(check, random, random.Pick<int64_t>({1, 2, 6, 7, 25, 97}), random.Pick<int64_t>({1, 15, 64, 130}),
-               random.Pick<int64_t>({1, 31, 64, 129, 260}),
+               random.Pick<int64_t>({1, 31, 64, 129, 260, 380, 500}),
                random.Pick({DType::kFloat32, DType::kFloat16, DType::kBFloat16}), form);
     }
   }

@@ -1,7 +1,4 @@
-"""Files of calibrated int8 weights, one for each checkpoint's weights, under the user's cache folder.
-
-k and v are not among them: they stay in two bytes (`CALIBRATED`).
-"""
+"""Files of calibrated int8 weights, one for each checkpoint's weights, under the user's cache folder."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from ttskernels.models.loading import EMBED, Checkpoint
 from ttskernels.ops.linear import Rounded
 
 SCALES = ".scales"
-ROUNDING = b"groups of 192, 128 or 64"  # a calibration for other groups is none: part of every name
+ROUNDING = b"groups of 192, 128 or 64, k and v as well"  # part of every name: what was made otherwise is not found
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}  # as `ttsearch calibrate` has them
 
 

@@ -39,7 +39,7 @@ class Forms:
 
 
 FLOAT = Forms("float", "float", "float")
-CALIBRATED = Forms("int8", "int16", "int8")  # of int8 weights that were rounded for their inputs
+CALIBRATED = Forms("int8", "int8", "int8")  # of weights that were rounded for their inputs
 NONE_ROUNDED: Mapping[str, Rounded] = MappingProxyType({})
 
 

@@ -231,8 +231,9 @@ def load_model(
         weights: how matrices are kept and multiplied on a CPU, see `linear_pack`: "float" in `dtype`; "int16" as accurate
             as bf16 arithmetic and up to twice as fast where the CPU has no fast bf16 products; "int8" in half the bytes
             and up to twice as fast again, at a small loss of accuracy (bench/int8_accuracy.py measures it; k, v and down
-            stay in two bytes); "calibrated" the same with down in int8, too, faster at no more loss, once `calibrate` has
-            rounded the weights. "auto": "int16" for bf16 models where it is the faster one.
+            stay in two bytes, and the likeliest logits are refined, see `refine_logits`); "calibrated" the same with
+            these in int8, too, faster at about the same loss, once `calibrate` has rounded the weights. "auto": "int16"
+            for bf16 models where it is the faster one.
         kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
             then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
     Raises:
@@ -264,8 +265,8 @@ def integers_are_faster(impl: str, dtype: torch.dtype) -> bool:
 
 
 def forms_of(form: Form | Literal["calibrated"], impl: str, dtype: torch.dtype) -> Forms:
-    """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster; a
-    calibrated one k and v alone."""
+    """An int8 model keeps what would cost most of the accuracy in two bytes: k and v in int16, down in what is faster. A
+    calibrated one keeps nothing so."""
     if form == "calibrated":
         return CALIBRATED
     if form != "int8":

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ttskernels._reference.linear import MOST, UNIT, group_size, turn, turned_by
+from ttskernels._reference.linear import BYTE_TRIES, MOST, UNIT, group_size, turn, turned_by
 from ttskernels.ops.linear import Rounded
 
 DAMPING = 0.01  # of the mean second moment, added to each: the paper's
@@ -69,7 +69,8 @@ def _round_rows(turned: Tensor, feedback: Tensor, size: int) -> tuple[Tensor, Te
         end = first + size
         wanted = torch.addmm(weights[first:end], feedback[:first, first:end].T, errors[:first])
         top = wanted.abs().amax(0)
-        scale, up = (torch.where(top >= LEAST, wide, 0.0) for wide in (top / MOST_WEIGHT, MOST_WEIGHT / top))
+        most = _largest_integers(wanted, top)
+        scale, up = (torch.where(top >= LEAST, wide, 0.0) for wide in (top / most, most / top))
         scales.append(torch.where(top.isfinite(), scale, torch.nan))
         for i in range(first, end):
             target = wanted[i - first]
@@ -78,3 +79,14 @@ def _round_rows(turned: Tensor, feedback: Tensor, size: int) -> tuple[Tensor, Te
             errors[i] = weights[i] - integer * scale
             wanted[i + 1 - first :].addr_(feedback[i, i + 1 : end], errors[i])
     return values.T.contiguous(), torch.stack(scales, 1)
+
+
+def _largest_integers(weights: Tensor, top: Tensor) -> Tensor:
+    """What each column's largest weight becomes, as `linear_pack` chooses it: of some numbers the one that rounds best."""
+    best, least = torch.full_like(top, MOST_WEIGHT), torch.full_like(top, torch.inf)
+    for t in range(BYTE_TRIES):
+        most = MOST_WEIGHT - t / 2
+        error = (weights - (weights * (most / top)).round() * (top / most)).square().sum(0)
+        better = error < (0.999 * least if t else least)
+        best, least = torch.where(better, most, best), torch.where(better, error, least)
+    return best
