@@ -169,17 +169,23 @@ void Multiply(const float* x, int64_t x_stride, const uint8_t* panel, int rows, 
   });
 }
 
+// Few rows: the first groups fetch a whole step each, or half of one where a block is so long that it comes early enough.
+constexpr int LinesAStep(int rows, bool long_blocks) {
+  return rows <= kGroupRows ? 4 : rows > kFewRows ? 1 : long_blocks ? 2 : 4;
+}
+
 template <bool kValue>
 struct Constant { static constexpr bool value = kValue; };
 
-// Calls f(whether sums begin at zero, lines to fetch a step): none if nothing is left, four for few rows, else one.
+// Calls f(whether sums begin at zero, lines to fetch a step): none if nothing is left, else as many as LinesAStep says.
 template <typename F>
-inline void WithFetch(bool from_zero, bool left, int rows, F f) {
+inline void WithFetch(bool from_zero, bool left, int rows, bool long_blocks, F f) {
   const auto with_lines = [&](auto zero) {
     if (!left) f(zero, LinesAhead<0, false>{});
     else if (rows <= kGroupRows) f(zero, LinesAhead<4, false>{});
-    else if (rows <= kFewRows) f(zero, LinesAhead<4, true>{});
-    else f(zero, LinesAhead<1, true>{});
+    else if (rows > kFewRows) f(zero, LinesAhead<1, true>{});
+    else if (long_blocks) f(zero, LinesAhead<2, true>{});
+    else f(zero, LinesAhead<4, true>{});
   };
   if (from_zero) with_lines(Constant<true>{});
   else with_lines(Constant<false>{});
@@ -207,18 +213,19 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
   if (rows <= kGroupRows) {
     return DotGroup<true, LinesAhead<4, false>>(rows, x, x_stride, panel, steps, panel + kDotAhead * kStepBytes, acc);
   }
-  const bool few = rows <= kFewRows;
-  const int64_t l1 = L1CacheBytes(), block = l1 > 0 && l1 < kL1OfTwoBlocks ? kDotStepsOfL2 : kDotSteps;
+  const int64_t l1 = L1CacheBytes();
+  const bool long_blocks = l1 > 0 && l1 < kL1OfTwoBlocks;
+  const int64_t block = long_blocks ? kDotStepsOfL2 : kDotSteps, lines = LinesAStep(rows, long_blocks);
   for (int64_t s = 0; s < steps; s += block, panel += block * kStepBytes) {
     const int64_t count = steps - s < block ? steps - s : block;
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + count * kStepBytes + fetched;
-      WithFetch(s == 0, fetched < block * kStepBytes, rows, [&](auto from_zero, auto lines) {
+      WithFetch(s == 0, fetched < block * kStepBytes, rows, long_blocks, [&](auto from_zero, auto lines) {
         DotGroup<decltype(from_zero)::value, decltype(lines)>(size, x + first * x_stride + s, x_stride, panel,
                                                                      count, ahead, acc + first * kPanel);
       });
-      fetched += few ? count * kStepBytes : count * 64;
+      fetched += lines * count * 64;
     });
   }
 }
