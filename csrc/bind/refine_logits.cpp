@@ -6,7 +6,8 @@ namespace ttsk {
 namespace {
 
 void RefineLogitsOp(Tensor logits, const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float && logits.size(1) > 0,
+  STD_TORCH_CHECK(logits.dim() == 2 && logits.is_contiguous() && logits.scalar_type() == ScalarType::Float &&
+                      logits.size(1) > 0,
                   "logits must be contiguous float32 [rows, vocab]");
   STD_TORCH_CHECK(weight.dim() == 2 && weight.is_contiguous() && weight.size(0) == logits.size(1),
                   "weight must be contiguous [", logits.size(1), ", dim], got ", weight.size(0), " rows");

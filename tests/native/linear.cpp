@@ -123,7 +123,8 @@ void RunFixed(Checks& check, Random& random, int64_t rows, int64_t n, int64_t k,
   TTSK_SELECT(Linear)(p);
   const int64_t size = FixedGroups(form, k).size();
   const double half_w = 0.5001 / (words ? kMostWord : kMostByte - 0.5 * (kByteTries - 1));
-  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostByte), scale = words ? 1.0 : size == 128 ? 1.0 / 128 : 1.0 / 64;
+  const double half_x = 0.5001 / (words ? kMostRowOfWords : kMostByte);
+  const double scale = words ? 1.0 : size == 128 ? 1.0 / 128 : 1.0 / 64;
   for (int64_t r = 0; r < rows; ++r) {
     for (int64_t c = 0; c < n; ++c) {
       double sum = 0, error = 0;

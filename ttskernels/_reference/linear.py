@@ -81,7 +81,7 @@ def fixed_weight(weight: Tensor, form: str) -> tuple[Tensor, Tensor]:
 
 
 def linear_fixed(x: Tensor, values: Tensor, scales: Tensor, bias: Tensor | None, form: str) -> Tensor:
-    """The product in fixed point: exact sums of groups, scaled and added up as float32. x is turned for int8, as the weight is."""
+    """The product in fixed point: exact sums of groups, scaled and added up as float32. For int8 x is turned as the weight is."""
     size = group_size(x.shape[1], form)
     a, a_scales = fixed_groups(turn(x) if form == "int8" else x, MOST[form][1], size)
     w, w_scales = values.unflatten(1, (-1, size)), scales / turned_by(x.shape[1]) if form == "int8" else scales

@@ -10,8 +10,8 @@
 namespace ttsk {
 
 // Which are computed again: those at most kRefineReach below the row's largest, of more than kRefineMost the largest ones (of
-// equal ones the first). Each becomes x . weight in float32. A row with a logit that is not finite stays as it is. One row is one
-// task: its bits do not depend on the others, nor on the thread count.
+// equal ones the first). Each becomes x . weight in float32. A row with a logit that is not finite stays as it is. One row is
+// one task: its bits do not depend on the others, nor on the thread count.
 constexpr float kRefineReach = 3.0f;
 constexpr int64_t kRefineMost = 16;
 struct RefineLogitsParams {
