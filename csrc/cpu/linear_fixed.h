@@ -185,16 +185,17 @@ void FixedGroupRows(int rows, const FixedRows& x, int64_t row, int64_t group, co
 template <typename Form>
 void MultiplyFixed(const FixedRows& x, int64_t row, int rows, const uint8_t* panel, float* acc) {
   const int64_t steps = x.groups.size() / Form::kPerLane, block = x.groups.block_bytes(Form::kBytes ? 1 : 2);
+  const int lines = LinesAStep(rows, false);
   for (int64_t g = 0; g < x.groups.count; ++g, panel += block) {
     const float* scales = reinterpret_cast<const float*>(panel);
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + block + fetched * 64;
-      WithFetch(g == 0, fetched * 64 < block, rows, false, [&](auto from_zero, auto lines) {
-        FixedGroupRows<Form, decltype(from_zero)::value, decltype(lines)>(
+      WithFetch(g == 0, fetched * 64 < block ? lines : 0, rows, [&](auto from_zero, auto ahead_of_step) {
+        FixedGroupRows<Form, decltype(from_zero)::value, decltype(ahead_of_step)>(
             size, x, row + first, g, panel + kPanel * 4, scales, ahead, acc + first * kPanel);
       });
-      fetched += LinesAStep(rows, false) * steps;
+      fetched += lines * steps;
     });
   }
 }

@@ -177,15 +177,15 @@ constexpr int LinesAStep(int rows, bool long_blocks) {
 template <bool kValue>
 struct Constant { static constexpr bool value = kValue; };
 
-// Calls f(whether sums begin at zero, lines to fetch a step): none if nothing is left, else as many as LinesAStep says.
+// Calls f(whether sums begin at zero, what to fetch): `lines` a step, 0 or as many as LinesAStep says.
 template <typename F>
-inline void WithFetch(bool from_zero, bool left, int rows, bool long_blocks, F f) {
+inline void WithFetch(bool from_zero, int lines, int rows, F f) {
   const auto with_lines = [&](auto zero) {
-    if (!left) f(zero, LinesAhead<0, false>{});
-    else if (rows <= kGroupRows) f(zero, LinesAhead<4, false>{});
-    else if (rows > kFewRows) f(zero, LinesAhead<1, true>{});
-    else if (long_blocks) f(zero, LinesAhead<2, true>{});
-    else f(zero, LinesAhead<4, true>{});
+    if (lines == 0) f(zero, LinesAhead<0, false>{});
+    else if (lines == 1) f(zero, LinesAhead<1, true>{});
+    else if (lines == 2) f(zero, LinesAhead<2, true>{});
+    else if (rows > kGroupRows) f(zero, LinesAhead<4, true>{});
+    else f(zero, LinesAhead<4, false>{});
   };
   if (from_zero) with_lines(Constant<true>{});
   else with_lines(Constant<false>{});
@@ -215,14 +215,15 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
   }
   const int64_t l1 = L1CacheBytes();
   const bool long_blocks = l1 > 0 && l1 < kL1OfTwoBlocks;
-  const int64_t block = long_blocks ? kDotStepsOfL2 : kDotSteps, lines = LinesAStep(rows, long_blocks);
+  const int64_t block = long_blocks ? kDotStepsOfL2 : kDotSteps;
+  const int lines = LinesAStep(rows, long_blocks);
   for (int64_t s = 0; s < steps; s += block, panel += block * kStepBytes) {
     const int64_t count = steps - s < block ? steps - s : block;
     int64_t fetched = 0;
     ForGroups(rows, [&](int first, int size) {
       const uint8_t* ahead = panel + count * kStepBytes + fetched;
-      WithFetch(s == 0, fetched < block * kStepBytes, rows, long_blocks, [&](auto from_zero, auto lines) {
-        DotGroup<decltype(from_zero)::value, decltype(lines)>(size, x + first * x_stride + s, x_stride, panel,
+      WithFetch(s == 0, fetched < block * kStepBytes ? lines : 0, rows, [&](auto from_zero, auto ahead_of_step) {
+        DotGroup<decltype(from_zero)::value, decltype(ahead_of_step)>(size, x + first * x_stride + s, x_stride, panel,
                                                                      count, ahead, acc + first * kPanel);
       });
       fetched += lines * count * 64;

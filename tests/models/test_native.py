@@ -56,6 +56,21 @@ def test_prefill_in_pieces_is_the_same_bits(native, variant, dtype, kv):
         assert torch.equal(torch.cat([first, tree.run([node])]), whole), f"cut at {cut}"
 
 
+@pytest.mark.parametrize("variant", ["llama_smollm2", "llama"])  # tied, and a head of its own
+def test_the_likeliest_logits_of_an_int8_model_are_refined(native, variant):
+    """They are products of the head's own rows with the final norm's output; the others are not."""
+    model = native(variant, torch.float32, weights="int8")
+    _, _, logits = prefill(model, IDS)
+    tree = Tree(model)
+    hidden = tree.run([tree.forest.add(None, IDS)], output="hidden")
+    normed = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + model.config.rms_eps) * model.norm
+    off = (normed @ model.lm_head.T - logits).abs()
+    top, ids = logits.topk(16, 1)
+    likeliest = torch.zeros_like(off, dtype=torch.bool).scatter(1, ids[:, :8], top[:, :8] > top[:, :1] - 2.5)
+    assert off[likeliest].max() <= 2e-5 * logits.abs().max()
+    assert off[~likeliest].max() > 100 * off[likeliest].max()
+
+
 def test_auto_is_fixed_point_where_bf16_products_are_not_fast(native, isa):
     auto = "int16" if isa in ("avx2", "avx512", "avx512_vnni") else "float"
     assert native(kv="auto").config.kv_form == auto

@@ -39,19 +39,25 @@ def fixed_groups(x: Tensor, most: int, size: int, tries: int = 1) -> tuple[Tenso
     """Integers `[rows, groups, size]` (as float32) and scales `[rows, groups]`: x within half a scale, group by group. The
     largest value becomes `most`, or of `tries` numbers from there down, half a unit apart, the one that rounds best."""
     x = torch.nn.functional.pad(x.float(), (0, -x.shape[1] % size)).unflatten(1, (-1, size))
+    scales, up = group_scales(x, most, tries)
+    return (x * up[..., None]).round().nan_to_num(0.0, 0.0, 0.0), scales
+
+
+def group_scales(x: Tensor, most: int, tries: int) -> tuple[Tensor, Tensor]:
+    """Of groups `[..., size]`: their scales, and what rounds them when multiplied with it; 0 for groups of next to nothing, NaN
+    and 0 for one that is not finite."""
     finite = x.isfinite().all(-1)
-    x = torch.where(finite[..., None], x, 0.0)
-    top = x.abs().amax(-1)
+    top = torch.where(finite, x.abs().amax(-1), 0.0)
     scaled, least = top >= 1e-30, torch.full_like(top, torch.inf)
-    values, scales = torch.zeros_like(x), torch.zeros_like(top)
+    scales, ups = torch.zeros_like(top), torch.zeros_like(top)
     for t in range(tries):
         largest = torch.full_like(top, most - t / 2)  # a scalar's quotient would be rounded twice
-        rounded, scale = (x * (largest / top)[..., None]).round(), top / largest
-        error = (x - rounded * scale[..., None]).square().sum(-1)
+        scale, up = top / largest, largest / top
+        error = (x - (x * up[..., None]).round() * scale[..., None]).square().sum(-1)
         better = scaled & (error < 0.999 * least) if t else scaled
-        values = torch.where(better[..., None], rounded, values)
-        scales, least = torch.where(better, scale, scales), torch.where(better, error, least)
-    return values, torch.where(finite, scales, torch.nan)
+        scales, ups = torch.where(better, scale, scales), torch.where(better, up, ups)
+        least = torch.where(better, error, least)
+    return torch.where(finite, scales, torch.nan), ups
 
 
 def turn(x: Tensor) -> Tensor:

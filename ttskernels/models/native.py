@@ -31,7 +31,8 @@ _LAYER_WEIGHTS = (
 
 
 class NativeDecoder:
-    """Same interface and results (within rounding) as `PythonDecoder`. Weights are copied and packed once."""
+    """Same interface and results (within rounding) as `PythonDecoder`. Weights are copied and packed once; beside that
+    the vocabulary head is kept as it is, where one in int8 is refined."""
 
     def __init__(
         self,

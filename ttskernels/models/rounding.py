@@ -12,12 +12,11 @@ import math
 import torch
 from torch import Tensor
 
-from ttskernels._reference.linear import BYTE_TRIES, MOST, UNIT, group_size, turn, turned_by
+from ttskernels._reference.linear import BYTE_TRIES, MOST, UNIT, group_scales, group_size, turn, turned_by
 from ttskernels.ops.linear import Rounded
 
 DAMPING = 0.01  # of the mean second moment, added to each: the paper's
 ROWS = 16384  # rounded at a time; a vocabulary head has ten times as many
-LEAST = 1e-30  # a group whose largest weight is smaller becomes zeros, as in `linear_pack`
 MOST_WEIGHT = MOST["int8"][0]
 
 
@@ -68,10 +67,8 @@ def _round_rows(turned: Tensor, feedback: Tensor, size: int) -> tuple[Tensor, Te
     for first in range(0, len(weights), size):
         end = first + size
         wanted = torch.addmm(weights[first:end], feedback[:first, first:end].T, errors[:first])
-        top = wanted.abs().amax(0)
-        most = _largest_integers(wanted, top)
-        scale, up = (torch.where(top >= LEAST, wide, 0.0) for wide in (top / most, most / top))
-        scales.append(torch.where(top.isfinite(), scale, torch.nan))
+        scale, up = group_scales(wanted.T, MOST_WEIGHT, BYTE_TRIES)
+        scales.append(scale)
         for i in range(first, end):
             target = wanted[i - first]
             integer = (target * up).round().clamp(-MOST_WEIGHT, MOST_WEIGHT).nan_to_num(0.0)
@@ -79,14 +76,3 @@ def _round_rows(turned: Tensor, feedback: Tensor, size: int) -> tuple[Tensor, Te
             errors[i] = weights[i] - integer * scale
             wanted[i + 1 - first :].addr_(feedback[i, i + 1 : end], errors[i])
     return values.T.contiguous(), torch.stack(scales, 1)
-
-
-def _largest_integers(weights: Tensor, top: Tensor) -> Tensor:
-    """What each column's largest weight becomes, as `linear_pack` chooses it: of some numbers the one that rounds best."""
-    best, least = torch.full_like(top, MOST_WEIGHT), torch.full_like(top, torch.inf)
-    for t in range(BYTE_TRIES):
-        most = MOST_WEIGHT - t / 2
-        error = (weights - (weights * (most / top)).round() * (top / most)).square().sum(0)
-        better = error < (0.999 * least if t else least)
-        best, least = torch.where(better, most, best), torch.where(better, error, least)
-    return best

@@ -58,8 +58,9 @@ struct DecodeParams {
 
 class Decoder {
  public:
-  // Copies every weight (matrices packed); the caller's memory may go away. lm_head: no values for a model without one;
-  // tied embeddings pass the embedding. inv_freq: [head_dim / 2].
+  // Copies every weight (matrices packed); the caller's memory may go away, but for head_rows: the vocabulary head as it is,
+  // with which an int8 one is refined, or null. lm_head: no values for a model without one; tied embeddings pass the embedding.
+  // inv_freq: [head_dim / 2].
   Decoder(const DecoderShape& shape, const float* inv_freq, const void* embed, const void* final_norm,
           const Matrix& lm_head, const void* head_rows, const std::vector<LayerWeights>& layers);
 
@@ -96,7 +97,7 @@ class Decoder {
   DecoderShape shape_;
   std::vector<float> inv_freq_;
   Bytes embed_, final_norm_, lm_head_;
-  const void* head_rows_;  // [vocab, hidden] of the dtype, not owned: what refines an int8 head (or null)
+  const void* head_rows_;  // [vocab, hidden] of the dtype, not owned
   std::vector<Layer> layers_;
   std::vector<Bytes> scratch_;
 };
