@@ -224,7 +224,7 @@ inline void MultiplyDot(const float* x, int64_t x_stride, const uint8_t* panel, 
       const uint8_t* ahead = panel + count * kStepBytes + fetched;
       WithFetch(s == 0, fetched < block * kStepBytes ? lines : 0, rows, [&](auto from_zero, auto ahead_of_step) {
         DotGroup<decltype(from_zero)::value, decltype(ahead_of_step)>(size, x + first * x_stride + s, x_stride, panel,
-                                                                     count, ahead, acc + first * kPanel);
+                                                                      count, ahead, acc + first * kPanel);
       });
       fetched += lines * count * 64;
     });
