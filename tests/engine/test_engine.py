@@ -133,6 +133,32 @@ def test_counters_follow_the_tree(engine):
     assert counters.policy_flops > 0 and counters.verifier_flops > 0
 
 
+def test_counters_do_not_depend_on_when_children_are_asked_for(engine):
+    """Two requests for children of one prompt: the second before anything was computed, or after the first has ended."""
+    counted = []
+    for together in (True, False):
+        session = engine.open(prompts(3)[2], None, max_new_tokens=12)
+        ends: queue.SimpleQueue = queue.SimpleQueue()
+        both_asked = threading.Event()
+        if together:
+            engine._call(both_asked.wait)
+        for ordinal in (0, 1):
+            engine.branch(
+                session, session.root, key=9, ordinals=[ordinal], path_key=(), sampling=Sampling(1.0), max_step_tokens=12,
+                max_length=10**6, on_step=lambda o, end: ends.put(end),
+            )  # fmt: skip
+            if not together:
+                assert ends.get(timeout=60).ids
+        if together:
+            both_asked.set()
+            assert ends.get(timeout=60).ids and ends.get(timeout=60).ids
+        c, length = session.counters, len(session.root.ids)
+        counted.append((c.policy_decoded, c.policy_prefilled, c.policy_reused))
+        assert counted[-1][1:] == (length, length)
+        engine.close(session)
+    assert counted[0] == counted[1]
+
+
 def test_closing_in_the_middle_frees_everything(engine):
     session = engine.open(PROMPT, PROMPT, max_new_tokens=200)
     started = threading.Event()

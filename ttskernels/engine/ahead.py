@@ -80,11 +80,10 @@ class Ahead:
             branch.ahead = False
         return branch
 
-    def claim(self, parent: Node) -> int:
-        """Somebody asks to continue this node: nothing more is begun below it. How many of its tokens were computed for us."""
+    def claim(self, parent: Node) -> None:
+        """Somebody asks to continue this node: nothing more is begun below it, and its tokens are no longer ours alone."""
         self._forget_parent(parent)
-        computed = self._uncached.pop(parent, 0)
-        return computed if parent.cached == len(parent.ids) else 0
+        self._uncached.pop(parent, None)
 
     def branches(self) -> list[Branch]:
         return [branch for children in self._children.values() for branch in children.values()]
@@ -101,9 +100,10 @@ class Ahead:
                 counters, tokens = branch.session.counters, len(branch.node.ids)
                 counters.policy_decoded -= tokens
                 counters.policy_speculated += tokens
-                if not children and parent.cached == len(parent.ids):
+                if not children and parent.seen == len(parent.ids):
                     flushed = self._uncached.get(parent, 0)
                     counters.policy_prefilled -= flushed
+                    counters.policy_reused += flushed
                     counters.policy_speculated += flushed
                 self.forest.release(branch.node)
             if not children:
@@ -129,7 +129,7 @@ class Ahead:
         parent = wish.parent
         if parent not in self._children:
             self._children[parent] = {}
-            self._uncached[parent] = 0 if parent.children else len(parent.ids) - parent.cached  # 0: asked for already
+            self._uncached[parent] = 0 if parent.children else len(parent.ids) - parent.seen  # 0: asked for already
         child = self.forest.fork(parent, 1)[0]
         session.policy_nodes.add(child)
         branch = Branch(

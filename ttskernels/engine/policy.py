@@ -58,8 +58,7 @@ class PolicyRunner:
         max_steps: int,
     ) -> list[Branch]:
         """The children of a node that somebody asks for: those begun ahead, and new ones. They still have to be added."""
-        length = self.forest.length(parent)
-        uncached = sum(len(n.ids) - n.cached for n in self.forest.path(parent)) + self.ahead.claim(parent)  # once, for all
+        self.ahead.claim(parent)
         begun = {o: self.ahead.take(parent, o, decoding) for o in ordinals} if max_steps == 1 else {}
         missing = [o for o in ordinals if begun.get(o) is None]
         for ordinal, node in zip(missing, self.forest.fork(parent, len(missing)), strict=True):
@@ -68,7 +67,7 @@ class PolicyRunner:
                 session, node, child_key(key, ordinal), (*path_key, ordinal), decoding.sampling, decoding.max_step_tokens,
                 decoding.max_length, max_steps,
             )  # fmt: skip
-        session.counters.policy_reused += len(ordinals) * length - uncached
+        session.counters.policy_reused += len(ordinals) * self.forest.length(parent)  # less what is prefilled for them
         return [begun[o] for o in ordinals]
 
     def add(self, branch: Branch) -> None:
@@ -199,6 +198,7 @@ class PolicyRunner:
             else:
                 new = max(0, first + n - max(node.seen, first))
                 counters.policy_prefilled += new
+                counters.policy_reused -= new
                 counters.policy_recomputed += n - new
                 counters.prefill_seconds += seconds * n / total
             node.cached = max(node.cached, first + n)
@@ -282,7 +282,7 @@ class PolicyRunner:
         if more:
             child = self.forest.fork(node, 1)[0]
             branch.session.policy_nodes.add(child)
-            branch.session.counters.policy_reused += node.pos0 + node.cached
+            branch.session.counters.policy_reused += node.pos0 + len(node.ids)
             self.forest.release(node)
             branch.node, branch.key, branch.state, branch.logprob = child, child_key(branch.key, 0), 0, 0.0
             branch.path_key = (*branch.path_key, 0)

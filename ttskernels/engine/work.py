@@ -26,7 +26,8 @@ class Sampling:
 @dataclass
 class Counters:
     """What a session cost. Tokens are counted once per forward row; `reused` are prefix tokens that did not have
-    to be computed for a branch or a score job because another one has them; seconds of a shared batch are split by rows."""
+    to be computed for a branch or a score job because another one had them (a branch counts those evicted since as well);
+    seconds of a shared batch are split by rows."""
 
     policy_prefilled: int = 0
     policy_decoded: int = 0
