@@ -1,9 +1,10 @@
 # make solve | test | bench | peers | gpu-compile: each sets up .venv by itself; gpu uses PYTHON as it is.
-# PIP_ARGS passes options to pip; PYTHON picks the interpreter.
+# PIP_ARGS passes options to pip; PYTHON picks the interpreter; WORKERS processes run the tests, each with all threads.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 PIP_ARGS ?=
+WORKERS ?= 2
 PROBLEM ?=
 PART ?= tests
 TRITON ?=
@@ -32,7 +33,7 @@ solve: setup
 
 test: build
 	$(BIN)/python -m ttskernels
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest tests -n $(WORKERS) --dist worksteal $(ARGS)
 	$(BIN)/python -m pytest bench --benchmark-disable $(ARGS)
 
 bench: build
