@@ -11,6 +11,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -101,7 +102,9 @@ class BuildCpp(build_ext):
 
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")
-        objects = compile_units(all_units(), Path(self.build_temp), cxx, [ROOT / "setup.py"])
+        # pip has a build_temp of its own: one place, so that `pip install -e` and build_ext compile once.
+        out = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+        objects = compile_units(all_units(), out, cxx, [ROOT / "setup.py"])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Write beside and rename: a process that has the old library mapped keeps it intact.
         fresh = target.with_suffix(".tmp")
