@@ -11,7 +11,6 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -19,7 +18,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT / "csrc"))
-from units import Unit, compile_units, cpu_units  # noqa: E402
+from units import OBJECTS, Unit, compile_units, cpu_units  # noqa: E402
 
 
 def torch_flags() -> list[str]:
@@ -102,9 +101,7 @@ class BuildCpp(build_ext):
 
     def compile_and_link(self, target: Path) -> None:
         cxx = os.environ.get("CXX", "g++")
-        # pip has a build_temp of its own: one place, so that `pip install -e` and build_ext compile once.
-        out = ROOT / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
-        objects = compile_units(all_units(), out, cxx, [ROOT / "setup.py"])
+        objects = compile_units(all_units(), OBJECTS, cxx, [ROOT / "setup.py"])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Write beside and rename: a process that has the old library mapped keeps it intact.
         fresh = target.with_suffix(".tmp")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
+import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 CSRC = Path(__file__).resolve().parent
+# Object files of the extension, wherever setuptools or pip would put them: compiled once, and linked by the kernel tests too.
+OBJECTS = CSRC.parent / "build" / f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq"]
 VNNI = [*AVX512, "-mavx512vnni"]

@@ -5,14 +5,13 @@ import platform
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
-from units import ALIASES, ISA_FLAGS, Unit, compile_units, cpu_units  # noqa: E402
+from units import ALIASES, ISA_FLAGS, OBJECTS, Unit, compile_units, cpu_units  # noqa: E402
 
 HERE = Path(__file__).parent
 LIBRARIES = Path("/usr/aarch64-linux-gnu")  # of the cross compiler, for qemu
@@ -22,8 +21,7 @@ CROSS = {"compiler g++-aarch64-linux-gnu": "aarch64-linux-gnu-g++", "emulator qe
 def program(machine: str, cxx: str) -> Path:
     """The test program for a machine; objects that are up to date are kept, and are here those of the extension."""
     out = ROOT / "build" / "native" / ALIASES.get(machine, machine)
-    here = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"  # as setuptools names it
-    library = ROOT / "build" / here if machine == platform.machine() else out
+    library = OBJECTS if machine == platform.machine() else out
     objects = compile_units(cpu_units(machine), library, cxx)
     tests = [Unit(source, f"test.{source.stem}", []) for source in sorted(HERE.glob("*.cpp"))]
     objects += compile_units(tests, out, cxx, HERE.glob("*.h"))
