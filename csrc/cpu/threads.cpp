@@ -90,7 +90,7 @@ class Team {
     while (started_ < threads) {
       if (!Start()) return false;
     }
-    body_ = body, context_ = context, count_ = threads;
+    body_ = body, context_ = context;
     cpus_[0].store(CurrentCpu(), std::memory_order_relaxed);
     sequence_ = (sequence_ + 1) & 0xffffff;
     region_.store(sequence_ << 8 | static_cast<uint32_t>(threads));  // before the look for sleepers that notify has
@@ -105,7 +105,7 @@ class Team {
 
   void Barrier(const Member& me) {
     const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (!Arrive()) WaitChange(phase_, phase, me.index, 0, me.count);
+    if (!Arrive(me.count)) WaitChange(phase_, phase, me.index, 0, me.count);
   }
 
  private:
@@ -114,9 +114,9 @@ class Team {
     return slot;
   }
 
-  // True for the last one.
-  bool Arrive() {
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < static_cast<uint32_t>(count_)) return false;
+  // True for the last of `count`. Once counted, a thread reads nothing of the region: the next one may have begun.
+  bool Arrive(int count) {
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < static_cast<uint32_t>(count)) return false;
     arrived_.store(0, std::memory_order_relaxed);
     phase_.fetch_add(1);
     phase_.notify_all();
@@ -192,7 +192,7 @@ class Team {
         moved = std::chrono::steady_clock::now();
       }
       body_(context_, Member(index, count));
-      Arrive();
+      Arrive(count);
     }
   }
 
@@ -201,7 +201,6 @@ class Team {
   uint32_t sequence_ = 0;
   void (*body_)(void*, const Member&) = nullptr;
   void* context_ = nullptr;
-  int count_ = 0;
   alignas(64) Word region_{0};  // sequence number and threads of the region
   alignas(64) Word arrived_{0};
   alignas(64) Word phase_{0};

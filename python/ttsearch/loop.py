@@ -9,14 +9,31 @@ from collections.abc import Coroutine
 from contextlib import contextmanager, suppress
 from typing import Any
 
+# A signal that comes just before a blocking call, or to another thread, is seen by Python only when that call ends.
+_LOOK_SECONDS = 0.2
+
 
 def run_sync(coroutine: Coroutine[Any, Any, Any]) -> Any:
     """The coroutine's result. Ctrl-C cancels it; a result it answers the cancellation with is returned."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
-        return asyncio.run(coroutine)  # turns SIGINT into a cancellation of the coroutine
+        return asyncio.run(_awake(coroutine))  # turns SIGINT into a cancellation of the coroutine
     return _run_in_thread(coroutine)
+
+
+async def _awake(coroutine: Coroutine[Any, Any, Any]) -> Any:
+    """The coroutine, in a loop that never sleeps for long: nothing else may wake it for a Ctrl-C."""
+
+    async def look():
+        while True:
+            await asyncio.sleep(_LOOK_SECONDS)
+
+    looking = asyncio.ensure_future(look())
+    try:
+        return await coroutine
+    finally:
+        looking.cancel()
 
 
 def _run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
@@ -42,7 +59,8 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
     with _plain_sigint():  # before the thread starts: a Ctrl-C in between would go to the caller's loop, which we block
         try:
             thread.start()
-            ended.wait()  # not thread.join(): interrupted, it may take the thread for dead
+            while not ended.wait(_LOOK_SECONDS):  # not thread.join(): interrupted, it may take the thread for dead
+                pass
         except KeyboardInterrupt:
             if not started.wait(5):  # nothing has begun
                 raise

@@ -58,13 +58,19 @@ def test_unknown_strategy():
         solve("1+1?", backend=ScriptedBackend(script), strategy="best")
 
 
-def interrupt_when_waiting(backend):
-    """Send this process a Ctrl-C once the scripted engine hangs."""
+def interrupt_when_waiting(backend, unseen=False):
+    """Send this process a Ctrl-C once the scripted engine hangs. `unseen`: in a way that wakes no blocking call, as one
+    that comes just before the call does not.
+    """
 
     def watch():
         while not (backend.opened and backend.opened[-1].waiting.is_set()):
             threading.Event().wait(0.01)
-        os.kill(os.getpid(), signal.SIGINT)
+        if unseen:
+            threading.Event().wait(0.05)  # now the main thread blocks
+            signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        else:
+            os.kill(os.getpid(), signal.SIGINT)
 
     threading.Thread(target=watch, daemon=True).start()
 
@@ -73,11 +79,12 @@ def early(key):  # one path of the first step is already finished
     return ("\\boxed{7}", 0.9, "boxed") if key == (1,) else ("s\n\n", 0.5)
 
 
+@pytest.mark.parametrize("unseen", [False, True])
 @pytest.mark.parametrize("inside_a_loop", [False, True])
 @pytest.mark.parametrize("strategy", ["beam_search", "dvts"])
-def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop, sigint):
+def test_ctrl_c_returns_what_is_finished(strategy, inside_a_loop, unseen, sigint):
     backend = ScriptedBackend(early, options={"pause_after": 2})
-    interrupt_when_waiting(backend)
+    interrupt_when_waiting(backend, unseen)
 
     async def notebook():
         return solve("1+1?", backend=backend, strategy=strategy, n=8, width=2)
