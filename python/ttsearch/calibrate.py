@@ -31,7 +31,7 @@ def calibrate(
 
     with friendly_errors():
         ids = None if texts is None else read_ids(texts, field, source, base)
-        with progress_bar("layers", err) as progress:
+        with progress_bar(err) as progress:
             file = run(source, torch_dtype(dtype), texts=ids, base=base, progress=progress)
     out.print(f"kept as {file}; use it with --weights calibrated", highlight=False, markup=False, soft_wrap=True)
 

@@ -321,7 +321,7 @@ def score(
             weights=weights, kv=kv,
         )
         try:
-            with progress_bar("solutions", err) as progress:
+            with progress_bar(err, "solutions") as progress:
                 scored = score_steps(
                     problems, solutions, loaded, separator=separator.replace("\\n", "\n"), results=results,
                     concurrency=concurrency, progress=progress,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console, Group
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.text import Text
 from rich.tree import Tree
@@ -31,21 +31,31 @@ def progress_line(progress: Progress) -> Text:
 
 
 @contextmanager
-def progress_bar(what: str, console: Console) -> Iterator[Callable[[int, int], None]]:
-    """Something to call with (done, total): a bar on a terminal, a line every few seconds elsewhere."""
+def progress_bar(console: Console, what: str = "") -> Iterator[Callable[..., None]]:
+    """Something to call with (done, total), and of what if not always the same: a bar for each on a terminal, a line every
+    few seconds elsewhere.
+    """
     if console.is_terminal:
-        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+        )  # fmt: skip
         with Bar(*columns, console=console) as bar:
-            task = bar.add_task(what, total=None)
-            yield lambda done, total: bar.update(task, completed=done, total=total)
+            tasks: dict[str, TaskID] = {}
+
+            def move(done: int, total: int, what: str = what) -> None:
+                if what not in tasks:
+                    tasks[what] = bar.add_task(what)
+                bar.update(tasks[what], completed=done, total=total)
+
+            yield move
         return
     last = -PROGRESS_SECONDS
 
-    def line(done: int, total: int) -> None:
+    def line(done: int, total: int, what: str = what) -> None:
         nonlocal last
         if done == total or time.monotonic() - last >= PROGRESS_SECONDS:
             last = time.monotonic()
-            console.print(f"{done} of {total} {what}", highlight=False)
+            console.print(f"{done:,} of {total:,} {what}", highlight=False)
 
     yield line
 

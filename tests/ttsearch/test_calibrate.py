@@ -1,6 +1,7 @@
 """`ttsearch calibrate`, and a search with what it made."""
 
 import json
+import re
 
 import pytest
 from ttsearch.calibrate import LONGEST, TOKENS, read_ids
@@ -33,7 +34,9 @@ def run(*args, code=0):
 def test_a_search_with_calibrated_weights(cpu_extension, texts, tmp_path):
     search = ("solve", PROBLEM, "--n", 8, "--weights", "calibrated", "--json")
     assert "make it once: ttsearch calibrate" in run(*search, code=2)
-    assert "use it with --weights calibrated" in run("calibrate", policy_path())
+    result = CliRunner().invoke(app, ["calibrate", str(policy_path())])
+    assert "use it with --weights calibrated" in result.stdout and "layers" in result.stderr
+    assert re.search(r"([\d,]+) of \1 tokens", result.stderr)
     assert "it has a score head" in run("calibrate", verifier_path(), code=2)
     run("calibrate", verifier_path(), "--texts", texts)
     assert len(list((tmp_path / "cache" / "int8").iterdir())) == 2

@@ -1,5 +1,6 @@
 """The command line over a scripted backend."""
 
+import io
 import json
 import os
 import threading
@@ -7,9 +8,11 @@ import threading
 import pytest
 import torch
 import ttsearch.backend
+from rich.console import Console
 from scripted import ScriptedBackend
 from ttsearch.cli import DEMO_PROMPT, app
 from ttsearch.demo import verifier_path
+from ttsearch.show import progress_bar
 from typer.testing import CliRunner
 
 runner = CliRunner()
@@ -203,3 +206,12 @@ def test_score_cuts_at_a_separator_and_says_what_it_could_not_score(prm, tmp_pat
     assert "does not exist" in " ".join(missing.stderr.split())
     unknown = run(*command[:4], "--prm-family", "nobody", "--results", "r.jsonl", code=2)
     assert "PRM family must be one of" in " ".join(unknown.stderr.split())
+
+
+def test_a_bar_for_each_thing_that_is_counted():
+    console = Console(file=io.StringIO(), force_terminal=True, width=100)
+    with progress_bar(console) as progress:
+        for step in ((2, 4, "tokens"), (4, 4, "tokens"), (1, 3, "layers")):
+            progress(*step)
+    shown = console.file.getvalue()
+    assert all(word in shown for word in ("tokens", "4/4", "layers", "1/3"))

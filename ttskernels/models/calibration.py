@@ -26,8 +26,9 @@ from ttskernels.ops.linear import Rounded
 
 TEXTS, TOKENS = 32, 256  # the model's own, and the length of each
 FIRST = "self_attn.k_proj"  # of a layer's matrices
+ITERATIONS = 16  # of writing, between reports and looks for a Ctrl-C
 
-Progress = Callable[[int, int], None]  # (layers done, layers)
+Progress = Callable[[int, int, str], None]  # (done, total, of what)
 
 
 def calibrate(
@@ -47,7 +48,8 @@ def calibrate(
         source, dtype, base: as in `load_model`.
         texts: token ids, all read at once: memory grows with them, 8,192 are enough. None: 32 texts of 256 tokens that the
             model writes itself, at temperature 1.
-        progress: called at the beginning of every layer, and at the end.
+        progress: called with how many of all "tokens" are written, now and then, and of all "layers" rounded, at the
+            beginning of every layer; each at its end, too.
     Returns:
         The file.
     Raises:
@@ -59,14 +61,16 @@ def calibrate(
     if texts is None:
         if not checkpoint.keeps_lm_head:
             raise ValueError(f"texts must hold token ids for {source}, got None: it has a score head, and writes no text itself")
-        texts = own_texts(checkpoint)
+        texts = own_texts(checkpoint, progress=progress)
     texts = [list(ids)[: checkpoint.config.max_positions] for ids in texts if len(ids)]
     if not texts:
         raise ValueError("texts must hold token ids, got none")
     return keep_calibration(checkpoint, _observe(checkpoint, texts, progress))
 
 
-def own_texts(checkpoint: Checkpoint, texts: int = TEXTS, tokens: int = TOKENS) -> list[list[int]]:
+def own_texts(
+    checkpoint: Checkpoint, texts: int = TEXTS, tokens: int = TOKENS, progress: Progress | None = None
+) -> list[list[int]]:
     """Token ids that a language model samples at temperature 1, with keys 0, 1, ..., from its first token on."""
     config = checkpoint.config
     model = Model(checkpoint, *make_decoder(checkpoint, "auto", True, weights="float"))
@@ -77,13 +81,18 @@ def own_texts(checkpoint: Checkpoint, texts: int = TEXTS, tokens: int = TOKENS) 
     nodes = [forest.add(None, [first]) for _ in range(texts)]
     forest.reserve(nodes, length)
     plan = build_plan(forest, [(node, 0, 1) for node in nodes], model.heads)
+    ids, states = torch.full((texts,), first, dtype=torch.int32), torch.zeros(texts, dtype=torch.int32)
+    keys, params = torch.arange(texts), torch.tensor([[1.0, 0, 1, 0]]).repeat(texts, 1)
+    never_ends = torch.zeros(1, config.vocab, dtype=torch.int32)
     written, logprobs = torch.zeros(length, texts, dtype=torch.int32), torch.zeros(length, texts)
-    done = model.decode(
-        torch.full((texts,), first, dtype=torch.int32), plan, pool, torch.arange(texts),
-        torch.tensor([[1.0, 0, 1, 0]]).repeat(texts, 1), torch.zeros(1, config.vocab, dtype=torch.int32),
-        torch.zeros(texts, dtype=torch.int32), written, logprobs,
-    )  # fmt: skip
-    return [[first, *ids] for ids in written[:done].T.tolist()]
+    for at in range(0, length, ITERATIONS):
+        part = slice(at, at + ITERATIONS)
+        if at:
+            plan.advance()
+        model.decode(ids, plan, pool, keys, params, never_ends, states, written[part], logprobs[part])
+        if progress is not None:
+            progress(min(at + ITERATIONS, length) * texts, length * texts, "tokens")
+    return [[first, *ids] for ids in written.T.tolist()]
 
 
 def _first_token(checkpoint: Checkpoint) -> int:
@@ -108,7 +117,7 @@ def _observe(checkpoint: Checkpoint, texts: list[list[int]], progress: Progress 
     rows = torch.arange(len(ids), dtype=torch.int32)
     observer.forward(ids.int(), plan, pool, None, rows, "logits" if checkpoint.keeps_lm_head else "hidden")
     if progress is not None:
-        progress(config.layers, config.layers)
+        progress(config.layers, config.layers, "layers")
     return observer.rounded
 
 
@@ -123,7 +132,7 @@ class _Observer(PythonDecoder):
 
     def _linear(self, layer: int, name: str, x: Tensor) -> Tensor:
         if self.progress is not None and name == FIRST:
-            self.progress(layer, self.config.layers)
+            self.progress(layer, self.config.layers, "layers")
         if is_calibrated(weight := f"model.layers.{layer}.{name}.weight"):
             self._round(weight, x)
         return super()._linear(layer, name, x)

@@ -76,7 +76,7 @@ class ProcessRewardModel:
         answers = [str(conversation[-1]["content"]) for conversation in conversations]
         questions = [question(conversation[:-1]) for conversation in conversations]
         solutions = [[[answer]] if method == "model" else [answer] for answer in answers]
-        with progress_bar("conversations", Console(stderr=True)) if use_tqdm else nullcontext() as progress:
+        with progress_bar(Console(stderr=True), "conversations") if use_tqdm else nullcontext() as progress:
             scored = score_steps(questions, solutions, self.verifier, separator=step_sep, progress=progress)
         results = []
         for i, (result,) in enumerate(scored):
