@@ -6,6 +6,10 @@
 #include <cstdint>
 #include <cstring>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include "bits.h"
 #if defined(__AVX512F__)
 #include "vec_avx512.h"
@@ -81,6 +85,27 @@ inline void StoreTail(T* p, Vec v, int n) {
   T lanes[kLanes];
   StoreAs(lanes, v);
   std::memcpy(p, lanes, sizeof(T) * n);
+}
+
+// StoreAs past the caches, for what is read only when they have lost it: no line is fetched to be overwritten. p at a multiple
+// of the vector's bytes; other threads see it after a StreamFence.
+template <typename T>
+inline void StreamAs(T* p, Vec v) {
+#if defined(__AVX2__)
+  alignas(32) T lanes[kLanes];
+  StoreAs(lanes, v);
+  const auto* from = reinterpret_cast<const __m256i*>(lanes);
+  for (size_t i = 0; i < sizeof(lanes) / 32; ++i) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, _mm256_load_si256(from + i));
+  }
+#else
+  StoreAs(p, v);
+#endif
+}
+inline void StreamFence() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
 }
 
 }  // namespace ttsk::TTSK_ISA

@@ -23,7 +23,8 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
                     static_cast<long long>(s.n), static_cast<long long>(s.k), NameOf(s.x), NameOf(s.weight), NameOf(s.y),
                     static_cast<int>(s.epilogue));
   const bool swiglu = s.epilogue == LinearEpilogue::kSwiGlu, biased = random.Chance(0.7);
-  const int64_t width = swiglu ? s.n / 2 : s.n, x_stride = s.k + random.Below(4), y_stride = width + random.Below(4);
+  const int64_t width = swiglu ? s.n / 2 : s.n, x_stride = s.k + random.Below(4);
+  const int64_t y_stride = width + random.Below(4) * (width % 32 == 0 && random.Chance(0.5) ? 32 : 1);  // whole lines, or not
   Array x(s.x, s.rows * x_stride), weight = Array::Normal(s.weight, s.n * s.k, random), y(s.y, s.rows * y_stride);
   Array bias = Array::Normal(DType::kFloat32, s.n, random), before(s.y, s.rows * width);
   for (int64_t r = 0; r < s.rows; ++r) {
@@ -74,7 +75,8 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
         want = dot(r, c, c, &error);
         if (s.epilogue == LinearEpilogue::kAdd) want += before.Get(r * width + c);
       }
-      check.Near(r * width + c, y.Get(r * y_stride + c), want, error + (Rounding(s.y) + kEps) * std::fabs(want) + 1e-30);
+      const double least = s.y == DType::kFloat16 ? 0x1p-25 : 1e-30;  // half a step between denormal numbers
+      check.Near(r * width + c, y.Get(r * y_stride + c), want, error + (Rounding(s.y) + kEps) * std::fabs(want) + least);
     }
     for (int64_t c = width; c < y_stride; ++c) check.Equal(c, y.Get(r * y_stride + c), kNan);
   }
@@ -170,6 +172,12 @@ TTSK_TEST(linear) {
       s.epilogue = random.Pick({LinearEpilogue::kStore, LinearEpilogue::kAdd, LinearEpilogue::kSwiGlu});
       if (s.epilogue == LinearEpilogue::kSwiGlu) s.n = random.Pick<int64_t>({64, 128});
       RunCase(check, random, s);
+    }
+  }
+  for (const DType y : {DType::kFloat32, DType::kFloat16, DType::kBFloat16}) {  // large ones are written past the caches
+    for (int i = 0; i < 3; ++i) {
+      RunCase(check, random, {1100, 512, 3, y, y, y, LinearEpilogue::kStore});
+      RunCase(check, random, {1100, 1024, 3, y, y, y, LinearEpilogue::kSwiGlu});
     }
   }
   RunCase(check, random, {400, 70, 33, DType::kBFloat16, DType::kBFloat16, DType::kFloat32, LinearEpilogue::kStore});

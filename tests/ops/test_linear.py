@@ -39,6 +39,17 @@ def test_linear(isa, rows, n, k, dtype):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_large_outputs_are_those_of_few_rows(isa, dtype, form):
+    """Written past the caches, and read by other threads at once."""
+    x, weight, bias = make(1100, 512, 20, dtype)
+    packed = linear_pack(weight, form=form, impl="cpu")
+    few = torch.cat([linear(part, packed, bias) for part in x.split(50)])
+    for _ in range(3):
+        assert torch.equal(linear(x, packed, bias), few)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [257, 576])
 def test_row_alone_equals_row_in_any_batch(isa, k, dtype, form):
     x, weight, bias = make(397, 150, k, dtype)

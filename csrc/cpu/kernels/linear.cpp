@@ -12,20 +12,31 @@ namespace {
 
 // A task is one panel times a block of rows; x is converted a chunk of rows at a time.
 constexpr int kChunkRows = 384;
+// Bytes of y from which a core's caches lose it before it is read: logits of a batch, a prompt's activations.
+constexpr int64_t kStreamBytes = 1 << 20;
 
 template <typename T, typename F>
-inline void WriteRow(T* y, int columns, F value) {
+inline void WriteRow(T* y, int columns, bool stream, F value) {
   for (int c = 0; c < columns; c += kLanes) {
-    if (columns - c >= kLanes) {
-      StoreAs(y + c, value(c, kLanes));
-    } else {
+    if (columns - c < kLanes) {
       StoreTail(y + c, value(c, columns - c), columns - c);
+    } else if (stream) {
+      StreamAs(y + c, value(c, kLanes));
+    } else {
+      StoreAs(y + c, value(c, kLanes));
     }
   }
 }
 
+// Whether y is large, and every panel's rows are whole lines of it; what is added to is read anyway.
+bool Streams(const LinearParams& p) {
+  const int64_t size = SizeOf(p.y_dtype), columns = p.epilogue == LinearEpilogue::kSwiGlu ? p.n / 2 : p.n;
+  const bool lines = (reinterpret_cast<uintptr_t>(p.y) | static_cast<uintptr_t>(p.y_stride * size)) % 64 == 0;
+  return lines && p.n % kPanel == 0 && p.epilogue != LinearEpilogue::kAdd && p.rows * columns * size > kStreamBytes;
+}
+
 template <typename T>
-void Epilogue(const LinearParams& p, const float* acc, int64_t row, int rows, int64_t panel) {
+void Epilogue(const LinearParams& p, bool stream, const float* acc, int64_t row, int rows, int64_t panel) {
   const int64_t column = panel * kPanel;
   const int columns = static_cast<int>(p.n - column < kPanel ? p.n - column : kPanel);
   const float* bias = p.bias == nullptr ? nullptr : p.bias + column;
@@ -36,18 +47,18 @@ void Epilogue(const LinearParams& p, const float* acc, int64_t row, int rows, in
     };
     T* y = static_cast<T*>(p.y) + (row + r) * p.y_stride;
     if (p.epilogue == LinearEpilogue::kSwiGlu) {
-      WriteRow(y + column / 2, kPanel / 2, [&](int c, int) {
+      WriteRow(y + column / 2, kPanel / 2, stream, [&](int c, int) {
         const Vec gate = biased(c, kLanes), up = biased(c + kPanel / 2, kLanes);
         const Vec one = Broadcast(1.0f);
         return Mul(Div(gate, Add(one, Exp(Sub(Zero(), gate)))), up);
       });
     } else if (p.epilogue == LinearEpilogue::kAdd) {
       T* to = y + column;
-      WriteRow(to, columns, [&](int c, int n) {
+      WriteRow(to, columns, false, [&](int c, int n) {
         return Add(n == kLanes ? LoadAs(to + c) : LoadTail(to + c, n), biased(c, n));
       });
     } else {
-      WriteRow(y + column, columns, biased);
+      WriteRow(y + column, columns, stream, biased);
     }
   }
 }
@@ -69,6 +80,7 @@ struct Job {
   int64_t x_stride;      // of the converted rows
   int64_t step_count, panel_bytes;
   FixedRows fixed;       // of the converted rows, for fixed-point weights
+  bool stream;           // y past the caches
 };
 
 bool IsFixed(const LinearParams& p) { return p.form != LinearForm::kFloat; }
@@ -109,9 +121,9 @@ void RunTask(const Job& job, const float* x, int64_t row, int64_t chunk_row, int
   if (p.form == LinearForm::kInt16) MultiplyFixed<Int16Form>(job.fixed, chunk_row, rows, w, acc);
   else if (p.form == LinearForm::kInt8) MultiplyFixed<Int8Form>(job.fixed, chunk_row, rows, w, acc);
   else MultiplyPanel(p.weight_dtype, job.dot, x, job.x_stride, w, rows, job.step_count, acc);
-  if (p.y_dtype == DType::kFloat32) return Epilogue<float>(p, acc, row, rows, panel);
-  if (p.y_dtype == DType::kFloat16) return Epilogue<Fp16>(p, acc, row, rows, panel);
-  Epilogue<Bf16>(p, acc, row, rows, panel);
+  if (p.y_dtype == DType::kFloat32) return Epilogue<float>(p, job.stream, acc, row, rows, panel);
+  if (p.y_dtype == DType::kFloat16) return Epilogue<Fp16>(p, job.stream, acc, row, rows, panel);
+  Epilogue<Bf16>(p, job.stream, acc, row, rows, panel);
 }
 
 // Blocks of a chunk's rows, small enough for at least eight tasks a thread, and the order of tasks: all blocks of a panel, so
@@ -154,7 +166,7 @@ void Linear(const LinearParams& p) {
   const int64_t f = PackFactor(p.weight_dtype), steps = (p.k + f - 1) / f;
   const FixedGroups groups(p.form, p.k);
   const int64_t panel_bytes = LinearPackedBytes(kPanel, p.k, p.weight_dtype, p.form);
-  Job job{&p, false, (p.k + 1) / 2 * 2, steps, panel_bytes, {nullptr, nullptr, nullptr, groups, 0}};
+  Job job{&p, false, (p.k + 1) / 2 * 2, steps, panel_bytes, {nullptr, nullptr, nullptr, groups, 0}, Streams(p)};
   if (IsFixed(p)) {
     const int64_t most = p.rows < kChunkRows ? p.rows : kChunkRows;
     float* scales = reinterpret_cast<float*>(static_cast<int16_t*>(p.workspace) + most * groups.count * groups.size());
@@ -201,6 +213,7 @@ void Linear(const LinearParams& p) {
         }
       }
     }
+    if (job.stream) StreamFence();
   });
 }
 
