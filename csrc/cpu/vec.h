@@ -6,10 +6,6 @@
 #include <cstdint>
 #include <cstring>
 
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
-
 #include "bits.h"
 #if defined(__AVX512F__)
 #include "vec_avx512.h"

@@ -59,20 +59,24 @@ def _run_in_thread(coroutine: Coroutine[Any, Any, Any]) -> Any:
     with _plain_sigint():  # before the thread starts: a Ctrl-C in between would go to the caller's loop, which we block
         try:
             thread.start()
-            while not ended.wait(_LOOK_SECONDS):  # not thread.join(): interrupted, it may take the thread for dead
-                pass
+            _wait(ended)  # not thread.join(): interrupted, it may take the thread for dead
         except KeyboardInterrupt:
             if not started.wait(5):  # nothing has begun
                 raise
             if "loop" in outcome:
                 with suppress(RuntimeError):  # the loop has just ended by itself
                     outcome["loop"].call_soon_threadsafe(outcome["task"].cancel)
-            ended.wait()
+            _wait(ended)
     if "error" in outcome:
         if isinstance(outcome["error"], asyncio.CancelledError):
             raise KeyboardInterrupt
         raise outcome["error"]
     return outcome["result"]
+
+
+def _wait(event: threading.Event) -> None:
+    while not event.wait(_LOOK_SECONDS):
+        pass
 
 
 @contextmanager

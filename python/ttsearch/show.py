@@ -40,7 +40,7 @@ def progress_bar(console: Console, what: str = "") -> Iterator[Callable[..., Non
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
         )  # fmt: skip
         with Bar(*columns, console=console) as bar:
-            tasks: dict[str, TaskID] = {}
+            tasks: dict[str, TaskID] = {what: bar.add_task(what, total=None)} if what else {}
 
             def move(done: int, total: int, what: str = what) -> None:
                 if what not in tasks:

@@ -76,7 +76,8 @@ void RunCase(Checks& check, Random& random, const Shape& s) {
         if (s.epilogue == LinearEpilogue::kAdd) want += before.Get(r * width + c);
       }
       const double least = s.y == DType::kFloat16 ? 0x1p-25 : 1e-30;  // half a step between denormal numbers
-      check.Near(r * width + c, y.Get(r * y_stride + c), want, error + (Rounding(s.y) + kEps) * std::fabs(want) + least);
+      const double rounding = std::max((Rounding(s.y) + kEps) * std::fabs(want), least);
+      check.Near(r * width + c, y.Get(r * y_stride + c), want, error + rounding);
     }
     for (int64_t c = width; c < y_stride; ++c) check.Equal(c, y.Get(r * y_stride + c), kNan);
   }

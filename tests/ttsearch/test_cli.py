@@ -215,3 +215,7 @@ def test_a_bar_for_each_thing_that_is_counted():
             progress(*step)
     shown = console.file.getvalue()
     assert all(word in shown for word in ("tokens", "4/4", "layers", "1/3"))
+    console.file = io.StringIO()
+    with progress_bar(console, "solutions"):
+        pass
+    assert "solutions" in console.file.getvalue(), "shown before the first is done"

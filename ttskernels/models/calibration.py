@@ -48,8 +48,8 @@ def calibrate(
         source, dtype, base: as in `load_model`.
         texts: token ids, all read at once: memory grows with them, 8,192 are enough. None: 32 texts of 256 tokens that the
             model writes itself, at temperature 1.
-        progress: called with how many of all "tokens" are written, now and then, and of all "layers" rounded, at the
-            beginning of every layer; each at its end, too.
+        progress: called with how many of all "tokens" are written and of all "layers" rounded: at the beginning, now and
+            then or at every layer, and at the end.
     Returns:
         The file.
     Raises:
@@ -87,11 +87,13 @@ def own_texts(
     written, logprobs = torch.zeros(length, texts, dtype=torch.int32), torch.zeros(length, texts)
     for at in range(0, length, ITERATIONS):
         part = slice(at, at + ITERATIONS)
+        if progress is not None:
+            progress(at * texts, length * texts, "tokens")
         if at:
             plan.advance()
         model.decode(ids, plan, pool, keys, params, never_ends, states, written[part], logprobs[part])
-        if progress is not None:
-            progress(min(at + ITERATIONS, length) * texts, length * texts, "tokens")
+    if progress is not None:
+        progress(length * texts, length * texts, "tokens")
     return [[first, *ids] for ids in written.T.tolist()]
 
 
