@@ -92,7 +92,7 @@ inline PlanCosts RandomCosts(Random& random, int64_t group) {
   const double workers = random.Pick({1.0, 2.0, 5.0}), queues = random.Chance(0.5) ? 1.0 : workers;
   return {random.Pick({0.1, 2.0, 50.0}), random.Pick({0.001, 0.1}), random.Pick({0.0001, 0.01}), random.Pick({0.001, 0.5}),
           random.Pick({0.5, 20.0}), static_cast<double>(group), 6, std::max(1.0, std::floor(192.0 / group)), 2, workers,
-          4 * workers, queues, 0, queues == 1.0 && random.Chance(0.7)};
+          4 * workers, queues, 0, queues == 1.0 && random.Chance(0.7) ? 1.0 : 0.0};
 }
 
 // A plan buffer as ttskernels/kv/plan_layout.py lays it out.
