@@ -108,7 +108,8 @@ class BuildCpp(build_ext):
         import torch
 
         libs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"]  # found by name: already loaded
-        command = [cxx, "-shared", "-pthread", *map(str, objects), "-o", str(fresh), "-Wl,--exclude-libs,ALL", *libs]
+        hide = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
+        command = [cxx, "-shared", "-pthread", *map(str, objects), "-o", str(fresh), *hide, *libs]
         subprocess.run(command, check=True)
         fresh.replace(target)
 

@@ -10,7 +10,7 @@ replicated KV, `folded` SDPA with the query group folded into q_len, `flex` Flex
 with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the
 ratio shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
 nodes of max(flops / peak, KV bytes / read bandwidth), over our time, both as measured before the shape (the peak: the best so far
-of the products which the first method is made of: float32 multiply-adds, or pairs of bf16 (avx512_bf16) or int16 (fixed-point
+of the products which the first method is made of: float32 multiply-adds, or pairs of bf16 (*_bf16) or int16 (fixed-point
 pages)). A round waits while multiply-adds run at less than 85 % of their best rate: other guests of the machine then have half a
 core.
 """
@@ -96,7 +96,7 @@ def torch_call(case, method: str):
 
 
 def product_gflops(method: str, peak: dict[str, float]) -> float:
-    pairs = method in FIXED or _dispatch.isa_name() == "avx512_bf16"
+    pairs = method in FIXED or _dispatch.isa_name().endswith("_bf16")
     return peak["dot_gflops" if pairs else "fma_gflops"]
 
 

@@ -22,7 +22,7 @@ ISA_FLAGS = {
     "x86_64": {
         "portable": [], "avx2": AVX2, "avx512": AVX512, "avx512_vnni": VNNI, "avx512_bf16": [*VNNI, "-mavx512bf16"]
     },
-    "aarch64": {"portable": [], "neon": ["-DTTSK_NEON"]},
+    "aarch64": {"portable": [], "neon": ["-DTTSK_NEON"], "neon_bf16": ["-DTTSK_NEON", "-march=armv8.2-a+bf16+i8mm"]},
 }
 ALIASES = {"AMD64": "x86_64", "arm64": "aarch64"}
 COMMON = [

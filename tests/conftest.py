@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 from ttskernels import _dispatch  # noqa: E402
 
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16")
 X86 = platform.machine() in ("x86_64", "AMD64")
 
 

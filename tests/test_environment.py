@@ -47,4 +47,4 @@ def test_unsupported_isa_falls_back_and_says_so(cpu_extension):
         env={**os.environ, "TTSK_CPU_ISA": "avx9000"}, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert "TTSK_CPU_ISA=avx9000 is not one of" in done.stderr
-    assert done.stdout.strip() in {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"}
+    assert done.stdout.strip() in {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16"}

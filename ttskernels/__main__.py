@@ -18,14 +18,14 @@ from ttskernels import _dispatch
 from ttskernels.kv import cpu_machine
 
 SETTINGS = {
-    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_vnni | avx512_bf16 | neon: force an instruction-set level",
+    "TTSK_CPU_ISA": "portable | avx2 | avx512 | avx512_vnni | avx512_bf16 | neon | neon_bf16: force an instruction-set level",
     "TTSK_NUM_THREADS": "threads of the CPU kernels",
     "TTSK_L1_KB": "size of a first-level data cache, else as the system tells: blocks of bf16 weights; no result depends on it",
     "TTSK_DISABLE_CPP": "1: run on the reference implementation",
     "TTSK_CACHE": "folder of converted GGUF checkpoints, calibrated weights and the planner's constants",
     "TTSK_MACHINE": "default, or a file with the planner's constants; else they are measured once",
 }
-ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon")
+ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16")
 
 
 def report() -> list[tuple[str, str]]:

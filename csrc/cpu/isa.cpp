@@ -1,6 +1,11 @@
 #include "ttskernels/isa.h"
 
 #include <unistd.h>
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
 
 #include <atomic>
 #include <cstdio>
@@ -10,7 +15,27 @@
 namespace ttsk {
 namespace {
 
-constexpr const char* kNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon"};
+constexpr const char* kNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16"};
+
+#if defined(__aarch64__)
+// Products of bf16 pairs and of bytes.
+bool HasBf16AndI8mm() {
+#if defined(__linux__)
+  constexpr unsigned long kBoth = HWCAP2_BF16 | HWCAP2_I8MM;
+  return (getauxval(AT_HWCAP2) & kBoth) == kBoth;
+#elif defined(__APPLE__)
+  constexpr const char* kBoth[] = {"hw.optional.arm.FEAT_BF16", "hw.optional.arm.FEAT_I8MM"};
+  for (const char* feature : kBoth) {
+    int has = 0;
+    size_t size = sizeof(has);
+    if (sysctlbyname(feature, &has, &size, nullptr, 0) != 0 || has == 0) return false;
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+#endif
 
 Isa BestForThisCpu() {
 #if defined(__x86_64__)
@@ -20,6 +45,7 @@ Isa BestForThisCpu() {
   if (CpuSupports(Isa::kAvx512)) return Isa::kAvx512;
   if (CpuSupports(Isa::kAvx2)) return Isa::kAvx2;
 #endif
+  if (CpuSupports(Isa::kNeonBf16)) return Isa::kNeonBf16;
   return CpuSupports(Isa::kNeon) ? Isa::kNeon : Isa::kPortable;
 }
 
@@ -31,8 +57,8 @@ Isa FromEnvironment() {
   }
   const Isa best = BestForThisCpu();
   std::fprintf(stderr,
-               "ttskernels: TTSK_CPU_ISA=%s is not one of portable, avx2, avx512, avx512_vnni, avx512_bf16, neon that this CPU supports; "
-               "using %s\n",
+               "ttskernels: TTSK_CPU_ISA=%s is not one of portable, avx2, avx512, avx512_vnni, avx512_bf16, neon, "
+               "neon_bf16 that this CPU supports; using %s\n",
                wanted, IsaName(best));
   return best;
 }
@@ -56,6 +82,7 @@ bool CpuSupports(Isa isa) {
   if (isa == Isa::kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
 #elif defined(__aarch64__)
   if (isa == Isa::kNeon) return true;  // part of the architecture
+  if (isa == Isa::kNeonBf16) return HasBf16AndI8mm();
 #endif
   return isa == Isa::kPortable;
 }
@@ -91,7 +118,7 @@ __attribute__((visibility("default"))) const char* ttsk_isa_name() { return ttsk
 __attribute__((visibility("default"))) int ttsk_isa_supported(int level) {
   return level >= 0 && level < ttsk::kNumIsas && ttsk::CpuSupports(static_cast<ttsk::Isa>(level));
 }
-// 1 if `level` (0 portable .. 5 neon) is now in use, 0 if this CPU lacks it.
+// 1 if `level` (in order of Isa) is now in use, 0 if this CPU lacks it.
 __attribute__((visibility("default"))) int ttsk_set_isa(int level) {
   return level >= 0 && level < ttsk::kNumIsas && ttsk::SetIsa(static_cast<ttsk::Isa>(level));
 }

@@ -39,7 +39,7 @@ struct Int16Form {
 
 // StoreX: a unit of values; returns its share of what a sum begins with.
 // Weights are kept plus kByteZero, as unsigned bytes: a sum begins with -kByteZero times the sum of its x.
-#if defined(__AVX512VNNI__)
+#if defined(TTSK_DOT_QUADS)
 struct Int8Form {
   using X = int8_t;
   static constexpr bool kBytes = true;

@@ -98,7 +98,7 @@ void Strip(const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps
   }
 }
 
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 // The same with x as bf16 pairs (stored in the float workspace, one pair per 4 bytes). Meanwhile Fetched lines a step come in,
 // from `ahead` on.
 template <int kRows, bool kFromZero, typename Fetched>
@@ -191,18 +191,19 @@ inline void WithFetch(bool from_zero, int lines, int rows, F f) {
   else with_lines(Constant<false>{});
 }
 
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 template <bool kFromZero, typename Fetched>
 void DotGroup(int rows, const float* x, int64_t x_stride, const uint8_t* panel, int64_t steps, const uint8_t* ahead,
               float* acc) {
-  static_assert(kStripVecs * kLanes == kPanel);
-  switch (rows) {
-    case 1: return DotStrip<1, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
-    case 2: return DotStrip<2, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
-    case 3: return DotStrip<3, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
-    case 4: return DotStrip<4, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
-    case 5: return DotStrip<5, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
-    default: return DotStrip<6, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc);
+  for (int c = 0; c < kPanel; c += kStripVecs * kLanes, panel += kStripVecs * 64, acc += kStripVecs * kLanes) {
+    switch (rows) {
+      case 1: DotStrip<1, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+      case 2: DotStrip<2, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+      case 3: DotStrip<3, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+      case 4: DotStrip<4, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+      case 5: DotStrip<5, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+      default: DotStrip<6, kFromZero, Fetched>(x, x_stride, panel, steps, ahead, acc); break;
+    }
   }
 }
 
@@ -270,7 +271,7 @@ inline void MultiplyPanel(DType dtype, bool dot, const float* x, int64_t x_strid
   const bool direct = rows <= kDirectGroups * kGroupRows;
   if (dtype == DType::kFloat32) {
     Multiply<Float32Panel>(x, x_stride, panel, rows, steps, acc);
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
   } else if (dot) {
     MultiplyDot(x, x_stride, panel, rows, steps, acc);
 #endif

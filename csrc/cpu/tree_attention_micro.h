@@ -48,7 +48,7 @@ struct WidenPairs : PlainFloat {
   static constexpr int kPack = 2, kSteps = 2;
   static Operand Wide(const Bf16* p, int step) { return step == 0 ? Even(LoadPairs(p)) : Odd(LoadPairs(p)); }
 };
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 struct PairDot {
   using Element = Bf16;
   using Query = Bf16;
@@ -70,7 +70,7 @@ struct PairDot {
 template <typename T> struct Modes;
 template <> struct Modes<float> { using InPlace = PlainFloat; using Copied = PlainFloat; };
 template <> struct Modes<Fp16> { using InPlace = WidenHalf; using Copied = PlainFloat; };
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 template <> struct Modes<Bf16> { using InPlace = PairDot; using Copied = PairDot; };
 #else
 template <> struct Modes<Bf16> { using InPlace = WidenPairs; using Copied = PlainFloat; };

@@ -58,7 +58,7 @@ inline void TakeWeight(const float* s, const float* m, float* weights, Vec* sum)
   Store(weights, e);
   *sum = Add(*sum, e);
 }
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 inline void TakeWeight(const float* s, const float* m, Bf16* weights, Vec* sum) { Exp2Bf16(s, m, weights, sum); }
 #endif
 
@@ -124,8 +124,8 @@ struct Deferred<Bf16> {
 #endif
 
 // Takes the weights of rows of scores over some blocks, and adds them to the denominators. Weights may be `scores`.
-template <typename M>
-void TakeWeights(const float* scores, int rows, int blocks, const RowsOf& of, float* weights, Deferred<float>*) {
+template <typename M, typename E>
+void TakeWeights(const float* scores, int rows, int blocks, const RowsOf& of, E* weights, Deferred<E>*) {
   for (int r = 0; r < rows; ++r, scores += M::kTile, weights += M::kTile) {
     Vec sum = Load(of.sums + r * kLanes);
     for (int j = 0; j < blocks; ++j) TakeWeight(scores + j * kBlock, &of.state[r].m, weights + j * kBlock, &sum);

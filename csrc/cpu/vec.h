@@ -1,6 +1,7 @@
 // Vec: sixteen float lanes at every instruction-set level, so a kernel is written once and the order of every
 // reduction is the same at each level. Included by csrc/cpu/kernels/*.cpp only, which are compiled once per level
 // with TTSK_ISA set; those files use no std:: templates (an AVX-512 copy of one could be linked into portable code).
+// TTSK_DOT_PAIRS: the level has products of bf16 pairs (DotPairs); TTSK_DOT_QUADS: of four bytes (Quads).
 #pragma once
 
 #include <cstdint>
@@ -57,6 +58,14 @@ inline Vec Exp2(Vec x) {
   return SelectLess(x, least, Zero(), ScaleByPow2(p, n));
 #endif
 }
+#if defined(TTSK_DOT_PAIRS) && !defined(__AVX512F__)
+// e = 2^(s - m); sum += e, `to` = bf16 of e.
+inline void Exp2Bf16(const float* s, const float* m, void* to, Vec* sum) {
+  const Vec e = Exp2(Sub(Load(s), Broadcast(*m)));
+  StoreBf16(static_cast<uint16_t*>(to), e);
+  *sum = Add(*sum, e);
+}
+#endif
 constexpr float kLog2e = 1.44269504088896341f;
 inline Vec Exp(Vec x) { return Exp2(Mul(x, Broadcast(kLog2e))); }
 

@@ -78,6 +78,7 @@ inline Pairs LoadPairs(const void* p) { return {LoadOnce(p)}; }
 inline Vec Even(Pairs a) { return {_mm512_castsi512_ps(_mm512_slli_epi32(a.v, 16))}; }
 inline Vec Odd(Pairs a) { return {_mm512_castsi512_ps(_mm512_and_si512(a.v, _mm512_set1_epi32(0xffff0000)))}; }
 #if defined(__AVX512BF16__)
+#define TTSK_DOT_PAIRS
 // acc + even * even + odd * odd in one instruction (denormals flushed). Twice the rate of two FMAs on AMD Zen 4.
 inline Vec DotPairs(Vec acc, Pairs a, Pairs b) {
   asm("vdpbf16ps %2, %1, %0" : "+v"(acc.v) : "v"(a.v), "v"(b.v));  // gcc 12 loads a again for every use of the intrinsic
@@ -137,6 +138,7 @@ inline Ints DotWords(Ints acc, Words a, Words b) {
 #endif
 }
 #if defined(__AVX512VNNI__)
+#define TTSK_DOT_QUADS
 // Sixteen times four bytes. acc + the four products of an unsigned and a signed byte each, exact as long as it fits.
 struct Quads { __m512i v; };
 inline Quads LoadQuads(const uint8_t* p) { return {LoadOnce(p)}; }

@@ -62,6 +62,11 @@ inline Vec SelectLess(Vec a, Vec b, Vec x, Vec y) { TTSK_QUADS(vbslq_f32(vcltq_f
 
 inline Vec LoadBf16(const uint16_t* p) { TTSK_QUADS(vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p + 4 * i), 16))) }
 inline Vec LoadFp16(const uint16_t* p) { TTSK_QUADS(vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)))) }
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+inline void StoreBf16(uint16_t* p, Vec a) {
+  for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_bf16(vcvt_bf16_f32(a.q[i])));
+}
+#else
 inline void StoreBf16(uint16_t* p, Vec a) {
   for (int i = 0; i < 4; ++i) {
     const uint32x4_t bits = vreinterpretq_u32_f32(a.q[i]);
@@ -71,6 +76,7 @@ inline void StoreBf16(uint16_t* p, Vec a) {
     vst1_u16(p + 4 * i, vshrn_n_u32(vbslq_u32(vceqq_f32(a.q[i], a.q[i]), rounded, quiet), 16));
   }
 }
+#endif
 inline void StoreFp16(uint16_t* p, Vec a) {
   for (int i = 0; i < 4; ++i) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(a.q[i])));
 }
@@ -79,6 +85,12 @@ struct Pairs { uint32x4_t q[4]; };
 inline Pairs LoadPairs(const void* p) { TTSK_QUADS(vld1q_u32(static_cast<const uint32_t*>(p) + 4 * i)) }
 inline Vec Even(Pairs a) { TTSK_QUADS(vreinterpretq_f32_u32(vshlq_n_u32(a.q[i], 16))) }
 inline Vec Odd(Pairs a) { TTSK_QUADS(vreinterpretq_f32_u32(vandq_u32(a.q[i], vdupq_n_u32(0xffff0000u)))) }
+#if defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+#define TTSK_DOT_PAIRS
+inline bfloat16x8_t PairQuad(uint32x4_t a) { return vreinterpretq_bf16_u32(a); }
+inline Vec DotPairs(Vec acc, Pairs a, Pairs b) { TTSK_QUADS(vbfdotq_f32(acc.q[i], PairQuad(a.q[i]), PairQuad(b.q[i]))) }
+inline Pairs BroadcastPair(uint32_t pair) { TTSK_QUADS((void(i), vdupq_n_u32(pair))) }
+#endif
 
 struct Ints { int32x4_t q[4]; };
 struct Words { int16x8_t q[4]; };
@@ -106,6 +118,30 @@ inline Ints MaxMagnitude(Ints most, Vec a) {
 inline int32_t ReduceMax(Ints a) {
   return vmaxvq_s32(vmaxq_s32(vmaxq_s32(a.q[0], a.q[1]), vmaxq_s32(a.q[2], a.q[3])));
 }
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+#define TTSK_DOT_QUADS
+struct Quads { uint32x4_t q[4]; };
+inline Quads LoadQuads(const uint8_t* p) { TTSK_QUADS(vreinterpretq_u32_u8(vld1q_u8(p + 16 * i))) }
+inline Quads BroadcastQuads(const int8_t* four) {
+  TTSK_QUADS((void(i), vdupq_n_u32(*reinterpret_cast<const uint32_t*>(four))))
+}
+inline Ints DotQuads(Ints acc, Quads a, Quads b) {
+  TTSK_QUADS(vusdotq_s32(acc.q[i], vreinterpretq_u8_u32(a.q[i]), vreinterpretq_s8_u32(b.q[i])))
+}
+inline int32_t StoreQuads(int8_t* p, const Vec* v) {
+  const auto words = [](float32x4_t a) __attribute__((always_inline)) { return vmovn_s32(vcvtnq_s32_f32(a)); };
+  constexpr uint8_t kTurned[16] = {0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15};
+  int32_t sum = 0;
+  for (int i = 0; i < 4; ++i) {
+    const int16x8_t low = vcombine_s16(words(v[i].q[0]), words(v[i].q[1]));
+    const int16x8_t high = vcombine_s16(words(v[i].q[2]), words(v[i].q[3]));
+    const int8x16_t bytes = vcombine_s8(vmovn_s16(low), vmovn_s16(high));
+    vst1q_s8(p + 16 * i, vqtbl1q_s8(bytes, vld1q_u8(kTurned)));
+    sum += vaddlvq_s8(bytes);
+  }
+  return sum;
+}
+#endif
 inline int16x8_t SixteenBytes(const uint8_t* p) { return vreinterpretq_s16_u8(vld1q_u8(p)); }
 inline Words EvenBytes(const uint8_t* p) { TTSK_QUADS(vandq_s16(SixteenBytes(p + 16 * i), vdupq_n_s16(255))) }
 inline Words OddBytes(const uint8_t* p) {

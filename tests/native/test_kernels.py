@@ -68,4 +68,4 @@ def test_aarch64_under_qemu():
             pytest.skip(f"no cross {what} ({command})")
     output = run(["qemu-aarch64", "-L", LIBRARIES, program("aarch64", "aarch64-linux-gnu-g++")], TTSK_EMULATED="1")
     levels = {line.split()[0] for line in output.splitlines()[:-1]}
-    assert levels == {"portable", "neon"} and output.splitlines()[-1] == f"{2 * TESTS} passed, 0 failed"
+    assert levels == {"portable", "neon", "neon_bf16"} and output.splitlines()[-1] == f"{3 * TESTS} passed, 0 failed"

@@ -63,7 +63,8 @@ void RunCase(Checks& check, Random& random, const Options& o) {
   p.sinks = sunk ? sinks.floats() : nullptr;
   TTSK_SELECT(TreeAttention)(p);
 
-  const bool rounded_weights = ActiveIsa() == Isa::kAvx512Bf16 && o.type == DType::kBFloat16;
+  const bool pair_dots = ActiveIsa() == Isa::kAvx512Bf16 || ActiveIsa() == Isa::kNeonBf16;
+  const bool rounded_weights = pair_dots && o.type == DType::kBFloat16;
   for (int64_t r = 0; r < rows; ++r) {
     const int32_t pos = tree.row_pos[r], first = p.window > 0 ? std::max(0, pos + 1 - p.window) : 0;
     for (int64_t h = 0; h < o.q_heads; ++h) {

@@ -76,7 +76,7 @@ void Widen(const T* x, int64_t k, float* out) {
 
 struct Job {
   const LinearParams* p;
-  bool dot;              // bf16 dot products on pairs (avx512_bf16 level, bf16 x)
+  bool dot;              // bf16 dot products on pairs (a level with such products, bf16 x)
   int64_t x_stride;      // of the converted rows
   int64_t step_count, panel_bytes;
   FixedRows fixed;       // of the converted rows, for fixed-point weights
@@ -172,7 +172,7 @@ void Linear(const LinearParams& p) {
     float* scales = reinterpret_cast<float*>(static_cast<int16_t*>(p.workspace) + most * groups.count * groups.size());
     job.fixed = {p.workspace, scales, reinterpret_cast<int32_t*>(scales + most * groups.count), groups, most};
   }
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
   job.dot = !IsFixed(p) && p.weight_dtype == DType::kBFloat16 && p.x_dtype == DType::kBFloat16;
   if (job.dot) job.x_stride = steps;
 #endif

@@ -29,6 +29,8 @@ inline void Keep(Operand& v) {
   asm volatile("" : "+v"(v.v));
 #elif defined(__AVX2__)
   asm volatile("" : "+x"(v.lo), "+x"(v.hi));
+#elif defined(TTSK_NEON)
+  asm volatile("" : "+w"(v.q[0]), "+w"(v.q[1]), "+w"(v.q[2]), "+w"(v.q[3]));
 #else
   asm volatile("" : "+m"(v));
 #endif
@@ -71,7 +73,7 @@ double PeakFmaGflops() {
   return Peak(2.0 * kLanes, Broadcast(1.0f), Broadcast(1.0f), [](Vec a, Vec b) { return Fma(a, b, Zero()); });
 }
 
-#if defined(__AVX512BF16__)
+#if defined(TTSK_DOT_PAIRS)
 double PeakDotGflops() {
   return Peak(4.0 * kLanes, Zero(), BroadcastPair(0), [](Vec a, Pairs b) { return DotPairs(a, b, b); });
 }
@@ -84,7 +86,7 @@ double PeakWordsGflops() {
   return Peak(4.0 * kLanes, ZeroInts(), BroadcastWords(pair), [](Ints a, Words b) { return DotWords(a, b, b); });
 }
 
-#if defined(__AVX512VNNI__)
+#if defined(TTSK_DOT_QUADS)
 double PeakBytesGflops() {
   const int8_t four[4] = {1, 1, 1, 1};
   return Peak(8.0 * kLanes, ZeroInts(), BroadcastQuads(four), [](Ints a, Quads b) { return DotQuads(a, b, b); });

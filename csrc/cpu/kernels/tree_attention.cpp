@@ -111,7 +111,7 @@ struct Kernel {
         }
         if constexpr (kFixed) {
           if (above) MoveMaxima<M>(scores, MR, first, last, rows, scores);
-          TakeWeights<M>(scores, MR, blocks, rows, scores, nullptr);
+          TakeWeights<M>(scores, MR, blocks, rows, scores, static_cast<Deferred<float>*>(nullptr));
           FixWeights(scores, MR, blocks, tile.v_scale, tile.finite, MostWeight(p.form), weights, s.weight_scale + at);
         } else {
           if (above) MoveMaxima<M>(scores, MR, first, last, rows, weights);

@@ -5,8 +5,8 @@
 
 namespace ttsk {
 
-enum class Isa : int { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kNeon = 5 };
-constexpr int kNumIsas = 6;
+enum class Isa : int { kPortable, kAvx2, kAvx512, kAvx512Vnni, kAvx512Bf16, kNeon, kNeonBf16 };
+constexpr int kNumIsas = 7;
 
 // The level in use: TTSK_CPU_ISA if set and supported by this CPU, else the best one measured for its vendor
 // (see docs/decisions.md: on Intel, vdpbf16ps has half the flop rate of fp32 FMA, so avx512 is chosen there).
@@ -38,10 +38,14 @@ int64_t L1CacheBytes();
   namespace avx512_vnni { __VA_ARGS__ } \
   namespace avx512_bf16 { __VA_ARGS__ }
 #elif defined(__aarch64__)
-#define TTSK_SELECT(fn) (::ttsk::ActiveIsa() == ::ttsk::Isa::kNeon ? ::ttsk::neon::fn : ::ttsk::portable::fn)
+#define TTSK_SELECT(fn)                                                     \
+  (::ttsk::ActiveIsa() == ::ttsk::Isa::kNeonBf16 ? ::ttsk::neon_bf16::fn    \
+   : ::ttsk::ActiveIsa() == ::ttsk::Isa::kNeon   ? ::ttsk::neon::fn         \
+                                                 : ::ttsk::portable::fn)
 #define TTSK_DECLARE_PER_ISA(...)    \
   namespace portable { __VA_ARGS__ } \
-  namespace neon { __VA_ARGS__ }
+  namespace neon { __VA_ARGS__ }     \
+  namespace neon_bf16 { __VA_ARGS__ }
 #else
 #define TTSK_SELECT(fn) (::ttsk::portable::fn)
 #define TTSK_DECLARE_PER_ISA(...) namespace portable { __VA_ARGS__ }
