@@ -35,6 +35,7 @@ COMMON = [
     "-Wno-maybe-uninitialized",
     "-Wno-uninitialized",
     "-Wno-psabi",
+    "-Wno-unknown-warning-option",  # clang has other names
     "-ffp-contract=off",
     f"-I{CSRC / 'include'}",
     f"-I{CSRC / 'cpu'}",

@@ -2,8 +2,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
+#include "bits.h"
 #include "ttskernels/dtype.h"
 
 namespace ttsk {
@@ -11,19 +11,8 @@ namespace ttsk {
 inline float ElementAsFloat(const void* data, int64_t i, DType dtype) {
   if (dtype == DType::kFloat32) return static_cast<const float*>(data)[i];
   const uint16_t bits = static_cast<const uint16_t*>(data)[i];
-  if (dtype == DType::kFloat16) {
-#if defined(__aarch64__)
-    __fp16 half;  // gcc 12 has no _Float16 there
-#else
-    _Float16 half;
-#endif
-    std::memcpy(&half, &bits, 2);
-    return static_cast<float>(half);
-  }
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float f;
-  std::memcpy(&f, &wide, 4);
-  return f;
+  if (dtype == DType::kFloat16) return TTSK_ISA::HalfToFloat(bits);
+  return TTSK_ISA::BitsToFloat(static_cast<uint32_t>(bits) << 16);
 }
 
 }  // namespace ttsk

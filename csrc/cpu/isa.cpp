@@ -1,7 +1,9 @@
 #include "ttskernels/isa.h"
 
 #include <unistd.h>
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__aarch64__) && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -17,7 +19,17 @@ namespace {
 
 constexpr const char* kNames[kNumIsas] = {"portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16"};
 
-#if defined(__aarch64__)
+#if defined(__x86_64__)
+// clang 14 knows no names of these.
+bool HasF16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+bool HasAvx512Bf16() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a & bit_AVX512BF16) != 0;
+}
+#elif defined(__aarch64__)
 // Products of bf16 pairs and of bytes.
 bool HasBf16AndI8mm() {
 #if defined(__linux__)
@@ -72,14 +84,14 @@ std::atomic<int>& Active() {
 
 bool CpuSupports(Isa isa) {
 #if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && HasF16c();
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   if (isa == Isa::kAvx2) return avx2;
   if (isa == Isa::kAvx512) return avx512;
   const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni");
   if (isa == Isa::kAvx512Vnni) return vnni;
-  if (isa == Isa::kAvx512Bf16) return vnni && __builtin_cpu_supports("avx512bf16");
+  if (isa == Isa::kAvx512Bf16) return vnni && HasAvx512Bf16();
 #elif defined(__aarch64__)
   if (isa == Isa::kNeon) return true;  // part of the architecture
   if (isa == Isa::kNeonBf16) return HasBf16AndI8mm();

@@ -48,13 +48,6 @@ inline float ReduceAdd(Vec a) {
   return a.v[0];
 }
 
-inline float HalfToFloat(uint16_t h) {
-  const uint32_t sign = static_cast<uint32_t>(h & 0x8000) << 16, exponent = (h >> 10) & 31, mantissa = h & 0x3ff;
-  if (exponent == 31) return BitsToFloat(sign | 0x7f800000u | (mantissa << 13));
-  if (exponent != 0) return BitsToFloat(sign | ((exponent + 112) << 23) | (mantissa << 13));
-  const float value = static_cast<float>(mantissa) * 5.9604644775390625e-8f;  // 2^-24
-  return sign != 0 ? -value : value;
-}
 inline uint16_t FloatToHalf(float f) {
   const uint32_t bits = FloatToBits(f), magnitude = bits & 0x7fffffffu;
   const uint16_t sign = static_cast<uint16_t>((bits >> 16) & 0x8000);

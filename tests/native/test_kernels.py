@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "csrc"))
-from units import ALIASES, ISA_FLAGS, OBJECTS, Unit, compile_units, cpu_units  # noqa: E402
+from units import ALIASES, COMMON, ISA_FLAGS, OBJECTS, Unit, compile_units, cpu_units  # noqa: E402
 
 HERE = Path(__file__).parent
 TESTS = 13  # of the program, at each level
@@ -58,6 +58,16 @@ def test_a_forced_level_is_the_one_that_runs(native):
     assert [line.split()[:2] for line in output.splitlines()[:-1]] == [["portable", "rms_norm"], ["portable", "philox"]]
     nothing = subprocess.run([native, "--isa", "none"], capture_output=True, text=True)
     assert nothing.returncode == 1 and nothing.stdout == "0 passed, 0 failed\n"
+
+
+@pytest.mark.slow
+def test_clang_understands_the_sources():
+    """Of every level, without a warning."""
+    if shutil.which("clang++") is None:
+        pytest.skip("no clang++")
+    command = ["clang++", *COMMON, "-Werror", "-fsyntax-only"]
+    for unit in cpu_units(platform.machine()):
+        run([*command, *unit.flags, unit.source])
 
 
 @pytest.mark.slow

@@ -125,16 +125,16 @@ struct Kernel {
   void WeighGroups(int64_t at, int64_t group, int64_t groups, const AnyTile& tile, Fetching<Element> fetching, int pass,
                    int64_t col, int vectors, const TreeScratch& s) const {
     for (const int64_t end = group + groups; group < end; ++group, at += MR) {
-      const auto [lo, hi] = s.ranges[group];
-      if (lo >= hi) continue;
+      const GroupRange range = s.ranges[group];
+      if (range.lo >= range.hi) continue;
       fetching.group = group;
       const E* weights = static_cast<const E*>(s.weights) + at * M::kTile;
       float* o = s.o + at * p.v_dim + col;
       const auto weigh = [&](const auto& ahead) {
         if constexpr (kFixed) {
-          FixedWeigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, s.weight_scale + at, o);
+          FixedWeigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, s.weight_scale + at, o);
         } else {
-          Weigh<M, MR>(weights, tile, ahead, lo, hi, p.v_dim, col, vectors, o);
+          Weigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, o);
         }
       };
       fetching.With(pass, vectors, weigh);
