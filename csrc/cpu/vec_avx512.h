@@ -52,6 +52,14 @@ inline Vec LoadBf16(const uint16_t* p) {
 inline Vec LoadFp16(const uint16_t* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+#if defined(__AVX512BF16__)
+// To nearest even; denormals become 0.
+inline void StoreBf16(uint16_t* p, Vec a) {
+  __m512 bits;
+  asm("vcvtneps2bf16 %1, %t0" : "=v"(bits) : "v"(a.v));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_castsi512_si256(_mm512_castps_si512(bits)));
+}
+#else
 inline void StoreBf16(uint16_t* p, Vec a) {
   const __m512i bits = _mm512_castps_si512(a.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -61,6 +69,7 @@ inline void StoreBf16(uint16_t* p, Vec a) {
   const __m512i out = _mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16);
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(out));
 }
+#endif
 inline void StoreFp16(uint16_t* p, Vec a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
