@@ -1,4 +1,4 @@
-// A float's bits and back, and a half's value. Compiled once per instruction-set level, like vec.h; elsewhere TTSK_ISA is none.
+// A float's bits and back, and a half's value. Compiled once per instruction-set level, like vec.h; elsewhere TTSK_ISA is base.
 #pragma once
 
 #include <cstdint>
