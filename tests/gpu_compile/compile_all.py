@@ -34,6 +34,8 @@ def cost(index: int) -> dict:
         line["problems"].append(f"spills {made.spilled_bytes} bytes of a thread, accepted {accepted}")
     if made.shared_bytes > SHARED_LIMIT[v.arch]:
         line["problems"].append(f"takes {made.shared_bytes} bytes of shared memory of {SHARED_LIMIT[v.arch]}")
+    if made.serialized:
+        line["problems"].append("ptxas serializes its wgmma instructions")
     if v.waits_first and made.loads_before_wait != 0:
         line["problems"].append(f"must wait for earlier launches before it reads, has {made.loads_before_wait} loads before")
     line["problems"] += [f"has no {op}" for op in v.matrix_ops if not made.count(op)]

@@ -191,12 +191,14 @@ def variants() -> list[Variant]:
         made += [
             tree_attention(arch, "fp16", 64),
             tree_attention(arch, "fp32", 64),
-            tree_attention(arch, "bf16", 128, heads=(28, 4)),
+            *([tree_attention(arch, "bf16", 128, heads=(28, 4))] if arch != "sm_90" else []),
             tree_attention(arch, "bf16", 64, heads=(16, 1), softcap=30.0, sinks=True, ci=arch == "sm_90"),
             tree_attention(arch, "bf16", 192, v_dim=128),
         ]
         made += small_ops(arch)
-    made.append(tree_attention("sm_90", "bf16", 128, window=True))
+    for tma in (False, True):
+        made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma))
+        made.append(tree_attention("sm_90", "bf16", 128, heads=(28, 4), tma=tma))
     for (arch, head_dim, size), tiles in BOX_TABLE.items():
         for large, tile in ((True, tiles.large), (False, tiles.small)):
             kv = {2: "bf16", 1: "fp8"}[size]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ class Compiled:
     shared_bytes: int
     opcodes: Counter
     loads_before_wait: int | None  # of global memory, in front of the wait for earlier launches; None: it never waits
+    serialized: bool  # ptxas waits for each wgmma by itself, as it cannot follow who writes their accumulators (C7515)
 
     def count(self, *names: str) -> int:
         return sum(n for op, n in self.opcodes.items() if op.startswith(names))
@@ -51,7 +53,19 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, target: str, 
         registers, stack, opcodes = _read_amdgcn(made.asm["amdgcn"])
     wait = opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None
     early = None if wait is None else sum(op.startswith(("LDG", "UTMALDG")) for op in opcodes[:wait])
-    return Compiled(registers, stack, made.metadata.shared, Counter(opcodes), early)
+    serialized = any(op.startswith("HGMMA") for op in opcodes) and "C7515" in _ptxas_log(made.asm["ptx"], target)
+    return Compiled(registers, stack, made.metadata.shared, Counter(opcodes), early, serialized)
+
+
+def _ptxas_log(ptx: str, target: str) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    ptxas = get_ptxas(int(target.removeprefix("sm_"))).path
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = [ptxas, "-v", f"--gpu-name={target}a", file.name, "-o", os.devnull]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
 def _read_cubin(cubin: bytes) -> tuple[int, int, list[str]]:

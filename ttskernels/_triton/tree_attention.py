@@ -60,18 +60,23 @@ def attend_boxes(
     """Adds tokens [lo, hi) of a partial whose token t is row row0 + t of the pool, by tensor descriptors. Every row sees
     all of [lo, whole), and of the rest tokens first .. last."""
     n, upper = tl.arange(0, BLOCK_N), tl.minimum(last, hi - 1)
-    if q.shape[0] >= 64:  # bound by arithmetic: whole tiles without a mask
+    LARGE: tl.constexpr = q.shape[0] >= 64  # bound by arithmetic: whole tiles without a mask
+    if LARGE:
         for t in tl.range(lo, whole, BLOCK_N, num_stages=STAGES):
             k = k_rows.load([row0 + t, k_column]).to(q.dtype).T
             v = v_rows.load([row0 + t, v_column]).to(q.dtype)
             m, l, o = add_tile(q, k, v, m, l, o, None, qk_scale, False, SOFTCAP)
         lo = whole
-    if hi >= BLOCK_N:  # the last box reaches back into the one before: it holds nothing but tokens of this partial
+    if (hi >= BLOCK_N) | LARGE:  # the last box reaches back into the one before: it holds nothing but tokens of this partial
         for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
             at = tl.minimum(t, hi - BLOCK_N)
+            if LARGE:
+                at = tl.maximum(at, 0)
             token = at + n
-            k = k_rows.load([row0 + at, k_column]).to(q.dtype).T
             v = v_rows.load([row0 + at, v_column]).to(q.dtype)
+            if LARGE:  # what follows in the pool may be anything
+                v = tl.where((token < hi)[:, None], v, 0.0)
+            k = k_rows.load([row0 + at, k_column]).to(q.dtype).T
             seen = (token[None, :] >= t) & (token[None, :] <= upper[:, None])
             if WINDOWED:
                 seen = seen & (token[None, :] >= first[:, None])
@@ -79,7 +84,7 @@ def attend_boxes(
     elif hi > lo:
         k = k_rows.load([row0, k_column]).to(q.dtype).T
         v = v_rows.load([row0, v_column]).to(q.dtype)
-        v = tl.where((n < hi)[:, None], v, 0.0)  # what follows in the pool may be anything
+        v = tl.where((n < hi)[:, None], v, 0.0)
         seen = n[None, :] <= upper[:, None]
         if WINDOWED:
             seen = seen & (n[None, :] >= first[:, None])
@@ -119,6 +124,15 @@ def attend_pages(
 
 
 @triton.jit
+def pair_rows(item, first_pos, m0, kv_head, GROUP: tl.constexpr, BLOCK_M: tl.constexpr):
+    """For pairs m0 .. of an item: which of its rows, of all rows of the plan, the query head, and whether there is such a
+    pair. Called again where it is needed again, so that no register keeps it while tiles are added: loading the item's
+    first position once more gives a 0 that the compiler cannot know."""
+    pair = m0 + tl.load(item + 4) - first_pos + tl.arange(0, BLOCK_M)
+    return pair // GROUP, tl.load(item) + pair // GROUP, kv_head * GROUP + pair % GROUP, pair < tl.load(item + 1) * GROUP
+
+
+@triton.jit
 def run_tile(
     q, k_base, v_base, k_rows, v_rows, k_column, v_column, plan, sinks, out, lse, partial_o, partial_ml,
     item, m0, kv_head, qk_scale, v_scale, window, q_row, q_head, k_page, k_slot, v_page, v_slot, out_row,
@@ -129,13 +143,11 @@ def run_tile(
     """(row, query head) pairs m0 .. m0 + BLOCK_M - 1 of one item, over all its partials."""
     BLOCK_D: tl.constexpr = triton.next_power_of_2(HEAD_DIM)
     BLOCK_V: tl.constexpr = triton.next_power_of_2(V_DIM)
-    row_lo, row_n = tl.load(item), tl.load(item + 1)
+    row_n = tl.load(item + 1)
     seg, seg_n = tl.load(item + 2), tl.load(item + 3)
     pos, slot, flags = tl.load(item + 4), tl.load(item + 5), tl.load(item + 6)
-    segs = plan + tl.load(plan + 19)
-    pair = m0 + tl.arange(0, BLOCK_M)
-    valid = pair < row_n * GROUP
-    plan_row, head = row_lo + pair // GROUP, kv_head * GROUP + pair % GROUP
+    first_pos, segs = pos, plan + tl.load(plan + 19)
+    nth, plan_row, head, valid = pair_rows(item, first_pos, m0, kv_head, GROUP, BLOCK_M)
     row = tl.load(plan + tl.load(plan + 16) + plan_row, mask=valid, other=0)
     d = tl.arange(0, BLOCK_D)
     q_at = q + row.to(tl.int64) * q_row + head * q_head
@@ -157,7 +169,6 @@ def run_tile(
     else:
         l = tl.zeros([BLOCK_M], tl.float32)
     o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
-    record = (slot + pair // GROUP) * Q_HEADS + head
     dv = tl.arange(0, BLOCK_V)
     seg_end, pos_end = seg + seg_n, pos + tl.load(item + 7)
     while seg < seg_end:
@@ -182,20 +193,22 @@ def run_tile(
                 total = tl.sum(l, 1)
             else:
                 total = l
+            nth, plan_row, head, valid = pair_rows(item, first_pos, m0, kv_head, GROUP, BLOCK_M)
+            record = (slot + nth) * Q_HEADS + head
             tl.store(partial_ml + record * 2, m, mask=valid)
             tl.store(partial_ml + record * 2 + 1, total, mask=valid)
             tl.store(partial_o + record.to(tl.int64)[:, None] * V_DIM + dv[None, :], o,
                      mask=valid[:, None] & (dv[None, :] < V_DIM))  # fmt: skip
-            record += row_n * Q_HEADS
-            m = tl.full([BLOCK_M], NEG_INF, tl.float32)
-            l = tl.zeros_like(l)
-            o = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+            slot += row_n
+            m = tl.full([BLOCK_M], NEG_INF, tl.float32)  # so that the next tile takes nothing of l and o
 
     if slot < 0:
         if BLOCK_M < 64:
             total = tl.sum(l, 1)
         else:
             total = l
+        nth, plan_row, head, valid = pair_rows(item, first_pos, m0, kv_head, GROUP, BLOCK_M)
+        row = tl.load(plan + tl.load(plan + 16) + plan_row, mask=valid, other=0)
         finish(out, lse, sinks, row, head, valid, m, total, o, v_scale, out_row, Q_HEADS, V_DIM)
 
 
