@@ -53,7 +53,8 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, target: str, 
         registers, stack, opcodes = _read_amdgcn(made.asm["amdgcn"])
     wait = opcodes.index("ACQBULK") if "ACQBULK" in opcodes else None
     early = None if wait is None else sum(op.startswith(("LDG", "UTMALDG")) for op in opcodes[:wait])
-    serialized = any(op.startswith("HGMMA") for op in opcodes) and "C7515" in _ptxas_log(made.asm["ptx"], target)
+    wgmma = any(op.startswith("HGMMA") for op in opcodes)
+    serialized = wgmma and "instructions are serialized" in _ptxas_log(made.asm["ptx"], target)
     return Compiled(registers, stack, made.metadata.shared, Counter(opcodes), early, serialized)
 
 
