@@ -4,6 +4,11 @@
 #include <cmath>
 
 namespace ttsk {
+namespace {
+
+constexpr double kEvenPiece = 10.0;  // min_piece_us of a piece of work that is shared out evenly as it is
+
+}  // namespace
 
 TreeSpec::TreeSpec(const int32_t* packed)
     : nodes(packed[0]), rows(packed[1]), num_pages(packed[2]), page_size(packed[3]) {
@@ -248,15 +253,18 @@ void Planner::MakeItems(const TreeSpec& spec) {
 }
 
 // Cuts long items while there are too few (item, kv head) tasks for the workers: at partial starts or, where items fold,
-// at any segment behind whole tiles of one.
+// at any segment behind whole tiles of one. A lone item whose heads share out evenly gains nothing by it but that a worker may
+// be late, so only long pieces are cut off it.
 void Planner::SplitItems() {
   double total = 0.0;
   for (const Item& item : items_) total += item.cost;
   const double target = total / costs_.tasks * costs_.kv_heads;
+  const bool even = items_.size() == 1 && !Folds() && std::fmod(costs_.kv_heads, costs_.workers) == 0.0;
+  const double least = costs_.min_piece_us * (even ? kEvenPiece : 1.0);
   split_.clear();
   for (const Item& item : items_) {
     const double wanted = Folds() ? std::floor(item.cost / target + 0.5) : std::ceil(item.cost / target);
-    const int64_t pieces = static_cast<int64_t>(std::min(wanted, std::floor(item.cost / costs_.min_piece_us)));
+    const int64_t pieces = static_cast<int64_t>(std::min(wanted, std::floor(item.cost / least)));
     if (pieces <= 1 || item.tokens <= (Folds() ? kTileTokens : kPartialTokens)) {
       split_.push_back(item);
       continue;

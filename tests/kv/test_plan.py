@@ -208,6 +208,9 @@ def test_choices(impl):
     )
     split = plan_from_parents(*shared_prefix(8192, 1, 20), heads, impl=impl)
     assert split.stats().items > 1  # one long path alone is cut for the second worker
+    items = [plan_from_parents(*shared_prefix(n, 1, 20), HeadShape(q, kv, 64, 64, 2), impl=impl).stats().items
+             for n, q, kv in ((2048, 14, 2), (2048, 9, 3), (65536, 14, 2))]  # fmt: skip
+    assert items[0] == 1 and min(items[1:]) > 1  # not so a short one whose heads are as many for each worker
 
 
 def test_prefill_reads_only_what_its_rows_see(impl):

@@ -25,6 +25,8 @@ from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, row_tar
 from ttskernels.kv.plan_layout import FOLD, FOLLOWS, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
 from ttskernels.kv.plan_walks import make_walks
 
+EVEN_PIECE = 10.0  # min_piece_us of a piece of work that is shared out evenly as it is
+
 
 class Built(NamedTuple):
     """Everything a plan buffer holds, in plan order."""
@@ -270,16 +272,19 @@ def block_items(
 
 def split_items(tree: Tree, items: list[Item], segs: array, costs: Costs) -> list[Item]:
     """Cut long items while there are too few (item, kv head) tasks for the workers: at partial starts or, where items
-    fold, at any segment behind whole tiles of one."""
+    fold, at any segment behind whole tiles of one. A lone item whose heads share out evenly gains nothing by it but that a
+    worker may be late, so only long pieces are cut off it."""
     total = 0.0
     for item in items:
         total += item.cost
     target = total / costs.tasks * costs.kv_heads
+    even = len(items) == 1 and not costs.fold and costs.kv_heads % costs.workers == 0
+    least = costs.min_piece_us * (EVEN_PIECE if even else 1.0)
     block_rate = rates(costs)[0]
     out: list[Item] = []
     for item in items:
         wanted = math.floor(item.cost / target + 0.5) if costs.fold else math.ceil(item.cost / target)
-        pieces = min(wanted, int(item.cost / costs.min_piece_us))
+        pieces = min(wanted, int(item.cost / least))
         if pieces <= 1 or item.tokens <= (TILE_TOKENS if costs.fold else PARTIAL_TOKENS):
             out.append(item)
             continue
