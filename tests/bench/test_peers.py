@@ -1,5 +1,6 @@
 """bench/peers without its peers: protocol, exports, floors, tables; and a dry run of two real workers on the demo policy."""
 
+import io
 import json
 import subprocess
 import sys
@@ -23,6 +24,7 @@ import report  # noqa: E402
 import roster  # noqa: E402
 import run as driver  # noqa: E402
 import search  # noqa: E402
+import shares  # noqa: E402
 from roster import Engine, Worker, WorkerError  # noqa: E402
 from tiny_models import write_tiny  # noqa: E402
 from workloads import WORKLOADS, Workload  # noqa: E402
@@ -333,3 +335,35 @@ def test_int8_is_held_against_products_of_bytes():
     assert (sixteen.dense_gflops, sixteen.attention_gflops, sixteen.weight_bytes) == (200.0, 200.0, 2)
     del peaks["bytes_gflops"]  # a file of before they were measured
     assert report.rates_of(peaks, "int8").dense_gflops == 200.0
+
+
+PERF = """
+# Overhead  Shared Object  Symbol
+    48.00%  _C.abi3.so           [.] ttsk::avx2::(anonymous namespace)::DotStrip<6, true, ttsk::avx2::LinesAhead<0, false> >
+    24.00%  _C.abi3.so           [.] ttsk::avx2::(anonymous namespace)::WeighColumns<ttsk::avx2::PairDot, 6, 4>
+    12.00%  _C.abi3.so           [.] ttsk::avx2::(anonymous namespace)::FixedStrip<ttsk::avx2::Int8Form, 6>
+     8.00%  libpython3.11.so.1.0 [.] _PyEval_EvalFrameDefault
+     4.00%  [kernel.kallsyms]    [k] handle_softirqs
+"""
+
+
+def test_shares_of_parts():
+    found = shares.shares(PERF)
+    assert list(found) == ["products of weights", "attention", "Python and libraries", "kernel"]
+    assert sum(found.values()) == pytest.approx(1.0) and found["attention"] == pytest.approx(0.25)
+    with pytest.raises(ValueError, match="perf reported no samples"):
+        shares.shares("nothing")
+    shape, rates = floor.Shape.read(DEMO), floor.Rates(100.0, 50.0, 10.0)
+    for workload in (WORKLOADS["W1"], WORKLOADS["W3"]):
+        parts = shares.at_the_peak(workload, shape, rates)
+        whole = floor.job_seconds(workload, shape, rates)
+        assert parts["products of weights"] + parts["attention"] <= whole * (1 + 1e-9) and whole <= sum(parts.values())
+
+
+def test_calls_to_be_sampled(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    for kind in ("samples", "search"):
+        workload = Workload("tiny", "", 20, 4, 4, "demo", kind, 2, 2)
+        shares.call_repeatedly(str(DEMO), workload, "bf16 float", 0.0)
+        head, calls = map(json.loads, capsys.readouterr().out.splitlines())
+        assert head["peaks"]["read_gbps"] > 0 and calls == {"calls": []}
