@@ -85,7 +85,8 @@ def model_case(shape: Shape, branches: int, prompt: int, old: int, new: int) -> 
     leaves = range(branches + 1, 2 * branches + 1)
     row_node = [leaf for leaf in leaves for _ in range(new)]
     row_pos = [prompt + old + i for _ in leaves for i in range(new)]
-    plan = plan_from_parents(parent, length, indptr, range(indptr[-1]), row_node, row_pos, heads, machine=device_machine(DEVICE, heads),
+    machine = device_machine(DEVICE, heads)
+    plan = plan_from_parents(parent, length, indptr, range(indptr[-1]), row_node, row_pos, heads, machine=machine,
                              cached=[prompt] + [old] * branches + [0] * branches)  # fmt: skip
     ends = torch.arange(new - 1, branches * new, new, dtype=torch.int32)
     out_plan = plan.of_rows(ends.tolist())

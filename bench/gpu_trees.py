@@ -74,8 +74,9 @@ class Tree:
     def plan(
         self, heads: HeadShape, *, flat: bool = False, uncached: int = 0, scattered: bool = False, machine: Machine | None = None
     ) -> Plan:
-        """One row a leaf, for this GPU or another `machine`. `flat`: each path read for itself, from the same pages. `uncached`: last tokens of a leaf
-        whose K and V the caller will write. `scattered`: nodes on shuffled pages, as in a pool that was used for long."""
+        """One row a leaf, for this GPU or another `machine`. `flat`: each path read for itself, from the same pages. `uncached`:
+        last tokens of a leaf whose K and V the caller will write. `scattered`: nodes on shuffled pages, as in a pool that was
+        used for long."""
         chains = [self.path(leaf) for leaf in self.leaves] if flat else None
         parent, nodes = self.parent, list(range(len(self.parent)))
         ends = self.leaves

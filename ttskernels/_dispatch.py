@@ -45,7 +45,7 @@ def library() -> ctypes.CDLL:
 
 
 def isa_name() -> str:
-    """Instruction-set level in use: portable, avx2, avx512, avx512_vnni, avx512_bf16, neon or neon_bf16 (TTSK_CPU_ISA forces it)."""
+    """Level in use: portable, avx2, avx512, avx512_vnni, avx512_bf16, neon or neon_bf16 (TTSK_CPU_ISA forces it)."""
     return library().ttsk_isa_name().decode()
 
 

@@ -1,4 +1,4 @@
-"""Where the seconds of this engine's call go: shares by part, beside what each part's arithmetic and bytes would take at the peaks.
+"""Where the seconds of this engine's call go, by part, beside what each part's arithmetic and the bytes take at the peaks.
 
     python bench/peers/shares.py --workload W5 --precision calibrated --out bench/results/shares.json
 

@@ -145,7 +145,7 @@ def test_counters_do_not_depend_on_when_children_are_asked_for(engine):
         for ordinal in (0, 1):
             engine.branch(
                 session, session.root, key=9, ordinals=[ordinal], path_key=(), sampling=Sampling(1.0), max_step_tokens=12,
-                max_length=10**6, on_step=lambda o, end: ends.put(end),
+                max_length=10**6, on_step=lambda o, end, ends=ends: ends.put(end),
             )  # fmt: skip
             if not together:
                 assert ends.get(timeout=60).ids

@@ -82,7 +82,9 @@ def test_heads(isa, form, dtype, q_heads, kv_heads, head_dim):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("head_dim, v_dim, scale", [(64, 64, None), (64, 64, 2.0), (192, 128, None), (64, 80, None), (16, 16, 4.0)])
+@pytest.mark.parametrize(
+    "head_dim, v_dim, scale", [(64, 64, None), (64, 64, 2.0), (192, 128, None), (64, 80, None), (16, 16, 4.0)]
+)
 def test_long_nodes_and_v_dim(isa, form, head_dim, v_dim, scale):
     """With a large scale maxima move from tile to tile."""
     trees = make_trees(DEEP, DEEP_ROWS)

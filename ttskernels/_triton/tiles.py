@@ -27,7 +27,8 @@ class Tiles(NamedTuple):
     small: Tile
 
 
-SMALL, WIDE_SMALL, AMD_SMALL = Tile(16, 64, 4, 3), Tile(16, 32, 8, 3), Tile(16, 64, 4, 1, 2, 0)
+SMALL, WIDE_SMALL = Tile(16, 64, 4, 3), Tile(16, 32, 8, 3)
+AMD, AMD_SMALL = Tile(64, 64, 4, 2, 2, 0), Tile(16, 64, 4, 1, 2, 0)
 # By architecture, padded head size and bytes of a KV element. wgmma (sm_90) needs 64 rows to four warps.
 TABLE = {
     ("sm_80", 64, 2): Tiles(Tile(32, 64, 8, 3), SMALL), ("sm_80", 64, 1): Tiles(Tile(32, 64, 8, 3), SMALL),
@@ -39,9 +40,9 @@ TABLE = {
     ("sm_100", 64, 2): Tiles(Tile(64, 64, 4, 3), SMALL), ("sm_100", 64, 1): Tiles(Tile(64, 64, 4, 3), SMALL),
     ("sm_100", 128, 2): Tiles(Tile(64, 64, 8, 3), SMALL), ("sm_100", 128, 1): Tiles(Tile(64, 64, 8, 3), SMALL),
     ("sm_100", 256, 2): Tiles(Tile(32, 64, 8, 3), WIDE_SMALL), ("sm_100", 256, 1): Tiles(Tile(16, 64, 8, 3), WIDE_SMALL),
-    ("gfx942", 64, 2): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL), ("gfx942", 64, 1): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL),
-    ("gfx942", 128, 2): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL), ("gfx942", 128, 1): Tiles(Tile(64, 64, 4, 2, 2, 0), AMD_SMALL),
-    ("gfx942", 256, 2): Tiles(Tile(16, 64, 4, 1, 2, 0), AMD_SMALL), ("gfx942", 256, 1): Tiles(Tile(16, 64, 4, 1, 2, 0), AMD_SMALL),
+    ("gfx942", 64, 2): Tiles(AMD, AMD_SMALL), ("gfx942", 64, 1): Tiles(AMD, AMD_SMALL),
+    ("gfx942", 128, 2): Tiles(AMD, AMD_SMALL), ("gfx942", 128, 1): Tiles(AMD, AMD_SMALL),
+    ("gfx942", 256, 2): Tiles(AMD_SMALL, AMD_SMALL), ("gfx942", 256, 1): Tiles(AMD_SMALL, AMD_SMALL),
 }  # fmt: skip
 
 # The same for kernels that read boxes of pool rows (TMA), where that compiles; gathering serves the rest. On an H200 two
