@@ -5,13 +5,13 @@
     python bench/attention_table.py --methods shared int16 int8
 
 `shared` is the planner's plan, `flat` the whole path for each branch (same kernel, same pages), `int16` and `int8` the shared
-plan over fixed-point pages, `gqa` is SDPA with enable_gqa on replicated KV, `folded` SDPA with the query group folded into q_len, `flex` FlexAttention over the unique tokens
-with a tree mask. A round calls every method for 10 ms or once, then times a call; medians are over rounds, and so is the
-ratio shared / flat, of calls of one round (pairs). Trees: see `bench_tree_attention.tree_nodes`. % of roofline: the sum over
-nodes of max(flops / peak, KV bytes / read bandwidth), over our time, both as measured before the shape (the peak: the best so far
-of the products which the first method is made of: float32 multiply-adds, or pairs of bf16 (*_bf16) or int16 (fixed-point
-pages)). A round waits while multiply-adds run at less than 85 % of their best rate: other guests of the machine then have half a
-core.
+plan over fixed-point pages, `gqa` is SDPA with enable_gqa on replicated KV, `folded` SDPA with the query group folded into
+q_len, `flex` FlexAttention over the unique tokens with a tree mask. A round calls every method for 10 ms or once, then
+times a call; medians are over rounds, and so is the ratio shared / flat, of calls of one round (pairs). Trees: see
+`bench_tree_attention.tree_nodes`. % of roofline: the sum over nodes of max(flops / peak, KV bytes / read bandwidth), over our
+time, both as measured before the shape (the peak: the best so far of the products which the first method is made of: float32
+multiply-adds, or pairs of bf16 (*_bf16) or int16 (fixed-point pages)). A round waits while multiply-adds run at less than 85 %
+of their best rate: other guests of the machine then have half a core.
 """
 
 import argparse
