@@ -86,11 +86,11 @@ TTSK_NOINLINE bool FixedScoreBlocks(const int16_t* q, int64_t dim, const FixedTi
   return above;
 }
 
-// out[r] += weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
+// out[r] = from[r] + weight_scale[r] * sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
 template <typename M, int MR, int NV, typename Ahead>
 TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename M::Element>& tile,
                                      const Ahead& ahead, int lo, int hi, int64_t v_dim, int64_t col,
-                                     const float* weight_scale, float* out) {
+                                     const float* weight_scale, const float* from, int64_t from_dim, float* out) {
   Ints acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
@@ -117,8 +117,7 @@ TTSK_NOINLINE void FixedWeighColumns(const int16_t* p, const FixedTile<typename 
     const Vec scale = Broadcast(weight_scale[r]);
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) {
-      float* to = out + r * v_dim + j * kLanes;
-      Store(to, Fma(ToFloat(acc[r][j]), scale, Load(to)));
+      Store(out + r * v_dim + j * kLanes, Fma(ToFloat(acc[r][j]), scale, Load(from + r * from_dim + j * kLanes)));
     }
   }
 }
@@ -134,9 +133,10 @@ bool FixedScores(const int16_t* q, int64_t dim, const FixedTile<typename M::Elem
 
 template <typename M, int MR, typename Ahead>
 void FixedWeigh(const int16_t* p, const FixedTile<typename M::Element>& tile, const Ahead& ahead,
-                int lo, int hi, int64_t v_dim, int64_t col, int vectors, const float* weight_scale, float* out) {
+                int lo, int hi, int64_t v_dim, int64_t col, int vectors, const float* weight_scale, bool begins, float* out) {
+  const float* from = begins ? kNothing : out;
   WithVectors(vectors, [&](auto n) {
-    FixedWeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, out);
+    FixedWeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, weight_scale, from, begins ? 0 : v_dim, out);
   });
 }
 

@@ -23,7 +23,7 @@ TreeLayout::TreeLayout(const TreeAttentionParams& p, void* workspace)
   const int64_t block_rows = group < cap ? cap / group : 1;
   q_rows = block_rows * group;
   scratch_bytes = Align(q_rows * head_dim * 4) + Align(TileElements() * 4) + Align(q_rows * kStateBytes) + q_rows * kSumsBytes +
-                  Align(q_rows * kTileTokens * 4) + 2 * Align(q_rows * 4) + Align(q_rows * 8) +
+                  Align(q_rows * kTileTokens * 4) + 2 * Align(q_rows * 4) + Align(q_rows * int64_t{sizeof(GroupRange)}) +
                   2 * Align(q_rows * v_dim * 4) + Align(q_rows * 8);
   char* at = static_cast<char*>(workspace);
   int64_t used = 0;
@@ -67,7 +67,7 @@ TreeScratch TreeLayout::Scratch(int thread) const {
   s.weights = take(q_rows * kTileTokens * 4);
   s.row_scale = reinterpret_cast<float*>(take(q_rows * 4));
   s.weight_scale = reinterpret_cast<float*>(take(q_rows * 4));
-  s.ranges = reinterpret_cast<GroupRange*>(take(q_rows * 8));
+  s.ranges = reinterpret_cast<GroupRange*>(take(q_rows * int64_t{sizeof(GroupRange)}));
   s.o = reinterpret_cast<float*>(take(q_rows * v_dim * 4));
   s.fold_ml = reinterpret_cast<float*>(take(q_rows * 8));
   s.fold_o = reinterpret_cast<float*>(take(q_rows * v_dim * 4));

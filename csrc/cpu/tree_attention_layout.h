@@ -11,9 +11,11 @@ namespace ttsk {
 
 constexpr int64_t kTreeMaxDim = 256;
 
-// Tokens of a tile that a group of rows reads.
+// Tokens of a tile that a group of rows reads, and how many tiles of a partial it has read with this one.
 struct GroupRange {
-  int32_t lo, hi;
+  int32_t lo, hi, tiles;
+
+  bool Begins() const { return tiles == 1; }  // nothing is in its outputs yet
 };
 
 struct TreeScratch {

@@ -131,6 +131,8 @@ struct RowState {
 // Work that can be done vector by vector beside products of pairs: here there is none.
 struct Idle {
   static constexpr int left = 0;
+  template <typename F>
+  void Beside(const RowState*, int, F f) { f(*this); }
   void One() {}
   void Finish() {}
 };
@@ -186,15 +188,21 @@ TTSK_NOINLINE bool ScoreBlocks(const typename M::Query* q, int64_t dim, const Ti
   return above;
 }
 
-// out[r] += sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it.
-template <typename M, int MR, int NV, typename Ahead>
+// Outputs that nothing has been added to, as long as those that a call of Weigh takes of a row.
+alignas(64) constexpr float kNothing[kMicroVecs * kLanes] = {};
+
+// out[r] = from[r] + sum over tokens [lo, hi) of p[r][t] * v[t][col ..], NV vectors of it; rows of `from` are from_dim apart.
+// Work given by `beside` is done meanwhile, as above.
+template <typename M, int MR, int NV, typename Ahead, typename Beside>
 TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo,
-                                int hi, int64_t v_dim, int64_t col, float* out) {
+                                int hi, int64_t v_dim, int64_t col, const float* from, int64_t from_dim, const Beside& beside,
+                                float* out) {
+  Beside work = beside;
   Vec acc[MR][NV];
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
-    for (int j = 0; j < NV; ++j) acc[r][j] = Load(out + r * v_dim + j * kLanes);
+    for (int j = 0; j < NV; ++j) acc[r][j] = Load(from + r * from_dim + j * kLanes);
   for (int t = lo / M::kPack * M::kPack; t < hi;) {
     const int block = t / kBlock, first = block * kBlock, end = hi < first + kBlock ? hi : first + kBlock;
     const typename M::Element* v = tile.v[block] + (t - first) * v_dim + col * M::kPack;
@@ -212,12 +220,14 @@ TTSK_NOINLINE void WeighColumns(const typename M::Query* p, const Tile<typename 
           for (int j = 0; j < NV; ++j) acc[r][j] = M::Dot(acc[r][j], a, b[j]);
         }
       }
+      if (work.left > 0) work.One();
     }
   }
   TTSK_UNROLL
   for (int r = 0; r < MR; ++r)
     TTSK_UNROLL
     for (int j = 0; j < NV; ++j) Store(out + r * v_dim + j * kLanes, acc[r][j]);
+  work.Finish();
 }
 
 // What the groups of rows of a tile fetch of the next one, no faster than it comes (bench/LOG.md): of each step, two groups
@@ -284,10 +294,13 @@ constexpr int ColumnVectors(int left) {
   return kMicroVecs == 1 ? 1 : left == 5 || left == 6 ? 3 : left < 4 ? left : 4;
 }
 
-template <typename M, int MR, typename Ahead>
+template <typename M, int MR, typename Ahead, typename Beside>
 void Weigh(const typename M::Query* p, const Tile<typename M::Element>& tile, const Ahead& ahead, int lo, int hi,
-           int64_t v_dim, int64_t col, int vectors, float* out) {
-  WithVectors(vectors, [&](auto n) { WeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, out); });
+           int64_t v_dim, int64_t col, int vectors, bool begins, const Beside& beside, float* out) {
+  const float* from = begins ? kNothing : out;
+  WithVectors(vectors, [&](auto n) {
+    WeighColumns<M, MR, n.kVectors>(p, tile, ahead, lo, hi, v_dim, col, from, begins ? 0 : v_dim, beside, out);
+  });
 }
 
 }  // namespace

@@ -99,6 +99,14 @@ struct Deferred<Bf16> {
   int left = 0, blocks = 0, in_row = 0;
   int64_t skip = 0;  // from the end of a row's blocks to the next row
 
+  // Calls f, which needs what is left of the rows from `state` on and may do what is left of others.
+  template <typename F>
+  void Beside(const RowState* state, int rows, F f) {
+    if (row >= state && row < state + rows) Finish();
+    if (left == 0) return f(Idle{});
+    f(*this);
+    left = 0;
+  }
   void One() {
     Vec sum = Load(sums);
     Next(&sum);

@@ -120,10 +120,10 @@ struct Kernel {
       }
     }
   }
-  // Adds those groups' share of a few columns of the output, in pass number `pass`.
+  // Adds those groups' share of a few columns of the output, in pass number `pass`; beside the first, what is left to `later`.
   template <typename M, int MR, typename AnyTile, typename Element>
   void WeighGroups(int64_t at, int64_t group, int64_t groups, const AnyTile& tile, Fetching<Element> fetching, int pass,
-                   int64_t col, int vectors, const TreeScratch& s) const {
+                   int64_t col, int vectors, const TreeScratch& s, Deferred<E>* later) const {
     for (const int64_t end = group + groups; group < end; ++group, at += MR) {
       const GroupRange range = s.ranges[group];
       if (range.lo >= range.hi) continue;
@@ -132,17 +132,19 @@ struct Kernel {
       float* o = s.o + at * p.v_dim + col;
       const auto weigh = [&](const auto& ahead) {
         if constexpr (kFixed) {
-          FixedWeigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, s.weight_scale + at, o);
+          const float* up = s.weight_scale + at;
+          FixedWeigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, up, range.Begins(), o);
         } else {
-          Weigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, o);
+          later->Beside(static_cast<const RowState*>(s.state) + at, MR, [&](const auto& work) {
+            Weigh<M, MR>(weights, tile, ahead, range.lo, range.hi, p.v_dim, col, vectors, range.Begins(), work, o);
+          });
         }
       };
       fetching.With(pass, vectors, weigh);
     }
   }
 
-  // Divides `count` rows into groups of at most kMicroRows and calls f(rows, first row, first group, groups) for those of each
-  // size, rows as a constant.
+  // Divides `count` rows into groups of at most kMicroRows: f(rows, a constant, first row, first group, groups) for each size.
   template <typename F>
   static void ForGroups(int64_t count, F f) {
     const int64_t groups = (count + kMicroRows - 1) / kMicroRows, size = count / groups, larger = count % groups;
@@ -172,6 +174,7 @@ struct Kernel {
       }
       ranges->lo = first > view.pos ? first - view.pos : 0;
       ranges->hi = end - view.pos < view.hi ? end - view.pos : view.hi;
+      ranges->tiles += ranges->lo < ranges->hi;
     }
   }
 
@@ -192,14 +195,13 @@ struct Kernel {
       Ranges(static_cast<const RowState*>(s.state) + at, view, n.kRows, groups, s.ranges + group);
       ScoreGroups<M, n.kRows>(at, group, groups, tile, fetching, view, s, scores, &later);
     });
-    later.Finish();
     loader.LoadV(&tile);
     for (int b = found; b < kTileBlocks; ++b) ahead.v[b] = tile.v[b];
     int64_t col = 0;
     for (int pass = 0; col < p.v_dim; ++pass) {
       const int vectors = ColumnVectors(static_cast<int>((p.v_dim - col) / kLanes));
       ForGroups(count, [&](auto n, int64_t at, int64_t group, int64_t groups) {
-        WeighGroups<M, n.kRows>(at, group, groups, tile, fetching, pass, col, vectors, s);
+        WeighGroups<M, n.kRows>(at, group, groups, tile, fetching, pass, col, vectors, s, &later);
       });
       col += vectors * kLanes;
     }
@@ -320,7 +322,7 @@ struct Kernel {
         state[r].Reset();
         Store(s.sums + r * kLanes, Zero());
       }
-      std::memset(s.o, 0, sizeof(float) * count * p.v_dim);
+      for (int64_t g = 0; g * kMicroRows < count; ++g) s.ranges[g].tiles = 0;
       const int32_t rest = item.pos0 + item.tokens - pos - tokens;
       const Upcoming next = seg < last ? task.PartialAt(seg, rest) : then;
       Partial(kv_head, cursor, pos, tokens, count, sight, next, s);
