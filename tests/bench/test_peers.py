@@ -362,6 +362,7 @@ def test_shares_of_parts():
 
 def test_calls_to_be_sampled(capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("ours_worker.KV_BYTES", 1 << 26)  # tests fill what they allocate
     for kind in ("samples", "search"):
         workload = Workload("tiny", "", 20, 4, 4, "demo", kind, 2, 2)
         shares.call_repeatedly(str(DEMO), workload, "bf16 float", 0.0)
