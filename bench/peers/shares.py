@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
@@ -30,14 +31,14 @@ from workloads import WORKLOADS, Workload  # noqa: E402
 
 # The first pattern that a symbol holds names its part.
 PARTS = {
-    "attention": r"ScoreBlocks|ScoreGroups|WeighColumns|TileRows|MoveMaxima|MergePartial|RunAll|Deferred|Softmax|TreeAttention"
-    r"|UnpackTile|PackTile|Kernel<.*>::|Weigh<|TreeLayout|RunKernel",
-    "products of weights": r"FixedStrip|MultiplyFixed|DotStrip|FloatStrip|MultiplyDot|MultiplyFloat|MultiplyRows|::Strip",
+    "attention": r"ScoreBlocks|ScoreGroups|WeighColumns|TileRows|MoveMaxima|MergePartial|RunAll|Deferred|TreeAttention"
+    r"|Kernel<.*>::|Weigh<|TreeLayout|RunKernel",
+    "products of weights": r"FixedStrip|MultiplyFixed|DotStrip|MultiplyDot|::Strip",
     "sums stored, activations": r"RunTask",
-    "inputs rounded": r"FixGroups|FixRow|Together<.*Linear",
+    "inputs rounded": r"FixGroups|Together<.*Linear",
     "rope, K and V stored": r"AppendRows|TurnHead|StoreHead|LoadHead|RopeAppend|RopeTable",
     "norms": r"NormRow|RmsNorm",
-    "sampling": r"Sample|FindLargest|RefineLogits|Draw|TokenLogprob|StepScore",
+    "sampling": r"Sample|FindLargest|RefineLogits|TokenLogprob|StepScore",
     "waiting for the other thread": r"Team::|Barrier|TaskQueue|RunTogether|Together",
     "plans": r"Plan|Walks|Advance",
 }
@@ -96,16 +97,25 @@ def call_repeatedly(model: str, workload: Workload, precision: str, seconds: flo
     sys.stdin.read()  # the end of this process is not sampled
 
 
+def next_line(calls: subprocess.Popen) -> dict:
+    line = next((line for line in calls.stdout if line.startswith("{")), None)
+    if line is None:
+        raise SystemExit("the process that makes the calls ended early; its error is above")
+    return json.loads(line)
+
+
 def measure(model: str, workload: Workload, precision: str, seconds: float) -> dict:
+    if shutil.which("perf") is None:
+        raise SystemExit("perf, which samples the calls, must be on PATH and is not: install linux-perf or linux-tools")
     command = [sys.executable, __file__, "--workload", workload.name, "--precision", precision, "--model", model]
     command += ["--seconds", str(seconds), "--inside"]
     with tempfile.TemporaryDirectory() as folder, subprocess.Popen(command, stdin=PIPE, stdout=PIPE, text=True) as calls:
         try:
-            head = json.loads(next(line for line in calls.stdout if line.startswith("{")))
+            head = next_line(calls)
             data = str(Path(folder) / "perf.data")
             record = ["perf", "record", "-q", "-o", data, "-e", "cpu-clock", "-F", "997", "-p", str(calls.pid)]
             sampler = subprocess.Popen(record, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            taken = json.loads(next(line for line in calls.stdout if line.startswith("{")))["calls"]
+            taken = next_line(calls)["calls"]
             sampler.send_signal(signal.SIGINT)
             sampler.wait()
         finally:

@@ -347,12 +347,15 @@ PERF = """
 """
 
 
-def test_shares_of_parts():
+def test_shares_of_parts(monkeypatch):
     found = shares.shares(PERF)
     assert list(found) == ["products of weights", "attention", "Python and libraries", "kernel"]
     assert sum(found.values()) == pytest.approx(1.0) and found["attention"] == pytest.approx(0.25)
     with pytest.raises(ValueError, match="perf reported no samples"):
         shares.shares("nothing")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(SystemExit, match="perf.* must be on PATH"):
+        shares.measure(str(DEMO), WORKLOADS["W1"], "bf16", 1.0)
     shape, rates = floor.Shape.read(DEMO), floor.Rates(100.0, 50.0, 10.0)
     for workload in (WORKLOADS["W1"], WORKLOADS["W3"]):
         parts = shares.at_the_peak(workload, shape, rates)
