@@ -8,6 +8,7 @@ builds it with any torch, TTSK_BUILD_CUDA=0 never.
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -80,7 +81,8 @@ class BuildCpp(build_ext):
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             if required == "1" or "GITHUB_ACTIONS" in os.environ:
                 raise
-            print(f"ttskernels: no C++ extension ({error}); the slow reference implementation serves", file=sys.stderr)
+            serves = "an older one, or the slow reference implementation, serves"
+            print(f"ttskernels: no new C++ extension ({error}); {serves}", file=sys.stderr)
         try:
             if wants_cuda():
                 build_cuda(Path(self.get_ext_fullpath(ext.name)).parent / CUDA_LIBRARY)
@@ -90,8 +92,9 @@ class BuildCpp(build_ext):
             print(f"ttskernels: no CUDA library ({error}); Triton serves", file=sys.stderr)
 
     def copy_extensions_to_source(self) -> None:
-        for old in (ROOT / "ttskernels").glob("_C.*so"):  # writing into it would change it under processes that run it
-            old.unlink()
+        built = (Path(self.build_lib) / "ttskernels").glob("_C.*so")
+        for old in (ROOT / "ttskernels").glob("_C.*so") if any(built) else []:
+            old.unlink()  # writing into it would change it under processes that run it
         super().copy_extensions_to_source()
         cuda = Path(self.build_lib) / "ttskernels" / CUDA_LIBRARY
         if cuda.exists():
@@ -100,7 +103,7 @@ class BuildCpp(build_ext):
             fresh.replace(fresh.with_suffix(""))
 
     def compile_and_link(self, target: Path) -> None:
-        cxx = os.environ.get("CXX", "g++")
+        cxx = shlex.split(os.environ.get("CXX", "g++"))
         objects = compile_units(all_units(), OBJECTS, cxx, [ROOT / "setup.py"])
         target.parent.mkdir(parents=True, exist_ok=True)
         # Write beside and rename: a process that has the old library mapped keeps it intact.
@@ -109,7 +112,7 @@ class BuildCpp(build_ext):
 
         libs = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu", "-ltorch"]  # found by name: already loaded
         hide = [] if sys.platform == "darwin" else ["-Wl,--exclude-libs,ALL"]
-        command = [cxx, "-shared", "-pthread", *map(str, objects), "-o", str(fresh), *hide, *libs]
+        command = [*cxx, "-shared", "-pthread", *map(str, objects), "-o", str(fresh), *hide, *libs]
         subprocess.run(command, check=True)
         fresh.replace(target)
 
@@ -118,7 +121,7 @@ setup(
     packages=[*find_packages(include=["ttskernels*"]), *find_packages("python")],
     package_dir={"ttskernels": "ttskernels", "ttsearch": "python/ttsearch"},
     package_data={"ttsearch.demo": ["models/*/*", "README.md"]},
-    ext_modules=[Extension("ttskernels._C", sources=[], py_limited_api=True)],
+    ext_modules=[Extension("ttskernels._C", sources=[], py_limited_api=True, optional=True)],
     cmdclass={"build_ext": BuildCpp},
     options={"bdist_wheel": {"py_limited_api": "cp311"}},
 )

@@ -59,7 +59,7 @@ def cpu_units(machine: str) -> list[Unit]:
     return units
 
 
-def compile_units(units: Iterable[Unit], out: Path, cxx: str, headers: Iterable[Path] = ()) -> list[Path]:
+def compile_units(units: Iterable[Unit], out: Path, cxx: list[str], headers: Iterable[Path] = ()) -> list[Path]:
     """Object files of the units in folder `out`, compiled side by side where they are older than source, headers or flags."""
     out.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in [*CSRC.rglob("*.h"), Path(__file__), *headers])
@@ -67,7 +67,7 @@ def compile_units(units: Iterable[Unit], out: Path, cxx: str, headers: Iterable[
     def compile_one(unit: Unit) -> Path:
         target = out / f"{unit.stem}.o"
         if not target.exists() or target.stat().st_mtime <= max(newest, unit.source.stat().st_mtime):
-            subprocess.run([cxx, *COMMON, *unit.flags, "-c", str(unit.source), "-o", str(target)], check=True)
+            subprocess.run([*cxx, *COMMON, *unit.flags, "-c", str(unit.source), "-o", str(target)], check=True)
         return target
 
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
+from torch.utils import _pytree
 
 from ttskernels._reference.linear import group_size
 
@@ -11,9 +14,22 @@ _LIB = torch.library.Library("ttskernels", "FRAGMENT")  # keeps the definitions 
 
 
 def _define(schema: str):
+    """Define an op; decorates its fake kernel. That one also runs, and would return memory that nobody wrote, where only some
+    tensors are on "meta": a parameter that was never loaded."""
     name = schema.split("(")[0]
     _LIB.define(schema)
-    return torch.library.register_fake(f"ttskernels::{name}", lib=_LIB)
+
+    def register(fake):
+        @functools.wraps(fake)
+        def checked(*args, **kwargs):
+            devices = {t.device for t in _pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+            if len(devices) > 1:
+                raise ValueError(f"tensors of {name} must be on one device, got {sorted(map(str, devices))}; move or load them")
+            return fake(*args, **kwargs)
+
+        return torch.library.register_fake(f"ttskernels::{name}", checked, lib=_LIB)
+
+    return register
 
 
 @_define("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor")

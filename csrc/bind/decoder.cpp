@@ -7,6 +7,10 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__)
+#include <pthread.h>
+#endif
+
 #include "check_plan.h"
 #include "rounded.h"
 #include "tensor.h"
@@ -18,11 +22,22 @@ namespace {
 struct Entry {
   std::optional<Tensor> head_rows;  // the decoder reads them
   std::unique_ptr<Decoder> decoder;
-  std::mutex running;
+  std::unique_ptr<std::mutex> running = std::make_unique<std::mutex>();
 };
 std::mutex registry_mutex;
 std::map<int64_t, std::shared_ptr<Entry>> registry;
 int64_t next_handle = 1;
+
+#if defined(__linux__)
+// A forked child has none of the threads that were inside a decoder: nobody would ever unlock it there.
+const int at_fork = pthread_atfork([] { registry_mutex.lock(); }, [] { registry_mutex.unlock(); }, [] {
+  for (auto& [handle, entry] : registry) {
+    entry->running.release();  // destroying a locked mutex is undefined
+    entry->running = std::make_unique<std::mutex>();
+  }
+  registry_mutex.unlock();
+});
+#endif
 
 std::shared_ptr<Entry> Find(int64_t handle) {
   std::lock_guard<std::mutex> lock(registry_mutex);
@@ -162,7 +177,7 @@ Tensor ForwardOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, con
                     "without an out_plan");
   }
   Tensor out = torch::stable::new_empty(k_pool, {out_rows.numel(), width}, ScalarType::Float);
-  std::lock_guard<std::mutex> lock(entry->running);
+  std::lock_guard<std::mutex> lock(*entry->running);
   decoder.Forward(pools, Data<const int32_t>(plan), Data<const int32_t>(ids), ids.numel(),
                   out_plan ? Data<const int32_t>(*out_plan) : nullptr, wanted, out_rows.numel(),
                   static_cast<DecoderOutput>(output), Data<float>(out));
@@ -204,7 +219,7 @@ Tensor DecodeOp(int64_t handle, const Tensor& k_pool, const Tensor& v_pool, cons
   int64_t iterations = 0, bad_row = -1;
   DecodeStop stop;
   {
-    std::lock_guard<std::mutex> lock(entry->running);
+    std::lock_guard<std::mutex> lock(*entry->running);
     stop = decoder.Decode(pools, p, &iterations, &bad_row);
   }
   STD_TORCH_CHECK(stop != DecodeStop::kBadState, "next_state leads to state ", bad_row < 0 ? 0 : state[bad_row], ", it has ",

@@ -15,7 +15,7 @@ LinearForm FormOf(int64_t form) {
 }
 
 Tensor LinearPackOp(const Tensor& weight, int64_t form, const std::optional<Tensor>& scales) {
-  STD_TORCH_CHECK(weight.dim() == 2 && weight.stride(1) == 1, "weight must be [n, k] with contiguous rows");
+  STD_TORCH_CHECK(HasRows(weight), "weight must be [n, k] with contiguous rows");
   STD_TORCH_CHECK(!scales || FormOf(form) == LinearForm::kInt8, "only int8 weights have scales");
   const DType dtype = scales ? DType::kFloat32 : DTypeOf(weight);
   const int64_t n = weight.size(0), k = weight.size(1), bytes = LinearPackedBytes(n, k, dtype, FormOf(form));
@@ -33,7 +33,7 @@ Tensor LinearPackOp(const Tensor& weight, int64_t form, const std::optional<Tens
 
 Tensor LinearOp(const Tensor& x, const Tensor& packed, int64_t out_features, const std::optional<Tensor>& bias,
                 int64_t form) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [rows, k] with contiguous rows");
+  STD_TORCH_CHECK(HasRows(x), "x must be [rows, k] with contiguous rows");
   STD_TORCH_CHECK(packed.scalar_type() == ScalarType::Byte && packed.is_contiguous(), "packed must come from linear_pack");
   const DType dtype = DTypeOf(x);
   const int64_t rows = x.size(0), k = x.size(1), bytes = LinearPackedBytes(out_features, k, dtype, FormOf(form));

@@ -6,7 +6,7 @@ namespace ttsk {
 namespace {
 
 Tensor RmsNormOp(const Tensor& x, const Tensor& weight, double eps) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.stride(1) == 1, "x must be [rows, dim] with contiguous rows");
+  STD_TORCH_CHECK(HasRows(x), "x must be [rows, dim] with contiguous rows");
   STD_TORCH_CHECK(weight.numel() == x.size(1) && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
                   "weight must be contiguous [", x.size(1), "] of x's dtype");
   Tensor y = torch::stable::empty_like(x);

@@ -7,11 +7,6 @@
 namespace ttsk {
 namespace {
 
-// The stride of a dimension of size 1, or of an empty tensor, means nothing.
-bool Heads(const Tensor& t) {
-  return t.dim() == 3 && (t.numel() == 0 || (t.stride(2) == 1 && (t.size(1) == 1 || t.stride(1) == t.size(2))));
-}
-
 Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& inv_freq, double rope_scale,
                     const Tensor& positions, const Tensor& slots, const std::optional<Tensor>& q_norm,
                     const std::optional<Tensor>& k_norm, double eps, const Tensor& k_pages, const Tensor& v_pages) {
@@ -20,7 +15,7 @@ Tensor RopeAppendOp(const Tensor& q, const Tensor& k, const Tensor& v, const Ten
   const ScalarType type = fixed ? q.scalar_type() : k_pages.scalar_type();  // of the result and the norms
   const DType dtype = DTypeOf(type), in_dtype = DTypeOf(q);
   const int64_t rows = q.size(0), q_heads = q.size(1), head_dim = q.size(2), kv_heads = k.size(1), v_dim = v.size(2);
-  STD_TORCH_CHECK(Heads(q) && Heads(k) && Heads(v), "q, k and v must be [rows, heads, dim] with contiguous heads");
+  STD_TORCH_CHECK(HasHeads(q) && HasHeads(k) && HasHeads(v), "q, k and v must be [rows, heads, dim] with contiguous heads");
   STD_TORCH_CHECK(k.size(0) == rows && v.size(0) == rows && v.size(1) == kv_heads && k.size(2) == head_dim,
                   "q, k and v must have the same rows, k and v the same heads, q and k the same head_dim");
   STD_TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type() &&

@@ -13,7 +13,7 @@ bool IsVector(const Tensor& t, ScalarType type, int64_t size) {
 
 std::tuple<Tensor, Tensor> SampleOp(const Tensor& logits, const Tensor& rows, const Tensor& keys,
                                     const Tensor& positions, const Tensor& params) {
-  STD_TORCH_CHECK(logits.dim() == 2 && logits.stride(1) == 1 && logits.scalar_type() == ScalarType::Float &&
+  STD_TORCH_CHECK(HasRows(logits) && logits.scalar_type() == ScalarType::Float &&
                       logits.size(1) > 0,
                   "logits must be float32 [*, vocab] with contiguous rows");
   const int64_t count = rows.numel();

@@ -19,7 +19,7 @@ Tensor StepScoreOp(const Tensor& hidden, const Tensor& rows, const std::optional
                    const std::optional<Tensor>& inner_weight, const std::optional<Tensor>& inner_bias,
                    const Tensor& weight, const std::optional<Tensor>& bias, std::string squash,
                    const std::optional<Tensor>& mix) {
-  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.stride(1) == 1, "hidden must be [tokens, dim] with contiguous rows");
+  STD_TORCH_CHECK(HasRows(hidden), "hidden must be [tokens, dim] with contiguous rows");
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && rows.is_contiguous(),
                   "rows must be contiguous int32 [n]");
   const int64_t dim = hidden.size(1), inner = inner_weight.has_value() ? inner_weight->size(0) : 0;

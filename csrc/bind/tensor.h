@@ -36,6 +36,13 @@ inline KvForm KvFormOf(const Tensor& pool) {
 template <typename T>
 T* Data(const Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); }
 
+// Whether a matrix has contiguous rows, and [rows, heads, dim] contiguous heads. The stride of a dimension of size 1, or of an
+// empty tensor, means nothing: torch calls it contiguous whatever it is.
+inline bool HasRows(const Tensor& t) { return t.dim() == 2 && (t.numel() == 0 || t.size(1) == 1 || t.stride(1) == 1); }
+inline bool HasHeads(const Tensor& t) {
+  return t.dim() == 3 && (t.numel() == 0 || (t.stride(2) == 1 && (t.size(1) == 1 || t.stride(1) == t.size(2))));
+}
+
 // Data of an optional float32 vector of `size` values; null if there is none.
 inline const float* VectorOf(const std::optional<Tensor>& t, int64_t size, const char* name) {
   if (!t.has_value()) return nullptr;

@@ -11,7 +11,7 @@ namespace {
 // lm_head: [vocab, dim], or what linear_pack made of it (uint8) with the dtype it had.
 Tensor TokenLogprobOp(const Tensor& hidden, const Tensor& rows, const std::optional<Tensor>& norm_weight, double eps,
                       const Tensor& lm_head, int64_t vocab, ScalarType dtype, const Tensor& ids) {
-  STD_TORCH_CHECK(hidden.dim() == 2 && hidden.stride(1) == 1, "hidden must be [tokens, dim] with contiguous rows");
+  STD_TORCH_CHECK(HasRows(hidden), "hidden must be [tokens, dim] with contiguous rows");
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Int && rows.is_contiguous() && ids.dim() == 1 &&
                       ids.scalar_type() == ScalarType::Int && ids.is_contiguous() && ids.size(0) == rows.size(0),
                   "rows and ids must be contiguous int32 [n]");
@@ -23,7 +23,7 @@ Tensor TokenLogprobOp(const Tensor& hidden, const Tensor& rows, const std::optio
     STD_TORCH_CHECK(lm_head.is_contiguous() && lm_head.numel() == bytes, "lm_head must have ", bytes, " bytes for vocab ",
                     vocab, ", hidden's dim ", p.dim, " and its dtype, got ", lm_head.numel());
   } else {
-    STD_TORCH_CHECK(lm_head.dim() == 2 && lm_head.size(0) == vocab && lm_head.size(1) == p.dim && lm_head.stride(1) == 1 &&
+    STD_TORCH_CHECK(HasRows(lm_head) && lm_head.size(0) == vocab && lm_head.size(1) == p.dim &&
                         lm_head.scalar_type() == dtype,
                     "lm_head must be [", vocab, ", ", p.dim, "] of its dtype with contiguous rows");
     p.weight_stride = lm_head.stride(0);

@@ -11,7 +11,7 @@ namespace {
 Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& plan, double scale,
                        double softcap, int64_t window, const std::optional<Tensor>& sinks, Tensor out) {
   const DType dtype = DTypeOf(q);
-  STD_TORCH_CHECK(q.dim() == 3 && q.stride(2) == 1 && q.stride(1) == q.size(2), "q must be [rows, q_heads, head_dim]");
+  STD_TORCH_CHECK(HasHeads(q), "q must be [rows, q_heads, head_dim] with contiguous heads");
   const KvForm form = KvFormOf(k);
   const bool fixed = form != KvForm::kFloat, packed = fixed || k.dim() == 5;
   STD_TORCH_CHECK(v.scalar_type() == k.scalar_type() && (fixed || k.scalar_type() == q.scalar_type()),
@@ -48,8 +48,8 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
                         sinks->numel() == q.size(1),
                     "sinks must be float32 [q_heads]");
   }
-  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && out.dim() == 3 && out.size(0) == q.size(0) &&
-                      out.size(1) == q.size(1) && out.size(2) == v_dim && out.stride(2) == 1 && out.stride(1) == v_dim,
+  STD_TORCH_CHECK(out.scalar_type() == q.scalar_type() && HasHeads(out) && out.size(0) == q.size(0) &&
+                      out.size(1) == q.size(1) && out.size(2) == v_dim,
                   "out must be [rows, q_heads, v_dim] of q's dtype, each row contiguous");
   CheckPlan(plan, q.size(0), page_size, k.size(0));
 
@@ -64,7 +64,7 @@ Tensor TreeAttentionOp(const Tensor& q, const Tensor& k, const Tensor& v, const 
     p.v_strides = {v.stride(0), v.stride(1), v.stride(2)};
   }
   p.scale = static_cast<float>(scale), p.softcap = static_cast<float>(softcap);
-  p.window = static_cast<int32_t>(window);
+  p.window = static_cast<int32_t>(window < INT32_MAX ? window : INT32_MAX);
   p.sinks = sinks.has_value() ? Data<const float>(*sinks) : nullptr;
   TTSK_SELECT(TreeAttention)(p);
   return lse;

@@ -2,6 +2,7 @@
 // pays for waking somebody up (about 50 us in a virtual machine), or too long while another process has the core.
 #include "ttskernels/threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
@@ -52,9 +53,12 @@ void Relax() {
 #endif
 }
 
+// 0 where the variable is no number of threads.
 int Wanted(const char* variable) {
   const char* text = std::getenv(variable);
-  return text != nullptr ? std::atoi(text) : 0;
+  char* end = nullptr;
+  const long n = text != nullptr ? std::strtol(text, &end, 10) : 0;
+  return n <= 0 || *end != 0 ? 0 : n < kMostThreads ? static_cast<int>(n) : kMostThreads;
 }
 
 std::atomic<int>& Threads() {
@@ -210,7 +214,7 @@ class Team {
 }  // namespace
 
 int NumThreads() { return Threads().load(std::memory_order_relaxed); }
-void SetNumThreads(int threads) { Threads().store(threads < 1 ? 1 : threads, std::memory_order_relaxed); }
+void SetNumThreads(int threads) { Threads().store(std::clamp(threads, 1, kMostThreads), std::memory_order_relaxed); }
 
 void Member::Barrier() const {
   if (count > 1) Team::Get().Barrier(*this);

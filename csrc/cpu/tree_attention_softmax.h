@@ -148,5 +148,29 @@ void TakeWeights(const float* scores, int rows, int blocks, const RowsOf& of, Bf
 }
 #endif
 
+// A merged state is (m, l, o): maximum in log2 units, denominator, unnormalised output. Merging is the same arithmetic
+// wherever it happens; an empty partial changes nothing and a first one is copied.
+void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim, float* m, float* l, float* o) {
+  if (part_m == -kInf) return;
+  if (*m == -kInf) {
+    *m = part_m, *l = part_l;
+    std::memcpy(o, part_o, sizeof(float) * v_dim);
+    return;
+  }
+  const bool larger = part_m > *m;  // one factor is 1, so one exponential is enough
+  const Vec less = Exp2(Broadcast(larger ? *m - part_m : part_m - *m)), one = Broadcast(1.0f);
+  const Vec a = larger ? less : one, b = larger ? one : less;
+  for (int64_t i = 0; i < v_dim; i += kLanes) Store(o + i, Fma(Load(o + i), a, Mul(Load(part_o + i), b)));
+  *l = __builtin_fmaf(*l, First(a), part_l * First(b));
+  if (larger) *m = part_m;
+}
+
+// Whether n values, a multiple of the lanes, are.
+inline bool AllFinite(const float* p, int64_t n) {
+  Vec zero = Zero();
+  for (int64_t i = 0; i < n; i += kLanes) zero = Fma(Load(p + i), Zero(), zero);
+  return ReduceAdd(zero) == 0.0f;
+}
+
 }  // namespace
 }  // namespace ttsk::TTSK_ISA

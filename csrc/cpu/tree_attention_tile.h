@@ -115,12 +115,12 @@ class TileLoader {
 
   void LoadV(Tile<E>* tile) {
     for (int b = lo_ / kBlock; b * kBlock < hi_; ++b) {
-      const int end = BlockEnd(b, hi_);
+      const int begin = b == lo_ / kBlock ? lo_ % kBlock : 0, end = BlockEnd(b, hi_);
       E* v = scratch_ + b * kBlock * v_dim_;
       tile->v[b] = v;
       const T* page = v_ + at_.runs[b][0].page * vs_.page;
-      if (!Aligned(b) || (kInPlace && end % kPack != 0)) {
-        GatherV(at_.runs[b], at_.count[b], end, v);
+      if (!Aligned(b) || (kInPlace && (begin % kPack != 0 || end % kPack != 0))) {
+        GatherV(at_.runs[b], at_.count[b], begin, end, v);
       } else if constexpr (kInPlace) {
         tile->v[b] = page;
       } else {
@@ -202,7 +202,7 @@ class TileLoader {
     }
   }
 
-  void GatherV(const Run* runs, int n, int end, E* to) const {
+  void GatherV(const Run* runs, int n, int begin, int end, E* to) const {
     for (int r = 0; r < n; ++r) {
       const T* page = v_ + runs[r].page * vs_.page;
       for (int t = 0; t < runs[r].count; ++t) {
@@ -217,9 +217,9 @@ class TileLoader {
         }
       }
     }
-    if constexpr (kPack == 2) {  // the odd half of the last pair is multiplied by p = 0, so it must be finite
-      if (end % 2 != 0)
-        for (int64_t col = 0; col < v_dim_; ++col) to[(end / 2 * v_dim_ + col) * 2 + 1] = E{};
+    if constexpr (kPack == 2) {  // other halves of the first and last pair are multiplied by p = 0, so they must be finite
+      for (int64_t col = 0; col < v_dim_ && begin % 2 != 0; ++col) to[(begin / 2 * v_dim_ + col) * 2] = E{};
+      for (int64_t col = 0; col < v_dim_ && end % 2 != 0; ++col) to[(end / 2 * v_dim_ + col) * 2 + 1] = E{};
     }
   }
   static void PutV(Bf16* to, Vec lanes) {

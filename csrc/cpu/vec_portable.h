@@ -27,7 +27,9 @@ inline Vec Div(Vec a, Vec b) { TTSK_LANES(a.v[i] / b.v[i]) }
 inline Vec Max(Vec a, Vec b) { TTSK_LANES(a.v[i] > b.v[i] ? a.v[i] : b.v[i]) }
 inline Vec Fma(Vec a, Vec b, Vec c) { TTSK_LANES(a.v[i] * b.v[i] + c.v[i]) }
 inline Vec RoundNearest(Vec a) { TTSK_LANES(std::nearbyint(a.v[i])) }
-inline Vec ScaleByPow2(Vec a, Vec n) { TTSK_LANES(std::ldexp(a.v[i], static_cast<int>(n.v[i]))) }
+// n within +-250, beyond which every result is 0 or infinite, as at the vector levels.
+inline int Exponent(float n) { return n > -250.0f ? n < 250.0f ? static_cast<int>(n) : 250 : -250; }
+inline Vec ScaleByPow2(Vec a, Vec n) { TTSK_LANES(std::ldexp(a.v[i], Exponent(n.v[i]))) }
 inline Vec SelectFirst(int n, Vec a, Vec b) { TTSK_LANES(i < n ? a.v[i] : b.v[i]) }
 inline Vec SelectLess(Vec a, Vec b, Vec x, Vec y) { TTSK_LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i]) }
 inline bool AnyGreater(Vec a, Vec b) {

@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ LIBRARIES = Path("/usr/aarch64-linux-gnu")  # of the cross compiler, for qemu
 CROSS = {"compiler g++-aarch64-linux-gnu": "aarch64-linux-gnu-g++", "emulator qemu-user": "qemu-aarch64"}
 
 
-def program(machine: str, cxx: str) -> Path:
+def program(machine: str, cxx: list[str]) -> Path:
     """The test program for a machine; objects that are up to date are kept, and are here those of the extension."""
     out = ROOT / "build" / "native" / ALIASES.get(machine, machine)
     library = OBJECTS if machine == platform.machine() else out
@@ -27,7 +28,7 @@ def program(machine: str, cxx: str) -> Path:
     tests = [Unit(source, f"test.{source.stem}", []) for source in sorted(HERE.glob("*.cpp"))]
     objects += compile_units(tests, out, cxx, HERE.glob("*.h"))
     target = out / "kernel_tests"
-    subprocess.run([cxx, "-pthread", *map(str, objects), "-o", str(target)], check=True)
+    subprocess.run([*cxx, "-pthread", *map(str, objects), "-o", str(target)], check=True)
     return target
 
 
@@ -39,9 +40,9 @@ def run(command, **environment) -> str:
 
 @pytest.fixture(scope="module")
 def native():
-    cxx = os.environ.get("CXX", "g++")
-    if shutil.which(cxx) is None:
-        pytest.skip(f"no C++ compiler {cxx}")
+    cxx = shlex.split(os.environ.get("CXX", "g++"))
+    if shutil.which(cxx[0]) is None:
+        pytest.skip(f"no C++ compiler {cxx[0]}")
     return program(platform.machine(), cxx)
 
 
@@ -76,6 +77,6 @@ def test_aarch64_under_qemu():
     for what, command in CROSS.items():
         if shutil.which(command) is None:
             pytest.skip(f"no cross {what} ({command})")
-    output = run(["qemu-aarch64", "-L", LIBRARIES, program("aarch64", "aarch64-linux-gnu-g++")], TTSK_EMULATED="1")
+    output = run(["qemu-aarch64", "-L", LIBRARIES, program("aarch64", ["aarch64-linux-gnu-g++"])], TTSK_EMULATED="1")
     levels = {line.split()[0] for line in output.splitlines()[:-1]}
     assert levels == {"portable", "neon", "neon_bf16"} and output.splitlines()[-1] == f"{3 * TESTS} passed, 0 failed"

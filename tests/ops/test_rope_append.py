@@ -299,6 +299,25 @@ def test_parts_and_bias_are_added_first(cpu_extension, impl):
         torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_sum_with_a_bias_is_rounded_once(cpu_extension, impl, dtype):
+    q, k, v = (torch.randn(7, heads, 32).to(dtype) for heads in (4, 2, 2))
+    bias, slots = torch.randn(8 * 32).to(dtype) * 8, torch.arange(7).int()
+    place, inv_freq = torch.randint(0, 999, (7,)).int(), torch.rand(16)
+    results = []
+    for wide, b in ((False, bias), (True, None)):
+        if wide:  # in float32
+            parts = (t.float() + b.float().view(t.shape[1:]) for t, b in zip((q, k, v), bias.split([128, 64, 64]), strict=True))
+            q, k, v = parts
+        pages = [torch.zeros(1, 16, 2, 32, dtype=dtype) for _ in range(2)]
+        if impl == "cpu":
+            pages = [t.contiguous() for t in layout.from_nhd(*pages)]
+        results.append([rope_append(q, k, v, inv_freq, place, slots, *pages, bias=b, impl=impl), *pages])
+    for got, expected in zip(*results, strict=True):
+        assert got.dtype == dtype and torch.equal(got, expected)
+
+
 def test_invalid_parts():
     q, k, pages = torch.randn(2, 4, 4, 32), torch.randn(2, 4, 2, 32), torch.zeros(1, 16, 2, 32)
     args = torch.rand(16), torch.zeros(4).int(), torch.arange(4).int(), pages, pages.clone()

@@ -154,6 +154,10 @@ def test_opcheck(cpu_extension, weight_dtype):
             lambda a: {"lm_head": linear_pack(a["lm_head"], impl="cpu"), "impl": "reference"},
             "lm_head was packed for impl 'cpu', got impl='reference'",
         ),
+        (
+            lambda a: {"lm_head": linear_pack(a["lm_head"], form="int8", impl="cpu")},
+            "lm_head must be packed with form='float', got 'int8'",
+        ),
     ],
 )
 def test_invalid(cpu_extension, change, message):

@@ -329,3 +329,51 @@ def test_invalid_plan(cpu_extension):
         tree_attention(*args, no_magic, impl="cpu")
     with pytest.raises(RuntimeError, match=r"plan segment 0 reads tokens .* of page 99; the pool has"):
         tree_attention(*args, far, impl="cpu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_what_is_not_finite_shows_in_the_rows_that_see_it_alone(isa, dtype, window, bad, where):
+    rows = [*((0, at) for at in range(58, 70)), (1, 39), (1, 2), (2, 2)]
+    trees = make_trees([(-1, 70, 0), (0, 40, 0), (0, 3, 0)], rows)
+    q, k, v = make(trees, 4, 2, 64, dtype, packed=False)
+    for at in (61, 62):  # of a pair of tokens, each
+        pools, sees = [q.clone(), k.clone(), v.clone()], [at <= (p if node == 0 else 70 + p) for node, p in rows]
+        if window:
+            sees = [s and (p if node == 0 else 70 + p) < at + window for s, (node, p) in zip(sees, rows, strict=True)]
+        if where == "q":
+            pools[0][4, :, 7], sees = bad, [row == 4 for row in range(len(rows))]
+        else:
+            page, slot = trees.slots(0)[at]
+            pools[1 if where == "k" else 2][page, slot, :, 3] = bad
+        for mode in ("separate", "direct"):
+            plan = build_plan(trees, mode)
+            for packed in (False, True):
+                pages, clean = (layout.from_nhd(*p) if packed else p for p in (pools[1:], (k, v)))
+                out = tree_attention(pools[0], *pages, plan, window=window, impl="cpu")
+                expected_rows = tree_attention(q, *clean, plan, window=window, impl="cpu")
+                kept = [not s for s in sees]
+                assert torch.equal(out[kept], expected_rows[kept])
+                assert where == "k" or not out[sees].flatten(1).isfinite().all(1).any()
+
+
+def test_strides_of_size_one_and_expanded_sinks(cpu_extension):
+    trees = random_trees(0)
+    q, k, v = make(trees, 1, 1, 64, torch.float32)
+    plan, sinks = build_plan(trees), torch.zeros(1).expand(1)
+    turned = q[:, 0][None].transpose(0, 1)  # contiguous, torch says, whatever the stride of its only head
+    assert turned.is_contiguous() and turned.stride(1) != 64
+    assert torch.equal(tree_attention(turned, k, v, plan), tree_attention(q, k, v, plan))
+    out = torch.empty(1, len(q), 64).transpose(0, 1)
+    assert torch.equal(tree_attention(q, k, v, plan, out=out), tree_attention(q, k, v, plan))
+    q, k, v = make(trees, 4, 2, 64, torch.float32)
+    expanded = tree_attention(q, k, v, plan, sinks=sinks.expand(4))
+    assert torch.equal(expanded, tree_attention(q, k, v, plan, sinks=torch.zeros(4)))
+
+
+def test_a_window_beyond_every_position_is_none(cpu_extension):
+    trees = random_trees(0)
+    args = (*make(trees, 4, 2, 64, torch.float32), build_plan(trees))
+    assert torch.equal(tree_attention(*args, window=2**32 + 1, impl="cpu"), tree_attention(*args, impl="cpu"))

@@ -56,8 +56,7 @@ def rope_append(
     q, k, v = (t if t.ndim == 4 else t[None] for t in (q, k, v))
     check_parts(q, k, v, bias)
     check(q[0], k[0], v[0], inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
-    args = (inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages)
-    chosen = resolve(impl, q)
+    turns, pages, chosen = (inv_freq, rope_scale, positions, slots), (eps, k_pages, v_pages), resolve(impl, q)
     if chosen == "triton":
         from ttskernels._triton.rope_append import rope_append as launch
 
@@ -66,23 +65,28 @@ def rope_append(
         if len(q) > 1 and len({t.stride(0) for t in (q, k, v)}) > 1:
             q, k, v = (t.sum(0, keepdim=True) for t in (q, k, v))
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        return launch(q, k, v, bias, *args, k_scale, v_scale, q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype)
+        out_dtype = q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype
+        return launch(q, k, v, bias, *turns, q_norm, k_norm, *pages, k_scale, v_scale, out_dtype)
     if k_pages.dtype in FLOAT8:
         raise ValueError(f"impl {chosen!r} writes no {k_pages.dtype} pages; they need impl='triton'")
+    out_dtype = q.dtype if is_fixed(k_pages) else k_pages.dtype
     q, k, v = added(q, k, v, bias)
+    if is_fixed(k_pages):
+        q_norm, k_norm = (None if norm is None else norm.to(q.dtype) for norm in (q_norm, k_norm))
     if chosen == "cpu":
         q, k, v = (t if t.stride(2) == 1 and t.stride(1) == t.shape[2] else t.contiguous() for t in (q, k, v))
-        return torch.ops.ttskernels.rope_append(q, k, v, *args)
-    return reference.rope_append(q, k, v, *args)
+        return torch.ops.ttskernels.rope_append(q, k, v, *turns, q_norm, k_norm, *pages).to(out_dtype)
+    return reference.rope_append(q, k, v, *turns, q_norm, k_norm, *pages).to(out_dtype)
 
 
 def added(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> list[Tensor]:
-    """The sums of parts, and a bias."""
+    """The sums of parts; with a bias, float32 at least, as the result is rounded once."""
     made, first = [], 0
     for t in (q, k, v):
         total, heads = t.sum(0) if len(t) > 1 else t[0], t.shape[2:]
         if bias is not None:
-            total = total + bias[first : first + heads.numel()].view(heads).to(total.dtype)
+            wide = torch.promote_types(total.dtype, torch.float32)
+            total = total.to(wide) + bias[first : first + heads.numel()].view(heads).to(wide)
         made.append(total)
         first += heads.numel()
     return made

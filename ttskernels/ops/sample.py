@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ttskernels._dispatch import Impl, resolve
 from ttskernels._reference import sample as reference
+from ttskernels.errors import BadLogitsError
 
 
 def _check(logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params: Tensor) -> None:
@@ -73,7 +74,13 @@ def sample(
         tokens, logprobs = torch.ops.ttskernels.sample(logits.contiguous(), *(a.contiguous() for a in args))
     else:
         tokens, logprobs = reference.sample(logits, rows, keys, positions, params)
-    if logits.device.type == "cpu" and bool((tokens < 0).any()):
-        bad = int((tokens < 0).nonzero()[0])
-        raise ValueError(f"logits must be finite, row {int(rows[bad])} has a NaN or an infinite value")
+    if logits.device.type == "cpu":
+        check_tokens(tokens, rows)
     return tokens, logprobs
+
+
+def check_tokens(tokens: Tensor, rows: Tensor) -> None:
+    """Raise BadLogitsError for the first token that is none."""
+    if bool((tokens < 0).any()):
+        bad = int(rows[int((tokens < 0).nonzero()[0])])
+        raise BadLogitsError(f"logits must be finite, row {bad} has a NaN or an infinite value", bad)

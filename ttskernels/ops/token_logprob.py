@@ -24,8 +24,8 @@ def token_logprob(
     Args:
         hidden: `[tokens, dim]`, fp32 / fp16 / bf16, before the final norm; not modified.
         rows: `[n]` int32, row of `hidden` whose next token is asked for; a row may occur often.
-        lm_head: `[vocab, dim]`, any of the three dtypes, or `linear_pack` of it. Packed is faster for few rows; plain
-            needs no copy of the matrix. Both give the same bits.
+        lm_head: `[vocab, dim]`, any of the three dtypes, or `linear_pack` of it (form "float"). Packed is faster for few
+            rows; plain needs no copy of the matrix. Both give the same bits.
         ids: `[n]` int32, the token whose log-probability is wanted.
         norm_weight: `[dim]` of the final norm; None if `hidden` is normed already.
         impl: of a plain `lm_head`; a packed one runs in the implementation it was packed for.
@@ -38,6 +38,8 @@ def token_logprob(
     Source: Milakov and Gimelshein 2018, arXiv:1805.02867 (online softmax).
     """
     packed = isinstance(lm_head, PackedLinear)
+    if packed and lm_head.form != "float":
+        raise ValueError(f"lm_head must be packed with form='float', got {lm_head.form!r}; pass the matrix, or pack it so")
     vocab, dim = (lm_head.out_features, lm_head.in_features) if packed else _shape(lm_head)
     _check(hidden, rows, ids, norm_weight, vocab, dim)
     chosen = lm_head.impl if packed else resolve(impl, hidden)

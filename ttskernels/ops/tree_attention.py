@@ -91,6 +91,8 @@ def _on_cpu(q, k, v, plan, scale, softcap, window, sinks, out):
         check_out(out, q, dim_of(v))
     if q.stride()[1:] != (dim, 1):
         q = q.contiguous()
+    if sinks is not None:
+        sinks = sinks.contiguous()
     plan, scale = getattr(plan, "buffer", plan), dim**-0.5 if scale is None else scale
     return out, torch.ops.ttskernels.tree_attention.default(q, k, v, plan, scale, softcap, window, sinks, out)
 
@@ -173,7 +175,7 @@ def check_out(out: Tensor, q: Tensor, v_dim: int) -> None:
     want = (q.shape[0], q.shape[1], v_dim)
     if tuple(out.shape) != want or out.dtype != q.dtype or out.device != q.device:
         raise ValueError(f"out must be {q.dtype} {want} on {q.device}, got {describe(out)} on {out.device}")
-    if out.numel() and (out.stride(2) != 1 or out.stride(1) != v_dim):
+    if out.numel() and (out.stride(2) != 1 or out.shape[1] > 1 and out.stride(1) != v_dim):
         raise ValueError(f"each row of out must be contiguous, got strides {out.stride()}")
     if out.numel() and out.untyped_storage().data_ptr() == q.untyped_storage().data_ptr():
         raise ValueError("out must not share memory with q, which other workers still read; pass a new tensor")

@@ -13,23 +13,6 @@
 namespace ttsk::TTSK_ISA {
 namespace {
 
-// A merged state is (m, l, o): maximum in log2 units, denominator, unnormalised output. Merging is the same arithmetic
-// wherever it happens; an empty partial changes nothing and a first one is copied.
-void MergePartial(float part_m, float part_l, const float* part_o, int64_t v_dim, float* m, float* l, float* o) {
-  if (part_m == -kInf) return;
-  if (*m == -kInf) {
-    *m = part_m, *l = part_l;
-    std::memcpy(o, part_o, sizeof(float) * v_dim);
-    return;
-  }
-  const bool larger = part_m > *m;  // one factor is 1, so one exponential is enough
-  const Vec less = Exp2(Broadcast(larger ? *m - part_m : part_m - *m)), one = Broadcast(1.0f);
-  const Vec a = larger ? less : one, b = larger ? one : less;
-  for (int64_t i = 0; i < v_dim; i += kLanes) Store(o + i, Fma(Load(o + i), a, Mul(Load(part_o + i), b)));
-  *l = __builtin_fmaf(*l, First(a), part_l * First(b));
-  if (larger) *m = part_m;
-}
-
 // Up to so many q rows a tile is widened in registers as it is read, above it is copied to floats first (GFLOP/s of both
 // in bench/LOG.md: in place wins at 7 and 28 rows, the copy at 56 and 112). Bytes are widened to int16, with less to gain.
 constexpr int64_t kInPlaceRows = 32, kInPlaceRowsOfBytes = 12;
@@ -217,6 +200,11 @@ struct Kernel {
   // One partial: `tokens` tokens from `cursor` on, the first at position pos0; `then` comes after it.
   void Partial(int64_t kv_head, SegCursor cursor, int32_t pos0, int32_t tokens, int64_t count, const Sight& sight,
                const Upcoming& then, const TreeScratch& s) const {
+    for (int64_t r = 0; r < count; ++r) {
+      static_cast<RowState*>(s.state)[r].Reset();
+      Store(s.sums + r * kLanes, Zero());
+    }
+    for (int64_t g = 0; g * kMicroRows < count; ++g) s.ranges[g].tiles = 0;
     for (int32_t t = 0; t < tokens; t += tile_tokens) {
       const int32_t n = tokens - t < tile_tokens ? tokens - t : tile_tokens, pos = pos0 + t;
       if (pos >= sight.end) return;
@@ -231,6 +219,17 @@ struct Kernel {
       const Upcoming next = ends ? then : Upcoming{cursor, tokens - t - n, kv_head};
       if (aligned && count <= kMostInPlace) RunTile<InPlace>(tile, view, next, kv_head, count, s);
       else RunTile<Copied>(tile, view, next, kv_head, count, s);
+    }
+  }
+
+  // After a partial of which some rows see a part only: what they do not see has weight 0, and 0 times infinity is NaN. A row
+  // with such an output is computed again by itself, over what it sees.
+  void RepeatApart(int64_t kv_head, const SegCursor& cursor, int32_t pos0, int32_t tokens, int64_t row, int64_t end,
+                   const TreeScratch& all) const {
+    for (int64_t r = row; r < end; ++r) {
+      TreeScratch s = From((r - row) * group, all);
+      s.o += (r - row) * group * p.v_dim;
+      if (!AllFinite(s.o, group * p.v_dim)) Partial(kv_head, cursor, pos0, tokens, group, SightOf(r, 1), {}, s);
     }
   }
 
@@ -318,14 +317,12 @@ struct Kernel {
       int32_t tokens = seg->count;
       for (; seg->left > seg->count && seg + 1 < last; ++seg) tokens += seg[1].count;
       ++seg;
-      for (int64_t r = 0; r < count; ++r) {
-        state[r].Reset();
-        Store(s.sums + r * kLanes, Zero());
-      }
-      for (int64_t g = 0; g * kMicroRows < count; ++g) s.ranges[g].tiles = 0;
       const int32_t rest = item.pos0 + item.tokens - pos - tokens;
       const Upcoming next = seg < last ? task.PartialAt(seg, rest) : then;
       Partial(kv_head, cursor, pos, tokens, count, sight, next, s);
+      if (!kFixed && (sight.last_first > pos || sight.first_end < pos + tokens)) {
+        RepeatApart(kv_head, cursor, pos, tokens, row, end, s);
+      }
       for (int64_t r = 0; r < count; ++r) {
         const float l = ReduceAdd(Load(s.sums + r * kLanes));
         const float m = state[r].Seen() || l != l ? state[r].m : -kInf;  // NaN alone moves no m, but is not nothing
