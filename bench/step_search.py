@@ -37,7 +37,7 @@ from types import SimpleNamespace
 import torch
 
 import ttskernels
-from ttskernels.engine import batcher, policy, scorer
+from ttskernels.engine import batcher, commands, policy, scorer
 from ttskernels.engine.batcher import Engine
 from ttskernels.models.heads import HeadSpec
 from ttskernels.models.model import load_model
@@ -137,7 +137,7 @@ class Clock:
             self._wrap(module, "build_plan", "planning")
         self._wrap(engine.policy_model, "sample", "decode")
         self._wrap(batcher.Engine, "_turn", "python")
-        self._wrap(batcher.Engine, "_drain", "idle")
+        self._wrap(commands.Commands, "take", "idle")
 
     def _count(self, runner) -> None:
         """Decode iterations and rows: a forward with a sample is one."""

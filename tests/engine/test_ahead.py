@@ -88,23 +88,24 @@ def test_what_is_begun_is_taken_and_the_rest_counted(folders, cpu_extension):
     session, end, _ = begin(engine)
     ahead = engine._policy.ahead
     wish(engine, session, end, 3)
-    while not engine._call(lambda: len(ahead.branches()) == 3 and all(b.end for b in ahead.branches())).result():
+    while not engine._commands.call(lambda: len(ahead.branches()) == 3 and all(b.end for b in ahead.branches())).result():
         pass
-    engine._call(lambda: None).result()
+    engine._commands.call(lambda: None).result()
     decoding = Decoding(Sampling(1.0), 4, 230)
-    begun = {o: b.end for (o, d), b in engine._call(lambda: dict(ahead._children[end.node])).result().items() if d == decoding}
+    children = engine._commands.call(lambda: dict(ahead._children[end.node])).result()
+    begun = {o: b.end for (o, d), b in children.items() if d == decoding}
     got = {}
     engine.branch(
         session, end.node, key=end.key, ordinals=[1, 2], path_key=(0,), sampling=Sampling(1.0), max_step_tokens=4,
         max_length=230, on_step=lambda o, e: got.setdefault(o, e),
     )  # fmt: skip
-    engine._call(lambda: None).result()
+    engine._commands.call(lambda: None).result()
     assert got == {1: begun[1], 2: begun[2]}, "ended before they were asked for: reported at once"
     before = session.counters.policy_decoded
-    left = engine._call(lambda: ahead.branches()).result()
+    left = engine._commands.call(lambda: ahead.branches()).result()
     assert [b.path_key for b in left] == [(0, 0)]
     engine.release(session, policy=[end.node])
-    engine._call(lambda: None).result()
+    engine._commands.call(lambda: None).result()
     assert session.counters.policy_speculated == len(left[0].end.ids) and not ahead.branches()
     assert session.counters.policy_decoded >= before - len(left[0].end.ids)
     engine.close(session)
@@ -117,7 +118,7 @@ def test_a_parent_computed_in_vain_is_counted_too(folders, cpu_extension):
     session, end, _ = begin(engine)
     ahead = engine._policy.ahead
     wish(engine, session, end, 1)
-    while not engine._call(lambda: bool(ahead.branches()) and bool(ahead.branches()[0].end)).result():
+    while not engine._commands.call(lambda: bool(ahead.branches()) and bool(ahead.branches()[0].end)).result():
         pass
     tokens, counters = len(ahead.branches()[0].node.ids), session.counters
 
@@ -127,7 +128,7 @@ def test_a_parent_computed_in_vain_is_counted_too(folders, cpu_extension):
         ahead.release(end.node)
         return counters.policy_prefilled - prefilled
 
-    assert engine._call(let_go).result() == -1
+    assert engine._commands.call(let_go).result() == -1
     assert counters.policy_speculated == tokens + 1
     engine.shutdown()
 
@@ -138,7 +139,7 @@ def test_closing_or_cancelling_forgets_wishes(folders):
     for group in (1, 2):
         wish(engine, session, end, 4, tokens=90, group=group)
     engine.cancel(1)
-    assert list(engine._call(lambda: engine._policy.ahead._wishes).result()) == [2]
+    assert list(engine._commands.call(lambda: engine._policy.ahead._wishes).result()) == [2]
     engine.close(session)
     assert leaked(engine) == 0
     engine.ahead(session, [], sampling=Sampling(1.0), max_step_tokens=9, max_length=230, group=3)

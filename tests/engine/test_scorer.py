@@ -32,7 +32,7 @@ def engine(folder):
 
 
 def on_engine(engine, function):
-    return engine._call(function).result(60)
+    return engine._commands.call(function).result(60)
 
 
 def chain(engine, node):

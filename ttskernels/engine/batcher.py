@@ -6,7 +6,6 @@ Decode iterations of all problems share one batch; score jobs gather until a for
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
@@ -15,6 +14,7 @@ import torch
 
 from ttskernels.engine.ahead import Decoding, Wish
 from ttskernels.engine.checks import check_ids, check_model, check_prompt
+from ttskernels.engine.commands import Commands, tell
 from ttskernels.engine.policy import PolicyRunner
 from ttskernels.engine.reading import check_reads
 from ttskernels.engine.residency import Residency
@@ -76,9 +76,8 @@ class Engine:
             residency.forests.append((self.verifier_forest, lambda session: session.verifier_nodes))
             self._scorer = ScoreRunner(verifier, self.verifier_forest, residency)
         self._sessions = Sessions(residency, self.budget, self._policy, self._scorer, prompt_bytes)
-        self._commands: queue.SimpleQueue = queue.SimpleQueue()
+        self._commands = Commands()
         self._patience = SCORE_PATIENCE
-        self._dead: BaseException | None = None
         self._thread = threading.Thread(target=self._loop, name="ttskernels-engine", daemon=True)
         self._thread.start()
 
@@ -108,7 +107,7 @@ class Engine:
         check_prompt("prompt", prompt, "policy", self.policy_model, len(prompt or ()) + max_new_tokens, 1, policy_bytes)
         length = len(verifier_prompt or ()) + max_new_tokens
         check_prompt("verifier_prompt", verifier_prompt, "verifier", self.verifier_model, length, 2, verifier_bytes)
-        return self._call(lambda: self._sessions.open(prompt, verifier_prompt, beside)).result()
+        return self._commands.call(lambda: self._sessions.open(prompt, verifier_prompt, beside)).result()
 
     def branch(
         self,
@@ -151,7 +150,11 @@ class Engine:
                 else:
                     self._policy.add(branch)
 
-        self._call(start)
+        def refused(error: BaseException) -> None:
+            for ordinal in ordinals:
+                on_step(ordinal, error)
+
+        self._commands.call(start, refused)
 
     def ahead(
         self,
@@ -175,7 +178,7 @@ class Engine:
             if not session.closed:
                 self._policy.wish(group, session, decoding, [w for w in wishes if not w.parent.released])
 
-        self._call(run)
+        self._commands.tidy(run)
 
     def score(
         self,
@@ -215,7 +218,7 @@ class Engine:
             except Exception as error:
                 result.set_exception(error)
 
-        self._call(submit)
+        self._commands.call(submit, lambda error: tell(result, error))
         return result
 
     def extend(self, session: Session, parent: Node | None, ids: list[int], keep: int | None = None) -> Future:
@@ -245,7 +248,7 @@ class Engine:
                 forest.release(above)
             return node
 
-        return self._call(run)
+        return self._commands.call(run)
 
     def cancel(self, group: object) -> None:
         """Drop the branches of a group; steps already reported stay with the caller."""
@@ -254,7 +257,7 @@ class Engine:
             self._policy.drop(lambda branch: branch.group is group)
             self._policy.ahead.forget(group)
 
-        self._call(run)
+        self._commands.tidy(run)
 
     def release(self, session: Session, *, policy: Iterable[Node] = (), verifier: Iterable[Node] = ()) -> None:
         """Give back handles that branch ends and score jobs returned."""
@@ -270,24 +273,25 @@ class Engine:
             for node in verifier:
                 self.verifier_forest.release(node)
 
-        self._call(run)
+        self._commands.tidy(run)
 
     def retain(self, verifier: Node) -> None:
         """One more handle on a node of the verifier's forest, to be released like any other."""
-        self._call(lambda: self.verifier_forest.retain(verifier))
+        self._commands.call(lambda: self.verifier_forest.retain(verifier))
 
     def close(self, session: Session) -> None:
         """Drop the session's branches and jobs and release all its nodes. Idempotent."""
-        self._call(lambda: self._sessions.close(session)).result()
+        self._commands.tidy(lambda: self._sessions.close(session), wait=True)
 
     def forget_prompts(self) -> None:
         """Give back the pages that prompts of closed sessions keep."""
-        self._call(self._sessions.forget_prompts).result()
+        self._commands.tidy(self._sessions.forget_prompts, wait=True)
 
     def shutdown(self) -> None:
-        """Stop the engine's thread and free its KV; sessions still open are closed."""
+        """Stop the engine's thread and free its KV. Sessions still open are closed; what they wait for, and every later call
+        for work, raises RuntimeError."""
         if self._thread.is_alive():
-            self._commands.put(None)
+            self._commands.end()
             self._thread.join()
         for forest in (self.policy_forest, self.verifier_forest):
             if forest is not None:
@@ -295,22 +299,14 @@ class Engine:
 
     # -- the engine's thread -----------------------------------------------------------------------------------------
 
-    def _call(self, function: Callable) -> Future:
-        if self._dead is not None:
-            raise RuntimeError(f"the engine has stopped: {self._dead}") from self._dead
-        result: Future = Future()
-        self._commands.put((function, result))
-        return result
-
     def _loop(self) -> None:
         busy = False
         try:
             while True:
                 waiting = self._scorer is not None and bool(self._scorer.running)
-                for command in self._drain(block=not busy, timeout=POLL_SECONDS if waiting else None):
+                for command in self._commands.take(block=not busy, timeout=POLL_SECONDS if waiting else None):
                     if command is None:
-                        self._sessions.close_all()
-                        return
+                        return self._stop(RuntimeError("the engine was shut down; make another one"))
                     function, result = command
                     if not result.set_running_or_notify_cancel():  # whoever asked has given up
                         continue
@@ -320,17 +316,7 @@ class Engine:
                         result.set_exception(error)
                 busy = self._turn()
         except BaseException as error:  # a bug of ours: everyone waiting must hear of it
-            self._dead = error
             self._abort(error)
-
-    def _drain(self, block: bool, timeout: float | None = None) -> list:
-        commands = []
-        try:
-            commands.append(self._commands.get(block, timeout))
-            while True:
-                commands.append(self._commands.get_nowait())
-        except queue.Empty:
-            return commands
 
     def _turn(self) -> bool:
         """One batch of work. Scores first when they are worth a forward; else decode; else whatever scores wait."""
@@ -358,18 +344,22 @@ class Engine:
         scorer.collect()
         return worked or bool(scorer.jobs)
 
+    def _stop(self, error: BaseException) -> None:
+        """Let what is under way finish, tell everyone else, and give back all pages."""
+        if self._scorer is not None:
+            self._scorer.collect(wait=True)
+        self._abort(error)
+        self._sessions.close_all()
+
     def _abort(self, error: BaseException) -> None:
+        self._commands.stop(error)
         if self._policy is not None:
             self._policy.abort(error)
         if self._scorer is not None:
             for job in (job for batch in self._scorer.running for job in batch.jobs):
                 job.result.set_exception(error)
             for job in self._scorer.jobs:
-                if job.result.set_running_or_notify_cancel():
-                    job.result.set_exception(error)
-        for command in self._drain(block=False):
-            if command is not None and command[1].set_running_or_notify_cancel():
-                command[1].set_exception(error)
+                tell(job.result, error)
 
     def _pages(self, model) -> int:
         """Pages of a model's pool: what the budget can pay. A pool on a GPU has its memory from the start, so that two of

@@ -11,7 +11,7 @@ from ttskernels.engine.ahead import Ahead, Decoding
 from ttskernels.engine.keys import as_int64, child_key
 from ttskernels.engine.residency import Residency, missing, uncached_rows
 from ttskernels.engine.work import Branch, Session, StepEnd
-from ttskernels.errors import OutOfPagesError
+from ttskernels.errors import BadLogitsError, OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
 
@@ -213,7 +213,14 @@ class PolicyRunner:
     def _sample(self, branches: list[Branch], logits: torch.Tensor, rows: torch.Tensor) -> None:
         """One token for each branch from row `rows[i]` of the logits."""
         positions = torch.tensor([b.node.pos0 + len(b.node.ids) for b in branches], dtype=torch.int32)
-        tokens, logprobs = self.model.sample(logits, rows, self._keys(branches), positions, self._params(branches))
+        try:
+            tokens, logprobs = self.model.sample(logits, rows, self._keys(branches), positions, self._params(branches))
+        except BadLogitsError as error:
+            bad = rows == error.row
+            for branch in [b for b, its in zip(branches, bad.tolist(), strict=True) if its]:
+                self._fail(branch, error)
+            kept = [b for b, its in zip(branches, bad.tolist(), strict=True) if not its]
+            return self._sample(kept, logits, rows[~bad]) if kept else None
         for branch, token, logprob in zip(branches, tokens.tolist(), logprobs.tolist(), strict=True):
             branch.whole = True
             state = int(self.next_state[branch.state, token])
@@ -229,10 +236,14 @@ class PolicyRunner:
         logprobs = torch.empty(iterations, len(branches), dtype=torch.float32)
         ids = torch.tensor([b.node.ids[-1] for b in branches], dtype=torch.int32)
         states = torch.tensor([b.state for b in branches], dtype=torch.int32)
-        done = self.model.decode(
-            ids, self._plan, self.forest.pool, self._keys(branches), self._params(branches), self.next_state, states,
-            tokens, logprobs,
-        )  # fmt: skip
+        try:
+            done = self.model.decode(
+                ids, self._plan, self.forest.pool, self._keys(branches), self._params(branches), self.next_state, states,
+                tokens, logprobs,
+            )  # fmt: skip
+        except BadLogitsError as error:  # what the others got is computed again, to the same tokens
+            self._fail(branches[error.row], error)
+            return True
         columns = tokens[:done].T.tolist()
         chances = logprobs[:done].T.tolist()
         seconds = (time.perf_counter() - started) / len(branches)
@@ -292,7 +303,10 @@ class PolicyRunner:
         branch.on_step(end)
 
     def _fail(self, branch: Branch, error: BaseException) -> None:
+        self._plan = None
+        if branch.ahead:  # nobody has asked for it yet; whoever does will see it fail
+            self.ahead.drop(lambda other: other is branch)
+            return self.ahead.claim(branch.node.parent)
         self.branches.remove(branch)
         self.forest.release(branch.node)
-        self._plan = None
         branch.on_step(error)

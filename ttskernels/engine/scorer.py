@@ -142,7 +142,8 @@ class ScoreRunner:
         self.forest.retain(node)  # an ancestor may live through its children alone
         upper = self.forest.split(node, keep - node.pos0)
         session.verifier_nodes.add(upper)
-        below = [n for n in session.verifier_nodes if not n.released and n.pos0 > node.pos0] if node.children else []
+        nodes = [n for forest, its in self.residency.forests if forest is self.forest for n in its(session)]
+        below = [n for n in nodes if not n.released and n.pos0 > node.pos0] if node.children else []
         for stale in [node, *(n for n in below if node in self.forest.path(n))]:
             self.forest.evict(stale)
         self.residency.epoch += 1  # branches may decode below, if the policy's forest is the same

@@ -19,8 +19,11 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0 or not 0 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:
-            raise ValueError(f"sampling needs temperature >= 0, 0 < top_p <= 1, 0 <= min_p < 1, top_k >= 0, got {self}")
+        if not 0 <= self.temperature <= 1e38 or not 1e-37 < self.top_p <= 1 or not 0 <= self.min_p < 1 or self.top_k < 0:
+            raise ValueError(
+                "sampling needs 0 <= temperature <= 1e38, 0 < top_p <= 1 (both float32), 0 <= min_p < 1, top_k >= 0, "
+                f"got {self}"
+            )
 
 
 @dataclass

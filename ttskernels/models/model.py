@@ -23,7 +23,7 @@ from ttskernels.models.device_queue import DeviceQueue
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.ops.linear import Form
-from ttskernels.ops.sample import check_params, sample
+from ttskernels.ops.sample import check_params, check_tokens, sample
 
 Output = Literal["logits", "hidden"]
 Weights = Literal["auto", "float", "int16", "int8", "calibrated"]
@@ -171,15 +171,13 @@ class Model:
         """Op `sample` over logits that `forward` returned; the other arguments and the results are on the host.
 
         Raises:
-            ValueError: as op `sample`, and logits that are not finite.
+            ValueError: as op `sample`; BadLogitsError, which is one: a row of logits is not finite.
         """
         check_params(params)
         with self.queue.current():
             drawn = sample(logits, *(self.queue.put(t) for t in (rows, keys, positions, params)))
             tokens, logprobs = (fetch.wait() for fetch in [self.queue.fetch(t) for t in drawn])
-        if bool((tokens < 0).any()):
-            bad = int((tokens < 0).nonzero()[0])
-            raise ValueError(f"logits must be finite, row {int(rows[bad])} has a NaN or an infinite value")
+        check_tokens(tokens, rows)
         return tokens, logprobs
 
     def _check_rows(self, ids: Tensor, plan: Plan, pool: PagePool) -> int:

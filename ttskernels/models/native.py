@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import weakref
 from collections.abc import Mapping
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ttskernels import _dispatch
+from ttskernels.errors import BadLogitsError
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
 from ttskernels.models.config import DecoderConfig
@@ -98,6 +100,7 @@ class NativeDecoder:
             )
             return int(done)
         except RuntimeError as error:
-            if "are not finite" in str(error):
-                raise ValueError(str(error).split("\n")[0]) from error
-            raise
+            bad = re.search(r"logits of row (\d+) are not finite.*", str(error))
+            if bad is None:
+                raise
+            raise BadLogitsError(bad[0], int(bad[1])) from error
