@@ -3,11 +3,12 @@
     make gpu PART=tests|attention|decode|prm|linear|tune
     python bench/gpu.py attention --tiny        a dry run: smallest sizes, the interpreter if there is no GPU
 
-Cases that a former run of the same commit did not finish come first. After every case `<out>/gpu-<part>.json` is written and
-a table of it, `gpu-<part>.md`: microseconds of CUDA-graph replays, median, p20 and p80, over inputs that the second-level
-cache does not hold (cold) and over one input again and again (warm). Percent of the tree roofline, cold, is of
-max(unique bytes / this run's copy bandwidth, flops / 600 TFLOP/s). Rivals that are not installed or fail get a row that says
-why. A dry run times nothing. Needs no network and nothing outside of the repository; Python 3.12, torch 2.11, triton 3.6 do.
+Cases that a former run of the same commit left out come first, then those that failed in it; where git does not name the
+commit, every run begins anew. After every case `<out>/gpu-<part>.json` is written and a table of it, `gpu-<part>.md`:
+microseconds of CUDA-graph replays, median, p20 and p80, over inputs that the second-level cache does not hold (cold) and over
+one input again and again (warm). Percent of the tree roofline, cold, is of max(unique bytes / this run's copy bandwidth,
+flops / 600 TFLOP/s). Rivals that are not installed or fail get a row that says why. A dry run times nothing. Needs no network
+and nothing outside of the repository; Python 3.12, torch 2.11, triton 3.6 do.
 """
 
 from __future__ import annotations
@@ -49,20 +50,24 @@ def installed(package: str) -> str | None:
         return None
 
 
+def said(command: list[str]) -> str | None:
+    """What a command prints; None if it is not installed or prints nothing."""
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or None
+    except OSError:
+        return None
+
+
 def head() -> dict:
     """Where and with what the figures were taken."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
     made = {
         "device": torch.cuda.get_device_name() if GPU else "none (interpreter)",
         "torch": torch.__version__, "triton": installed("triton"), "python": platform.python_version(),
-        "flashinfer": installed("flashinfer-python"), "commit": commit.strip() or None,
+        "flashinfer": installed("flashinfer-python"), "commit": said(["git", "rev-parse", "--short", "HEAD"]),
     }  # fmt: skip
     if GPU:
         query = ["nvidia-smi", "--query-gpu=power.limit,driver_version", "--format=csv,noheader"]
-        try:
-            made["power limit, driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
-        except OSError:
-            pass
+        made["power limit, driver"] = said(query)
         made["copy_gb_per_second"] = round(copy_bandwidth() / 1e9)
     return made
 

@@ -128,7 +128,7 @@ def sdpa(tree: Tree, q, k, v, expected) -> Timing:
     need = 2 * rows * longest * kv_heads * dim * k.element_size()
     if need > ROOM_BYTES:
         raise MemoryError(f"replicated KV would take {need / 2**30:.0f} GiB")
-    copies = min(copies, copies_for(need, 8))
+    copies = min(copies, copies_for(need))
     index = torch.tensor([s + [0] * (longest - len(s)) for s in slots], device=DEVICE)
     mask = None
     if any(len(s) < longest for s in slots):

@@ -19,15 +19,15 @@ REPLAYS = 30
 Timing = dict[str, dict[str, float]]
 
 
-def copies_for(bytes_per_call: int, most: int = 32) -> int:
-    """Copies of a call's inputs to go through in turn, so that each finds the second-level cache cold: together at
-    least four times its size, and no more than a quarter of the memory."""
+def copies_for(read_bytes: int, held_bytes: int = 0) -> int:
+    """Copies of a call's inputs to go through in turn, so that each finds the second-level cache cold: what calls read is
+    together at least four times its size. What copies hold, if more, takes no more than a quarter of the memory."""
     if not GPU:
         return 1
     properties = torch.cuda.get_device_properties(DEVICE)
-    enough = -(-4 * properties.L2_cache_size // max(1, bytes_per_call))
-    room = properties.total_memory // 4 // max(1, bytes_per_call)
-    return int(max(1, min(most, enough, room)))
+    enough = -(-4 * properties.L2_cache_size // max(1, read_bytes))
+    room = properties.total_memory // 4 // max(1, read_bytes, held_bytes)
+    return int(max(1, min(enough, room)))
 
 
 @functools.cache
@@ -112,11 +112,13 @@ class Rows:
         self.path, self.head, self.title = path, head, title
         self.deadline = time.monotonic() + minutes * 60
         former = json.loads(path.read_text()) if path.exists() else {}
-        self.done: dict[str, dict] = former.get("cases", {}) if former.get("commit") == head.get("commit") else {}
+        same = head["commit"] is not None and head["commit"] == former.get("commit")  # None: which code is unknown
+        self.done: dict[str, dict] = former.get("cases", {}) if same else {}
         self.left_out: list[str] = []
 
     def unfinished_first(self, names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: name in self.done)
+        """Names without a row, then those that failed, then the others."""
+        return sorted(names, key=lambda name: (name in self.done, name not in self.failed))
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
@@ -132,7 +134,7 @@ class Rows:
         print(name, {k: brief(v) for k, v in row.items()}, flush=True)
 
     def run(self, cases: dict[str, Callable[[], dict]]) -> None:
-        """Every case, those a former run did not finish first, until the time is up."""
+        """Every case, until the time is up."""
         for name in self.unfinished_first(cases):
             if self.out_of_time():
                 self.left_out.append(name)
@@ -143,7 +145,8 @@ class Rows:
                 row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
             self(name, row)
         if self.left_out:
-            print(f"out of time: {len(self.left_out)} cases left; run again to go on with them")
+            how = "" if self.head["commit"] else "; without git it begins anew: raise --minutes"
+            print(f"out of time: {len(self.left_out)} cases left; run again to go on with them{how}")
 
     @property
     def failed(self) -> list[str]:

@@ -34,15 +34,16 @@ def cases(tiny: bool) -> dict:
 
 
 def head_case(tokens: int, n: int, dim: int, vocab: int, inner: int) -> dict:
-    copies = copies_for(n * dim * DTYPE.itemsize, 8)
+    read, held = ((rows * dim + inner * dim) * DTYPE.itemsize for rows in (n, tokens))
+    copies = copies_for(read, held)
     hidden = torch.randn(copies, tokens, dim, device=DEVICE, dtype=DTYPE)
     rows = torch.arange(n, dtype=torch.int32, device=DEVICE) * (tokens // n)
     norm, mix = torch.ones(dim, device=DEVICE, dtype=DTYPE), torch.tensor([0.0, 1.0], device=DEVICE)
     weight = torch.randn(2, inner or dim, device=DEVICE, dtype=DTYPE) * (inner or dim) ** -0.5
-    first = torch.randn(inner, dim, device=DEVICE, dtype=DTYPE) * dim**-0.5 if inner else None
+    first = torch.randn(copies, inner, dim, device=DEVICE, dtype=DTYPE).mul_(dim**-0.5) if inner else [None] * copies
 
     def score(i):
-        return step_score(hidden[i], rows, weight, inner_weight=first, norm_weight=norm, mix=mix, impl="triton")
+        return step_score(hidden[i], rows, weight, inner_weight=first[i], norm_weight=norm, mix=mix, impl="triton")
 
     row, picked = {"step_score": measure(score, copies)}, rows.long()
 
@@ -50,8 +51,8 @@ def head_case(tokens: int, n: int, dim: int, vocab: int, inner: int) -> dict:
         return torch.nn.functional.rms_norm(hidden[i][picked], (dim,), norm, 1e-6)
 
     if inner:
-        expected = torch.softmax((normed(0) @ first.T).relu() @ weight.T, -1)[:, 1].float()
-        row["torch"] = measure(lambda i: torch.softmax((normed(i) @ first.T).relu() @ weight.T, -1)[:, 1], copies)
+        expected = torch.softmax((normed(0) @ first[0].T).relu() @ weight.T, -1)[:, 1].float()
+        row["torch"] = measure(lambda i: torch.softmax((normed(i) @ first[i].T).relu() @ weight.T, -1)[:, 1], copies)
     else:
         lm_head = torch.randn(vocab, dim, device=DEVICE, dtype=DTYPE) * dim**-0.5
         lm_head[:2] = weight

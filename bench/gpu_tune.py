@@ -80,7 +80,7 @@ def compiled(sizes: tuple[int, int, int]) -> frozenset[Tiles]:
 
 def case(tree: Tree, sizes: tuple[int, int, int]) -> dict:
     unique = 2 * tree.first_page[-1] * PAGE * sizes[1] * sizes[2] * DTYPE.itemsize
-    q, k, v = inputs(tree, sizes, DTYPE, copies_for(unique, 16))
+    q, k, v = inputs(tree, sizes, DTYPE, copies_for(unique))
     built_in = BOX_TABLE[architecture(DEVICE), sizes[2], DTYPE.itemsize]
     out, runs, tried = torch.empty_like(q[0]), compiled(sizes), {}
     expected = attend((q[0], k[0], v[0]), plan_of(tree, sizes, built_in.large.rows, {}), built_in, out).float()

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ttskernels.ops.silu_mul import silu_mul
+
 BENCH = Path(__file__).parents[2] / "bench"
 PARTS = ["tests", "attention", "decode", "prm", "linear", "tune"]
 
@@ -60,12 +62,62 @@ def test_unfinished_cases_come_first_and_failures_are_kept(bench, tmp_path, caps
     rows(1).run({name: case(name) for name in "ab"})
     late = rows(0)
     late.run({name: case(name) for name in "abc"})
-    assert late.left_out == ["c", "a", "b"] and ran == ["a", "b"]
+    assert late.left_out == ["c", "b", "a"] and ran == ["a", "b"]
     again = rows(1)
     again.run({name: case(name) for name in "abc"})
-    assert ran == ["a", "b", "c", "a", "b"] and again.failed == ["b"]
+    assert ran == ["a", "b", "c", "b", "a"] and again.failed == ["b"]
     assert again.done["b"] == {"failed": "RuntimeError: broken"}
     assert rows(1, commit="y").done == {}, "results of another commit do not count"
+    rows(1, commit=None).run({"a": case("a")})
+    assert rows(1, commit=None).done == {}, "nor do those of code that nobody knows"
+
+
+def test_without_git_there_is_no_commit(bench, monkeypatch):
+    import gpu
+
+    monkeypatch.setenv("PATH", "")
+    assert gpu.head()["commit"] is None
+
+
+def test_copies_exceed_the_second_level_cache(bench, monkeypatch):
+    """On an H200: four times 60 MiB, if a quarter of the memory holds as much."""
+    mib, known = 1 << 20, SimpleNamespace(L2_cache_size=60 << 20, total_memory=141 << 30)
+    monkeypatch.setattr(bench.measure, "GPU", True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: known)
+    assert [bench.measure.copies_for(n * mib) for n in (1, 7, 240, 60_000)] == [240, 35, 1, 1]
+    assert bench.measure.copies_for(mib, held_bytes=1 << 30) == 35
+
+
+def test_every_call_of_an_inner_layer_reads_weights_of_its_own(bench, monkeypatch):
+    import gpu_prm
+
+    step_score, seen = gpu_prm.step_score, set()
+
+    def score(*args, inner_weight, impl, **heads):
+        seen.add(inner_weight.data_ptr())
+        return step_score(*args, inner_weight=inner_weight, impl="reference", **heads)
+
+    monkeypatch.setattr(gpu_prm, "copies_for", lambda read_bytes, held_bytes: 3)
+    monkeypatch.setattr(gpu_prm, "measure", lambda work, copies: [work(i) for i in range(copies)])
+    monkeypatch.setattr(gpu_prm, "step_score", score)
+    assert "failed" not in gpu_prm.head_case(20, 4, 64, 0, 48)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_are_judged_by_the_vendors_own_error(bench, monkeypatch, gated):
+    """bf16 results above 8 are 0.0625 apart: a product that is right but for its last rounding passes, a wrong one does not."""
+    import gpu_linear
+
+    exact, wrong = gpu_linear.exact, 0.0
+    monkeypatch.setattr(gpu_linear, "DTYPE", torch.bfloat16)
+    monkeypatch.setattr(gpu_linear, "tiles", lambda *_: ["a tile"])
+    monkeypatch.setattr(gpu_linear, "silu_mul", lambda *args, impl: silu_mul(*args, impl="reference"))
+    monkeypatch.setattr(gpu_linear, "launch", lambda *args, tile: exact(*args).bfloat16()[None] + wrong)
+    assert gpu_linear.case(64, 4864, 896, gated)["tried"] == 1
+    wrong = 0.3
+    with pytest.raises(RuntimeError, match="a tile differs from a float32 product by 0.3"):
+        gpu_linear.case(64, 4864, 896, gated)
 
 
 def test_published_trees(bench):

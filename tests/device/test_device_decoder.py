@@ -1,5 +1,7 @@
 """The device decoder against the C++ one and transformers: padded rows, rows that end, pages that run out, large forwards."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import rewrite, write_tiny
@@ -177,6 +179,30 @@ def test_a_forward_that_reads_nothing_still_writes(device, folder):
             last = tree.run([node], out=[n - 1] if not ids else [])
         results.append(last.cpu())
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_a_graph_is_not_replayed_over_a_pool_of_another_size(device, folder):
+    """The allocator may give a smaller pool the very addresses of one that is gone; only its first layer lies the same."""
+    model = load_model(folder, torch.float32, "triton", device=device)
+    tree, keys = Tree(model, num_pages=9), []
+    node = tree.forest.add(None, [1, 2, 3])
+    tree.forest.reserve([node], 4)
+    rows, launch = model._decoder._prepare(build_plan(tree.forest, [(node, 0, 3)], model.heads, machine=model.machine))
+    for pages in (9, 9, 5):
+        pool = SimpleNamespace(k=tree.pool.k[:, :pages], v=tree.pool.v[:, :pages])
+        keys.append(model._decoder._key("decode", rows, launch, pool))
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_many_rows_drop_no_graph(device, folder, monkeypatch):
+    """A forward of more rows than any before reports nothing; a decode of more than are captured reports in its own place."""
+    monkeypatch.setattr(device_decoder, "BUCKETS", (2,))
+    monkeypatch.setattr(device_decoder.DeviceDecoder, "captured_rows", 2)
+    model, table = load_model(folder, torch.float32, "triton", device=device), torch.zeros(1, VOCAB, dtype=torch.int32)
+    queue = model._decoder.queue
+    monkeypatch.setattr(queue, "forget_graphs", lambda: pytest.fail("nothing that captured work reads has moved"))
+    columns, _, done = Loop(model, 3).decode(3, table)
+    assert done == 3 and columns == one_by_one(folder, 3, 3, table)[0]
 
 
 def test_weights_that_are_not_finite(device, tmp_path):

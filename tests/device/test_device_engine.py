@@ -171,5 +171,5 @@ def test_scores_under_way_hear_of_a_broken_engine(slow_scores, monkeypatch):
     def fail():
         raise broken
 
-    engine._call(lambda: monkeypatch.setattr(engine._scorer, "collect", lambda wait=False: fail()))
+    engine._commands.call(lambda: monkeypatch.setattr(engine._scorer, "collect", lambda wait=False: fail()))
     assert score.exception(60) is broken

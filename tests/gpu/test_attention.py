@@ -132,7 +132,7 @@ def grown_forest(device, dtype, heads, branches, prompt, pages=400):
 
 def test_a_captured_launch_serves_later_plans(device, dtype, monkeypatch):
     """Advance and fork under one graph: the same launch, another plan in the same buffer."""
-    monkeypatch.setattr(workspace, "_CACHE", {})
+    monkeypatch.setattr(workspace, "_CACHE", workspace.Cache())
     heads = HeadShape(8, 2, 64, 64, 2)
     forest, pool, leaves = grown_forest(device, dtype, heads, 6, 530)
     rows = [(leaf, 0, 1) for leaf in leaves]

@@ -18,7 +18,7 @@ from ttskernels._triton import (
     token_logprob,
 )
 from ttskernels._triton import tree_attention as attention
-from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, lookup
+from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, Tiles, lookup
 from ttskernels._triton.tiles import options as launch_options
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -190,14 +190,16 @@ def variants() -> list[Variant]:
                 made += [tree_attention(arch, kv, head_dim, ci=ci and large, large=large) for large in (True, False)]
         made += [
             tree_attention(arch, "fp16", 64),
-            tree_attention(arch, "fp32", 64),
+            *(tree_attention(arch, "fp32", d, ci=arch == "sm_89" and d == 256) for d in (64, 128, 256)),
             *([tree_attention(arch, "bf16", 128, heads=(28, 4))] if arch != "sm_90" else []),
             tree_attention(arch, "bf16", 64, heads=(16, 1), softcap=30.0, sinks=True, ci=arch == "sm_90"),
             tree_attention(arch, "bf16", 192, v_dim=128),
         ]
         made += small_ops(arch)
     for tma in (False, True):
-        made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma))
+        tiles = BOX_TABLE["sm_90", 128, 2] if tma else Tiles(None, None)
+        made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma, tile=tiles.large))
+        made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma, tile=tiles.small, large=False))
         made.append(tree_attention("sm_90", "bf16", 128, heads=(28, 4), tma=tma))
     for (arch, head_dim, size), tiles in BOX_TABLE.items():
         for large, tile in ((True, tiles.large), (False, tiles.small)):

@@ -135,6 +135,19 @@ def test_extreme_logits(isa):
         assert step_score(hidden, rows, weight, squash=squash, mix=mix, impl="cpu").tolist() == expected
 
 
+@pytest.mark.parametrize("mix", [(1, 1), (0, 1, 1), (1, 0.5, 1, 1, 1)])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_mix_within_one_gives_no_score_above_one(impl, mix, request):
+    if impl == "cpu":
+        request.getfixturevalue("cpu_extension")
+    hidden, weight = torch.randn(2000, 8), torch.randn(len(mix), 8)
+    bias = torch.tensor([0.0 if m == 1 else -20.0 for m in mix])  # near 1, where rounding would show
+    scores = step_score(
+        hidden, torch.arange(2000, dtype=torch.int32), weight, bias=bias, mix=torch.tensor(mix).float(), impl=impl
+    )
+    assert scores.min() > 0 and scores.max() == 1
+
+
 @pytest.mark.parametrize("inner", [0, 5])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("impl", ["reference", "cpu"])

@@ -205,6 +205,16 @@ def test_step_score(device, dtype, squash, n, dim, labels, inner, norm, bias):
     assert_within_budget(scores, exact, low, factor=4)
 
 
+@pytest.mark.parametrize("mix", [(1.0, 1.0), (0.0, 1.0, 1.0), (1.0, 0.5, 1.0, 1.0, 1.0)])
+def test_a_mix_within_one_gives_no_score_above_one(device, mix):
+    hidden, weight = torch.randn(200, 8), torch.randn(len(mix), 8)
+    bias = torch.tensor([0.0 if m == 1 else -20.0 for m in mix])  # near 1, where rounding would show
+    rows = torch.arange(200, dtype=torch.int32)
+    hidden, rows, weight, bias, mix = to(device, hidden, rows, weight, bias, torch.tensor(mix))
+    scores = step_score(hidden, rows, weight, bias=bias, mix=mix, impl="triton")
+    assert scores.min() > 0 and scores.max() == 1
+
+
 def test_a_score_that_is_not_finite(device):
     hidden, weight = torch.ones(3, 8, device=device), torch.ones(1, 4, device=device)
     hidden[1, 3] = float("-inf")

@@ -1,3 +1,6 @@
+import threading
+from types import SimpleNamespace
+
 import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make
@@ -74,14 +77,19 @@ def test_options(device, options, mode):
     check(device, *make(trees, 6, 2, 64, torch.float32, packed=False), build_plan(trees, mode), **options)
 
 
-def test_slots_before_the_window_are_not_read(device):
-    """An engine may have freed them: here they hold NaN."""
-    trees = make_trees([(-1, 150, 5), (0, 9, 0)], [(0, 149), (1, 8)])
-    q, k, v = make(trees, 4, 2, 64, torch.float32, packed=False)
-    page, slot = torch.tensor(trees.slots(0)[:117]).T  # row (0, 149) sees positions 117 on: the middle of a tile
+def with_freed(trees, before, dtype):
+    """q, k and v; the root's slots in front of `before` were freed, and hold NaN."""
+    q, k, v = make(trees, 4, 2, 64, dtype, packed=False)
+    page, slot = torch.tensor(trees.slots(0)[:before]).T
     k[page, slot] = v[page, slot] = float("nan")
+    return q, k, v
+
+
+def test_slots_before_the_window_are_not_read(device):
+    trees = make_trees([(-1, 150, 5), (0, 9, 0)], [(0, 149), (1, 8)])
+    tensors = with_freed(trees, 117, torch.float32)  # row (0, 149) sees positions 117 on: the middle of a tile
     for mode in ("separate", "pushed"):
-        check(device, q, k, v, build_plan(trees, mode), window=33)
+        check(device, *tensors, build_plan(trees, mode), window=33)
 
 
 @pytest.mark.parametrize("page_size", [1, 16, 100])
@@ -154,6 +162,38 @@ def test_the_planners_own_plans(device, seed, queues):
         assert not workspace(device, 0).counters.any()
 
 
+def test_another_threads_launches_may_come_in_between(device, monkeypatch):
+    from ttskernels._triton import tree_attention as kernels
+
+    trees = make_trees([(-1, 50, 0), (0, 7, 0), (0, 21, 11)], [(1, 6), (2, 20)])
+    q, k, v, plan = (t.to(device) for t in (*make(trees, 4, 2, 64, torch.float16, packed=False), build_plan(trees)))
+    alone = [tree_attention(x, k, v, plan, impl="triton") for x in (q, -q)]
+    merge, other = kernels.merge_kernel, []
+
+    class BeforeOurMerge:
+        def __getitem__(self, grid):
+            monkeypatch.setattr(kernels, "merge_kernel", merge)
+            thread = threading.Thread(target=lambda: other.append(tree_attention(-q, k, v, plan, impl="triton")))
+            thread.start()
+            thread.join()
+            return merge[grid]
+
+    monkeypatch.setattr(kernels, "merge_kernel", BeforeOurMerge())
+    assert torch.equal(tree_attention(q, k, v, plan, impl="triton"), alone[0]) and torch.equal(other[0], alone[1])
+
+
+def test_a_device_without_index_has_the_current_ones_workspace(monkeypatch):
+    from ttskernels._triton import workspace
+
+    made = workspace.Workspace(torch.empty(8), torch.zeros(8, dtype=torch.int32))
+    cache = workspace.Cache()
+    cache.made[torch.device("cuda", 1), 7] = made
+    monkeypatch.setattr(workspace, "_CACHE", cache)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=7))
+    assert workspace.workspace(torch.device("cuda"), 8) is workspace.workspace(torch.device("cuda:1"), 8) is made
+
+
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 def test_scales_that_are_not_positive(device, scale):
     trees = random_trees(6)
@@ -202,26 +242,40 @@ def in_order(trees):
     return trees
 
 
+def check_boxes(device, q, k, v, plan, tile, window):
+    """A launch of TMA with this tile, for plans whose partials' pages follow each other."""
+    from ttskernels._triton.tiles import Tile, Tiles
+    from ttskernels._triton.tree_attention import tree_attention as launch
+
+    scale = q.shape[2] ** -0.5
+    exact, exact_lse, low, low_lse = expected(q, k, v, plan, scale, 0.0, window, None, {})
+    out = torch.full_like(q, float("nan"), device=device)
+    lse = launch(*(t.to(device) for t in (q, k, v, plan)), plan[:32].tolist(), scale, 0.0, window, None, None, None, out,
+                 Tiles(Tile(*tile), Tile(*tile)), True)  # fmt: skip
+    assert_within_budget(out.cpu(), exact, low, factor=3.0)
+    assert_within_budget(lse.cpu(), exact_lse, low_lse, factor=3.0)
+
+
 @pytest.mark.parametrize("head_dim, tile", [(64, (64, 64, 4, 3)), (128, (16, 64, 4, 3)), (128, (32, 128, 4, 2))])
 @pytest.mark.parametrize("mode", ["separate", "grouped", "prefix"])
 def test_boxes_of_rows(device, mode, head_dim, tile):
-    """TMA over partials whose pages follow each other; NaN in unused slots, which the ends' boxes read too."""
-    from ttskernels._triton.tiles import Tile, Tiles
+    """NaN in unused slots, which the ends' boxes read too."""
     from ttskernels._triton.tree_attention import has_rows
-    from ttskernels._triton.tree_attention import tree_attention as launch
 
-    trees = make_trees(DEEP, DEEP_ROWS)
-    in_order(trees)
+    trees = in_order(make_trees(DEEP, DEEP_ROWS))
     q, k, v = make(trees, 4, 2, head_dim, torch.float16, packed=False)
     assert has_rows(k) and not has_rows(k.transpose(1, 2).contiguous().transpose(1, 2))
-    plan = build_plan(trees, mode)
     for window in (0, 70):
-        exact, exact_lse, low, low_lse = expected(q, k, v, plan, head_dim**-0.5, 0.0, window, None, {})
-        out = torch.full_like(q, float("nan"), device=device)
-        lse = launch(*(t.to(device) for t in (q, k, v, plan)), plan[:32].tolist(), head_dim**-0.5, 0.0, window, None,
-                     None, None, out, Tiles(Tile(*tile), Tile(*tile)), True)  # fmt: skip
-        assert_within_budget(out.cpu(), exact, low, factor=3.0)
-        assert_within_budget(lse.cpu(), exact_lse, low_lse, factor=3.0)
+        check_boxes(device, q, k, v, build_plan(trees, mode), tile, window)
+
+
+@pytest.mark.parametrize("tile", [(64, 64, 4, 3), (16, 32, 2, 3, 4)])
+@pytest.mark.parametrize("length, window, before", [(150, 33, 117), (20, 12, 8)])  # of many boxes, and of one
+def test_boxes_that_begin_before_the_window(device, tile, length, window, before):
+    trees = in_order(make_trees([(-1, length, 5), (0, 9, 0)], [(0, length - 1), (1, 8)]))
+    tensors = with_freed(trees, before, torch.float16)
+    for mode in ("separate", "pushed"):
+        check_boxes(device, *tensors, build_plan(trees, mode), tile, window)
 
 
 def test_boxes_are_taken_where_the_plan_has_no_page_break(device, monkeypatch):

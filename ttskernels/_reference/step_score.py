@@ -28,9 +28,12 @@ def step_score(
     if bias is not None:
         logits = logits + bias.to(wide)
     bad = bad | ~logits.isfinite().all(-1)
+    total = 1.0
     if squash == "softmax":
-        logits = torch.softmax(logits, -1)
+        logits = (logits - logits.amax(-1, keepdim=True)).exp()
+        total = logits.sum(-1)
     elif squash == "sigmoid":
         logits = torch.sigmoid(logits)
     scores = logits.sum(-1) if mix is None else (logits * mix.to(wide)).sum(-1)
+    scores = scores / total  # at the end: a mix within [0, 1] gives no score above 1
     return scores.masked_fill(bad, float("nan"))

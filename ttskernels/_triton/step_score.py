@@ -63,8 +63,8 @@ def head_kernel(
     finite = finite & (tl.min((tl.abs(logits) < float("inf")).to(tl.int32)) > 0)
     if SQUASH == "softmax":
         logits = tl.where(label < LABELS, logits, float("-inf"))
-        e = tl.exp(logits - tl.max(logits))
-        values = e / tl.sum(e)
+        values = tl.exp(logits - tl.max(logits))
+        total = tl.sum(values)
     elif SQUASH == "sigmoid":
         e = tl.exp(-tl.abs(logits))
         values = tl.where(logits >= 0.0, 1.0, e) / (1.0 + e)
@@ -73,6 +73,8 @@ def head_kernel(
     if mix is not None:
         values *= tl.load(mix + label, mask=label < LABELS, other=0.0)
     score = tl.sum(tl.where(label < LABELS, values, 0.0))
+    if SQUASH == "softmax":
+        score = tl.div_rn(score, total)  # at the end, and rounded once: a mix within [0, 1] gives no score above 1
     tl.store(scores + i, tl.where(finite, score, float("nan")))
 
 

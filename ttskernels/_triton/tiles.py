@@ -59,10 +59,11 @@ BOX_TABLE = {
 
 
 def lookup(arch: str, head_dim: int, v_dim: int, kv_bytes: int) -> Tiles:
-    if kv_bytes == 4:  # float32 is for checks, not for speed
-        tile = Tile(16, 64, 8, 1, 2, 0) if arch == "gfx942" else Tile(16, 64, 8, 3)
-        return Tiles(tile, tile)
     width = next(w for w in (64, 128, 256) if w >= max(head_dim, v_dim))
+    if kv_bytes == 4:  # float32 is for checks, not for speed; sm_89 has the least shared memory
+        tokens, stages = (64, 3) if width <= 128 else (32, 2)
+        tile = Tile(16, tokens, 8, 1, 2, 0) if arch == "gfx942" else Tile(16, tokens, 8, stages)
+        return Tiles(tile, tile)
     return TABLE[arch, width, kv_bytes]
 
 

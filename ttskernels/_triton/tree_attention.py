@@ -58,24 +58,27 @@ def attend_boxes(
     WINDOWED: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Adds tokens [lo, hi) of a partial whose token t is row row0 + t of the pool, by tensor descriptors. Every row sees
-    all of [lo, whole), and of the rest tokens first .. last."""
+    all of [lo, whole), and of the rest tokens first .. last. What V holds outside of [lo, hi) may be anything."""
     n, upper = tl.arange(0, BLOCK_N), tl.minimum(last, hi - 1)
+    start = lo // BLOCK_N * BLOCK_N
     LARGE: tl.constexpr = q.shape[0] >= 64  # bound by arithmetic: whole tiles without a mask
     if LARGE:
-        for t in tl.range(lo, whole, BLOCK_N, num_stages=STAGES):
+        for t in tl.range(start, whole, BLOCK_N, num_stages=STAGES):
             k = k_rows.load([row0 + t, k_column]).to(q.dtype).T
             v = v_rows.load([row0 + t, v_column]).to(q.dtype)
             m, l, o = add_tile(q, k, v, m, l, o, None, qk_scale, False, SOFTCAP)
-        lo = whole
+        start = tl.maximum(start, whole)
     if (hi >= BLOCK_N) | LARGE:  # the last box reaches back into the one before: it holds nothing but tokens of this partial
-        for t in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        for t in tl.range(start, hi, BLOCK_N, num_stages=STAGES):
             at = tl.minimum(t, hi - BLOCK_N)
             if LARGE:
                 at = tl.maximum(at, 0)
             token = at + n
             v = v_rows.load([row0 + at, v_column]).to(q.dtype)
-            if LARGE:  # what follows in the pool may be anything
+            if LARGE:
                 v = tl.where((token < hi)[:, None], v, 0.0)
+            if WINDOWED:
+                v = tl.where((token >= lo)[:, None], v, 0.0)
             k = k_rows.load([row0 + at, k_column]).to(q.dtype).T
             seen = (token[None, :] >= t) & (token[None, :] <= upper[:, None])
             if WINDOWED:
@@ -85,6 +88,8 @@ def attend_boxes(
         k = k_rows.load([row0, k_column]).to(q.dtype).T
         v = v_rows.load([row0, v_column]).to(q.dtype)
         v = tl.where((n < hi)[:, None], v, 0.0)
+        if WINDOWED:
+            v = tl.where((n >= lo)[:, None], v, 0.0)
         seen = n[None, :] <= upper[:, None]
         if WINDOWED:
             seen = seen & (n[None, :] >= first[:, None])
@@ -177,10 +182,9 @@ def run_tile(
         lo, hi = tl.maximum(begin - pos, 0), tl.minimum(end - pos, tokens)
         hi = tl.where(lo < hi, hi, 0)  # nothing to see: no tile
         if k_rows is not None:
-            lo = lo // BLOCK_N * BLOCK_N
             whole = tl.maximum(tl.minimum(shared_end - pos, hi), 0) // BLOCK_N * BLOCK_N
             m, l, o = attend_boxes(q_tile, m, l, o, k_rows, v_rows, page0 * PAGE_SIZE + offset, k_column, v_column,
-                                   lo, tl.maximum(lo, whole), hi, first - pos, last - pos, qk_scale,
+                                   lo, whole, hi, first - pos, last - pos, qk_scale,
                                    WINDOWED, SOFTCAP, BLOCK_N, STAGES)  # fmt: skip
         else:
             m, l, o = attend_pages(q_tile, m, l, o, k_base, v_base, segs, seg, offset, lo, hi, first - pos, last - pos,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ttskernels.attention_launches import attention_launches
+from ttskernels.errors import BadLogitsError
 from ttskernels.kv import plan_layout as at
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.pool import PagePool
@@ -60,7 +61,7 @@ class DeviceDecoder:
         self.layers = [layer_weights(config, weights, i, device) for i in range(config.layers)]
         self.inv_freq = config.inv_freq.to(device)
         self._tables: tuple[Tensor, Tensor] | None = None  # the stop automaton: the caller's, and its copy here
-        self._report = torch.empty(RING, 3, BUCKETS[-1], dtype=torch.int32, device=device)
+        self._report = torch.empty(RING, 3, BUCKETS[-1], dtype=torch.int32, device=device)  # of captured iterations
 
     def forward(
         self, ids: Tensor, plan: Plan, pool: PagePool, out_plan: Plan | None, out_rows: Tensor, output: str
@@ -90,6 +91,7 @@ class DeviceDecoder:
         with self.queue.current():
             rows, launch = self._prepare(plan)
             key = self._key("decode", rows, launch, pool, self._table(next_state).data_ptr())
+            report = self._report if key else self._report.new_empty(RING, 3, rows)
             inputs = {
                 "ids": ids, "states": states, "keys": keys, "params": params,
                 "draw_rows": torch.arange(have, dtype=torch.int32), "draw_positions": plan.positions + 1,
@@ -98,11 +100,11 @@ class DeviceDecoder:
             def launch_iteration(number: int) -> Fetch:
                 self.queue.run(
                     key,
-                    lambda: self._iteration(self.inputs.device_views(rows), launch, pool),
+                    lambda: self._iteration(self.inputs.device_views(rows), launch, pool, report),
                     lambda: None if number else self.inputs.upload(rows, plan, **inputs),
                     lambda: self.inputs.idle(rows),
                 )
-                return self.queue.fetch(self._report[number % RING])
+                return self.queue.fetch(report[number % RING])
 
             pending: deque[Fetch] = deque()
             launched = read = done = 0
@@ -143,7 +145,7 @@ class DeviceDecoder:
             return torch.mm(x, self.head.T, out_dtype=torch.float32)  # not rounded in between
         return (x @ self.head.T).float()
 
-    def _iteration(self, fields: SimpleNamespace, plan: LaunchPlan, pool: PagePool) -> None:
+    def _iteration(self, fields: SimpleNamespace, plan: LaunchPlan, pool: PagePool, report: Tensor) -> None:
         from ttskernels._triton.decode_advance import decode_advance
 
         logits = self._logits(self._body(fields, plan, pool))
@@ -152,7 +154,7 @@ class DeviceDecoder:
         )
         decode_advance(
             token, chance, self._tables[1], fields.plan, fields.ids, fields.positions, fields.slots,
-            fields.draw_positions, fields.states, fields.iterations, self._report, BAD_LOGITS,
+            fields.draw_positions, fields.states, fields.iterations, report, BAD_LOGITS,
         )  # fmt: skip
 
     # -- what launches are bound to ----------------------------------------------------------------------------------
@@ -161,20 +163,19 @@ class DeviceDecoder:
         """Padded rows, and the plan's place on the device."""
         have, slots = plan.num_rows, plan.header[at.NUM_SLOTS]
         rows = next((bucket for bucket in BUCKETS if bucket >= have), have)
-        moved = self.inputs.reserve(rows, plan)
-        if rows > self._report.shape[2]:
-            self._report, moved = self._report.new_empty(RING, 3, rows), True
-        if moved:
+        if self.inputs.reserve(rows, plan):
             self.queue.forget_graphs()
         room = max(LEAST_SLOTS, 1 << max(0, slots - 1).bit_length())
         return rows, LaunchPlan(plan, self.inputs.plan_view(rows), rows, room)
 
     def _key(self, name: str, rows: int, launch: LaunchPlan, pool: PagePool, *more: int) -> tuple | None:
-        """What a captured launch keeps: sizes, addresses, and how attention reads pages. None: too many rows to be worth it."""
+        """What a captured launch keeps: sizes, addresses (a layer's depends on the pool's pages), and how attention reads
+        pages. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
         launches = attention_launches(launch.header)
-        return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pool.k.data_ptr(), pool.v.data_ptr(), *more
+        pages = pool.k.data_ptr(), pool.v.data_ptr(), tuple(pool.k.shape)
+        return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pages, *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:
@@ -185,7 +186,9 @@ class DeviceDecoder:
     def _check(states: Tensor, iterations: int) -> None:
         bad = (states == BAD_LOGITS).nonzero()
         if len(bad):
-            raise ValueError(
-                f"logits of row {int(bad[0])} are not finite after {iterations} iterations; the weights overflow or are "
-                "damaged: try dtype fp32, or load the checkpoint again"
+            row = int(bad[0])
+            raise BadLogitsError(
+                f"logits of row {row} are not finite after {iterations} iterations; the weights overflow or are "
+                "damaged: try dtype fp32, or load the checkpoint again",
+                row,
             )
