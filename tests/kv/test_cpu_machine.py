@@ -5,6 +5,7 @@ import os
 
 import pytest
 
+from ttskernels._cache import cache_root
 from ttskernels.kv import cpu_machine as module
 from ttskernels.kv.cpu_machine import cpu_machine, machine_file, read_machine
 from ttskernels.kv.plan import build_plan, plan_from_parents
@@ -87,6 +88,33 @@ def test_a_cache_that_cannot_be_written_is_said(fresh, monkeypatch, tmp_path, cp
     monkeypatch.setenv("TTSK_CACHE", str(tmp_path / "file"))
     with pytest.warns(UserWarning, match="constants cannot be kept .*; set TTSK_CACHE or TTSK_MACHINE"):
         assert cpu_machine() == KNOWN
+
+
+@pytest.mark.parametrize("broken", ["is_file", "home"])
+def test_a_cache_that_cannot_be_reached_is_said(fresh, monkeypatch, cpu_extension, broken):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied") if broken == "is_file" else RuntimeError("Could not determine home")
+
+    monkeypatch.setattr(module, "cpu_name", lambda: "cpu")
+    monkeypatch.setattr(module.Path, broken, refuse)
+    if broken == "is_file":
+        monkeypatch.setattr(module.Path, "mkdir", refuse)
+    else:
+        monkeypatch.delenv("TTSK_CACHE")
+        monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    with pytest.warns(UserWarning, match="constants cannot be kept .*(denied|no folder).*; set TTSK_CACHE or TTSK_MACHINE"):
+        assert cpu_machine() == KNOWN
+    assert fresh == [1] and module.describe().startswith("not measured yet")
+
+
+def test_the_users_cache_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("TTSK_CACHE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_root().is_relative_to(tmp_path) and cache_root().name == "ttskernels"
+    monkeypatch.setattr(module.Path, "home", lambda: pytest.fail("not needed"))
+    monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
+    assert str(cache_root()) == "/elsewhere/ttskernels"
 
 
 def test_without_the_extension_nothing_is_measured(fresh, monkeypatch):

@@ -1,5 +1,8 @@
 """A model whose int8 weights were rounded for its own text: more accurate, found again, and never by mistake."""
 
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
 import pytest
 import torch
 from prm_checkpoints import write_qwen_prm
@@ -8,14 +11,20 @@ from tiny_models import config_of, rewrite, write_tiny
 from trees import stack, walk
 
 from ttskernels.models import calibrate, load_checkpoint, load_model
-from ttskernels.models.calibrated import CalibrationError, calibration_file, read_calibration
-from ttskernels.models.calibration import own_texts
+from ttskernels.models.calibrated import (
+    CalibrationError,
+    calibration_file,
+    head_file,
+    keep_calibration,
+    read_calibration,
+)
+from ttskernels.models.calibration import _observe, own_texts
 from ttskernels.models.decoder import CALIBRATED, Forms
 from ttskernels.models.model import Model, forms_of
 from ttskernels.models.native import NativeDecoder
 from ttskernels.ops.linear import Rounded
 
-VOCAB, FP32 = 131, torch.float32
+VOCAB, FP32, HEAD = 131, torch.float32, "lm_head.weight"
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +100,7 @@ def test_only_the_weights_that_were_calibrated(folder):
     with pytest.raises(CalibrationError, match="--dtype fp16$"):
         load_model(folder, torch.float16, weights="calibrated")
     file = calibrate(folder, FP32, texts=[range(20), [], range(40, 90)])
-    assert list(file.parent.iterdir()) == [file]
+    assert set(file.parent.iterdir()) == {file, head_file(file, load_checkpoint(folder, FP32))}
     load_model(folder, FP32, weights="calibrated")
     with pytest.raises(CalibrationError, match="needs a calibration"):
         load_model(folder, torch.bfloat16, weights="calibrated")
@@ -100,15 +109,65 @@ def test_only_the_weights_that_were_calibrated(folder):
     assert calibration_file(load_checkpoint(folder, FP32)) != file
 
 
+def equal(a, b):
+    return torch.equal(a.values, b.values) and torch.equal(a.scales, b.scales)
+
+
+def test_every_head_has_a_file_of_its_own(folder):
+    """Two policies and a verifier with the same layers: none reads or overwrites another's head."""
+    texts = [torch.randint(0, VOCAB, (60,)).tolist()]
+    file = calibrate(folder, FP32, texts=texts)
+    first = read_calibration(load_checkpoint(folder, FP32), True)
+    verifier = replace(load_checkpoint(folder, FP32), keeps_lm_head=False)
+    verifier.weights = {name: weight for name, weight in verifier.weights.items() if name != HEAD}
+    assert keep_calibration(verifier, _observe(verifier, texts, None)) == file
+    rewrite(folder, lambda t: t.update({HEAD: t[HEAD].flip(0)}))
+    with pytest.raises(CalibrationError, match="needs a calibration of the weights in .*, and there is no .*make it once"):
+        load_model(folder, FP32, weights="calibrated")
+    assert calibrate(folder, FP32, texts=texts) == file
+    second = read_calibration(load_checkpoint(folder, FP32), True)
+    assert torch.equal(second[HEAD].values, first[HEAD].values.flip(0))
+    rewrite(folder, lambda t: t.update({HEAD: t[HEAD].flip(0)}))
+    again = read_calibration(load_checkpoint(folder, FP32), True)
+    assert again.keys() == first.keys() and all(equal(again[name], first[name]) for name in first)
+    assert HEAD not in read_calibration(verifier, False)
+
+
+@pytest.mark.parametrize("variant", ["qwen2", "llama_smollm2"])
+def test_a_file_of_before_counts_where_its_head_is_the_embedding(variant, tmp_path):
+    """Such files held the head as well, whichever it was."""
+    write_tiny(tmp_path / "model", variant)
+    file = calibrate(tmp_path / "model", FP32, texts=[range(50)])
+    checkpoint = load_checkpoint(tmp_path / "model", FP32)
+    own = head_file(file, checkpoint)
+    save_file(load_file(file) | load_file(own), file)
+    own.unlink()
+    if HEAD in checkpoint.weights:
+        with pytest.raises(CalibrationError, match=f"there is no {own}"):
+            read_calibration(checkpoint, True)
+    else:
+        assert HEAD in read_calibration(checkpoint, True)
+
+
+def test_many_writers_with_one_process_id(folder, monkeypatch):
+    """As in two containers that share a cache."""
+    monkeypatch.setattr("os.getpid", lambda: 7)
+    checkpoint = load_checkpoint(folder, FP32)
+    rounded = _observe(checkpoint, [list(range(50))], None)
+    with ThreadPoolExecutor(2) as threads:
+        file, *_ = threads.map(lambda _: keep_calibration(checkpoint, rounded), range(100))
+    assert len(read_calibration(checkpoint, True)) == len(rounded) and len(list(file.parent.iterdir())) == 2
+
+
 def test_a_damaged_file_is_said_so(folder):
     file = calibrate(folder, FP32, texts=[range(50)])
+    file = head_file(file, load_checkpoint(folder, FP32))
     tensors = load_file(file)
-    head = "lm_head.weight"
-    for changed in ({head: tensors[head][:-1]}, {head: tensors[head].int()}, {f"{head}.scales": tensors[head].float()}):
+    for changed in ({HEAD: tensors[HEAD][:-1]}, {HEAD: tensors[HEAD].int()}, {f"{HEAD}.scales": tensors[HEAD].float()}):
         save_file(tensors | changed, file)
         with pytest.raises(CalibrationError, match="no calibration of these weights .*calibrate again"):
             load_model(folder, FP32, weights="calibrated")
-    save_file({name: t for name, t in tensors.items() if not name.startswith("lm_head")}, file)
+    save_file({"another": tensors[HEAD]}, file)
     with pytest.raises(CalibrationError, match="lm_head"):
         load_model(folder, FP32, weights="calibrated")
     file.write_bytes(file.read_bytes()[:100])

@@ -45,6 +45,7 @@ def test_fields():
     assert (
         decoder_config(raw("mistral_window", sliding_window=4096), torch.float32).window == 0
     )  # longer than any row
+    assert decoder_config(raw(sliding_window=16, layer_types=["sliding_attention"] * 2), torch.float32).window == 0  # Llama
     assert decoder_config(raw("qwen3"), torch.float32).qk_norm
 
 
@@ -68,11 +69,25 @@ def test_flops_and_bytes():
     "changes, message",
     [
         ({"model_type": "mamba"}, "model_type must be one of llama, mistral, qwen2, qwen3, got 'mamba'"),
-        ({"model_type": None}, "got None"),
+        ({"model_type": None}, "got None; use a checkpoint of one of these, or add a Family to"),
         ({"hidden_act": "gelu"}, "hidden_act must be 'silu', got 'gelu'"),
         ({"mlp_bias": True}, "mlp_bias must be false"),
         ({"quantization_config": {"quant_method": "awq"}}, "quant_method 'awq'"),
+        ({"quantization_config": "gptq"}, "quantization_config must be absent, got quant_method 'gptq'"),
         ({"num_key_value_heads": 3}, "multiple of num_key_value_heads, got 4 and 3"),
+        ({"num_attention_heads": 0}, "num_attention_heads of config.json must be positive, got 0"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads of config.json must be positive, got 0"),
+        ({"head_dim": 4}, "head_dim must be a multiple of 16 up to 256, got 4"),
+        ({"head_dim": 24}, "got 24"),
+        ({"head_dim": 320}, "got 320"),
+        ({"model_type": "mistral", "sliding_window": -1}, "sliding_window must be positive, or null for none, got -1"),
+        ({"rms_norm_eps": 1}, "config.json does not describe a llama model .*'rms_norm_eps' expected float, got int"),
+        ({"rms_norm_eps": "1e-6"}, "'rms_norm_eps' expected float, got str"),
+        ({"eos_token_id": 7.0}, "'eos_token_id' with value 7.0"),
+        ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0}}, "'rope_type'='longrope'"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": "1e4"}}, "rope_theta of rope_parameters .* got '1e4'"),
+        ({"rope_parameters": {"rope_type": "mrope", "rope_theta": 1e4}}, "got 'mrope': this decoder does not compute it"),
+        ({"rope_parameters": {"rope_type": "su", "rope_theta": 1e4}}, "got 'su': its frequencies change with the length"),
         (
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
             "rope_type must be one of default, linear, llama3, yarn, got 'dynamic'",
@@ -99,6 +114,13 @@ def test_longrope_is_refused():
     }
     with pytest.raises(ValueError, match="got 'longrope'"):
         decoder_config(raw(rope_parameters=rope | {"original_max_position_embeddings": 128}), torch.float32)
+
+
+@pytest.mark.parametrize("variant", ["mistral_window", "qwen2_window"])
+def test_a_window_as_long_as_the_unscaled_positions(variant):
+    changes = {"sliding_window": 64, "max_position_embeddings": 64, "rope_parameters": YARN}
+    config = decoder_config(raw(variant, **changes), torch.float32)
+    assert (config.window, config.max_positions) == (64, 256)
 
 
 def test_mixed_windows_are_refused():

@@ -15,7 +15,7 @@ def tiny_gguf(tmp_path, monkeypatch):
     pytest.importorskip("accelerate")
     monkeypatch.setenv("TTSK_CACHE", str(tmp_path / "cache"))
 
-    def write(architecture="llama", drop=(), extra=()):
+    def write(architecture="llama", drop=(), extra=(), entries=()):
         file = tmp_path / "tiny.gguf"
         writer = writer_module.GGUFWriter(file, architecture)
         writer.add_name("tiny")
@@ -30,6 +30,8 @@ def tiny_gguf(tmp_path, monkeypatch):
         writer.add_layer_norm_rms_eps(1e-5)
         writer.add_vocab_size(40)
         writer.add_eos_token_id(2)
+        for name, value in entries:
+            writer.add_float32(name, value)
         shapes = {
             "token_embd.weight": (40, 64),
             "output_norm.weight": (64,),
@@ -91,6 +93,36 @@ def test_unsupported(tiny_gguf):
         load_checkpoint(tiny_gguf(extra=["rope_freqs.weight"]))
     with pytest.raises(ValueError, match="tiny.gguf lacks .*up_proj"):
         load_checkpoint(tiny_gguf(drop=["blk.0.ffn_up.weight"]))
+    with pytest.raises(ValueError, match=r"scales its rotary frequencies \(rope.scale_linear 4.0\)"):
+        load_checkpoint(tiny_gguf(entries=[("llama.rope.scale_linear", 4.0)]))
+    load_checkpoint(tiny_gguf(entries=[("llama.rope.scale_linear", 1.0)]))
+    with pytest.raises(ValueError, match="tiny.gguf cannot be read by transformers .*mistral"):
+        load_checkpoint(tiny_gguf(architecture="mistral"))
+
+
+@pytest.mark.parametrize(
+    "extra", ["blk.0.attn_q.bias", "blk.0.attn_k_norm.weight", "blk.0.ffn_up.bias", "blk.1.attn_norm.weight", "cls.weight"]
+)
+def test_no_tensor_is_dropped(tiny_gguf, extra):
+    with pytest.raises(ValueError, match=f"tiny.gguf holds {extra}, which a llama model read from GGUF would not use"):
+        load_checkpoint(tiny_gguf(extra=[extra]))
+
+
+def test_old_rotary_tensors_are_ignored(tiny_gguf):
+    load_checkpoint(tiny_gguf(extra=["blk.0.attn_rot_embd.weight"]))
+
+
+@pytest.mark.parametrize("removed", [["config.json"], ["model.safetensors"], ["config.json", "model.safetensors"]])
+def test_a_copy_whose_files_are_gone_is_made_again(tiny_gguf, monkeypatch, removed):
+    file = tiny_gguf()
+    first = load_checkpoint(file, torch.float32)
+    for name in removed:
+        (first.folder / name).unlink()
+    again = load_checkpoint(file, torch.float32)
+    assert again.folder == first.folder and again.weights.keys() == first.weights.keys()
+    assert list(first.folder.parent.iterdir()) == [first.folder]
+    monkeypatch.setattr(gguf, "convert", lambda *a: pytest.fail("converted again"))
+    load_checkpoint(file, torch.float32)
 
 
 def test_extra_missing(tiny_gguf, monkeypatch):

@@ -57,6 +57,10 @@ def test_generation_config_names_the_end_ids(folder):
     assert load_checkpoint(folder).config.eos_ids == (7,)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [7, 9]}))
     assert load_checkpoint(folder).config.eos_ids == (7, 9)
+    for wrong in ("7", [7, "9"], 7.0):
+        (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": wrong}))
+        with pytest.raises(ValueError, match="eos_token_id of .*generation_config.json must be a token id or a list of them"):
+            load_checkpoint(folder)
 
 
 def test_old_rotary_buffers_are_ignored(folder):
@@ -73,6 +77,10 @@ def test_tied_checkpoint_with_a_copy_of_the_head(tmp_path):
         ValueError, match="lm_head.weight differs from model.embed_tokens.weight although tie_word"
     ):
         load_checkpoint(tmp_path)
+    rewrite(tmp_path, lambda t: t.update({"lm_head.weight": t[EMBED].bfloat16()}))
+    assert "lm_head.weight" not in load_checkpoint(tmp_path).weights
+    rewrite(tmp_path, lambda t: (t[EMBED][3].fill_(float("nan")), t.update({"lm_head.weight": t[EMBED].clone()})))
+    assert load_checkpoint(tmp_path).weights[EMBED].isnan().sum() == 192
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight", "model.norm.weight"])
@@ -104,6 +112,9 @@ def test_integer_weight(folder):
         ValueError, match="embed_tokens.weight must be a 16, 32 or 64-bit float, got torch.int8"
     ):
         load_checkpoint(folder)
+    rewrite(folder, lambda t: t.update({EMBED: torch.tensor(1.0)}))
+    with pytest.raises(ValueError, match="embed_tokens.weight must be a matrix or a vector, got one number"):
+        load_checkpoint(folder)
 
 
 @pytest.mark.parametrize("keep", [0, 4, 200, 0.5, -1])
@@ -121,6 +132,24 @@ def test_damaged_config(folder):
     (folder / "config.json").write_text('{"model_type": "lla')
     with pytest.raises(ValueError, match="config.json is not valid JSON"):
         load_checkpoint(folder)
+
+
+@pytest.mark.parametrize("content", ["null", "[1]"])
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors.index.json"])
+def test_json_that_is_no_object(folder, name, content):
+    (folder / name).write_text(content)
+    if "index" in name:
+        (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    with pytest.raises(ValueError, match=f"{name} must hold a JSON object, got "):
+        load_checkpoint(folder)
+
+
+def test_an_index_without_a_map(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    for content in ("{}", '{"weight_map": ["model.safetensors"]}', '{"weight_map": {"a": 3}}'):
+        (folder / "model.safetensors.index.json").write_text(content)
+        with pytest.raises(ValueError, match="index.json must name the file of every weight under weight_map, got "):
+            load_checkpoint(folder)
 
 
 def test_nothing_to_load(tmp_path):

@@ -19,7 +19,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 
 from ttskernels import _dispatch
-from ttskernels._cache import cache_root
+from ttskernels._cache import cache_root, keep
 from ttskernels.kv.plan_layout import HeadShape, Machine
 
 FIELDS = {f.name: f.type for f in fields(Machine)}
@@ -37,7 +37,7 @@ def cpu_machine() -> Machine:
     """What `build_plan` takes where it is given no machine.
 
     `TTSK_MACHINE=default`, or no C++ extension: the constants built in. `TTSK_MACHINE=FILE`: those of the file. Otherwise
-    those measured here before (see `machine_file`), or measured now, which takes about a second; while other processes take
+    those measured here before (see `kept_file`), or measured now, which takes about a second; while other processes take
     the cores, those built in, and a later process tries again.
 
     Raises:
@@ -48,8 +48,7 @@ def cpu_machine() -> Machine:
         return Machine()
     if wanted:
         return read_machine(Path(wanted).expanduser())
-    file = machine_file()
-    if file.is_file():
+    if file := kept_file():
         try:
             return read_machine(file)
         except ValueError as error:
@@ -64,6 +63,14 @@ def machine_file() -> Path:
     """Where this CPU's constants are kept: one file a CPU, instruction-set level and number of threads."""
     name = f"{cpu_name()} {_dispatch.isa_name()} {_dispatch.library().ttsk_num_threads()}"
     return cache_root() / "machines" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower()).strip('-')}.json"
+
+
+def kept_file() -> Path | None:
+    """`machine_file`, if it is there and can be reached."""
+    try:
+        return file if (file := machine_file()).is_file() else None
+    except OSError:
+        return None
 
 
 def cpu_name() -> str:
@@ -99,16 +106,13 @@ def measure_and_keep() -> Machine:
     Raises:
         BusyError: see there; nothing is written.
     """
-    machine, file = measure(), machine_file()
+    machine = measure()
     record = {
         "cpu": cpu_name(), "isa": _dispatch.isa_name(), "measured": datetime.date.today().isoformat(),
         "machine": {k: v for k, v in asdict(machine).items() if k in MEASURED},
     }  # fmt: skip
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        fresh = file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        fresh.replace(file)
+        keep(machine_file(), lambda fresh: fresh.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8"))
     except OSError as error:
         warnings.warn(f"the planner's constants cannot be kept ({error}); set TTSK_CACHE or TTSK_MACHINE", stacklevel=2)
     return machine
@@ -196,8 +200,9 @@ def describe() -> str:
     """One line for `python -m ttskernels`; measures nothing."""
     if _dispatch.load_extension() is not None or os.environ.get("TTSK_MACHINE") == "default":
         return f"built in: {numbers(Machine())}"
-    file = Path(os.environ.get("TTSK_MACHINE") or machine_file()).expanduser()
-    if not file.is_file() and not os.environ.get("TTSK_MACHINE"):
+    wanted = os.environ.get("TTSK_MACHINE")
+    file = Path(wanted).expanduser() if wanted else kept_file()
+    if file is None:
         return "not measured yet: at the first plan, or now by `python -m ttskernels machine`"
     try:
         return f"{numbers(read_machine(file))} ({file})"

@@ -41,8 +41,8 @@ def calibrate(
 ) -> Path:
     """Round a model's matrices to int8 for what it meets while the model reads text, see `rounding`.
 
-    `load_model(source, dtype, weights="calibrated")` then finds what came out by the weights themselves, in a file under the
-    user's cache folder (TTSK_CACHE). A verifier that is a plain language model shares the file of the policy.
+    `load_model(source, dtype, weights="calibrated")` then finds what came out by the weights themselves, in files under the
+    user's cache folder (TTSK_CACHE). A verifier that is a plain language model shares those of the policy.
 
     Args:
         source, dtype, base: as in `load_model`.
@@ -51,7 +51,7 @@ def calibrate(
         progress: called with how many of all "tokens" are written and of all "layers" rounded: at the beginning, now and
             then or at every layer, and at the end.
     Returns:
-        The file.
+        The file of the layers; the vocabulary head has one of its own beside it.
     Raises:
         ValueError: an id outside the vocabulary; no `texts` for a model without a vocabulary head.
         CalibrationError: an activation is not finite; the file cannot be written.

@@ -13,6 +13,7 @@ from ttskernels.layout import FIXED, PAGE_SIZE, fixed_run
 
 FlopsOutput = Literal["logits", "hidden", "kv"]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+LENGTH_ROPE_TYPES = ("dynamic", "longrope", "su")  # "su" is an old name of longrope
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,10 +84,17 @@ def rope_frequencies(config: Any) -> tuple[Tensor, float]:
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if kind not in ROPE_TYPES:
+        reason = "this decoder does not compute it"
+        if kind in LENGTH_ROPE_TYPES:
+            reason = (
+                "its frequencies change with the length of the sequence, so cached keys of a shared prefix would be wrong"
+            )
         raise ValueError(
-            f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}: its frequencies change with the length "
-            "of the sequence, so cached keys of a shared prefix would be wrong; use a checkpoint without it"
+            f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}: {reason}; use a checkpoint without it"
         )
+    for name in ("rope_theta", "factor"):
+        if not isinstance(rope.get(name, 1.0), int | float):
+            raise ValueError(f"{name} of rope_parameters must be a number, got {rope[name]!r}; correct config.json")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
         raise ValueError(
             f"partial_rotary_factor must be 1, got {rope['partial_rotary_factor']}; not supported"

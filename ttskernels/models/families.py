@@ -18,26 +18,30 @@ class Family:
     qkv_bias: bool | str = False
     o_bias: bool | str = False
     qk_norm: bool = False
+    window: bool = True  # a sliding_window counts
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family(
-            "llama", qkv_bias="attention_bias", o_bias="attention_bias"
-        ),  # also SmolLM2, TinyLlama, DeepSeek-LLM
+        # also SmolLM2, TinyLlama, DeepSeek-LLM
+        Family("llama", qkv_bias="attention_bias", o_bias="attention_bias", window=False),
         Family("mistral"),
         Family("qwen2", qkv_bias=True),  # also Qwen2.5 and its process reward models
         Family("qwen3", qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True),
     )
 }
+SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "max_position_embeddings",
+)  # fmt: skip
 
 
 def family_of(model_type: str | None) -> Family:
     if model_type not in FAMILIES:
         raise ValueError(
-            f"model_type must be one of {', '.join(sorted(FAMILIES))}, got {model_type!r}; other decoders run through "
-            "ttskernels.integrations.transformers, or add a Family to ttskernels/models/families.py"
+            f"model_type must be one of {', '.join(sorted(FAMILIES))}, got {model_type!r}; use a checkpoint of one of these, or "
+            "add a Family to ttskernels/models/families.py if the decoder is built alike"
         )
     return FAMILIES[model_type]
 
@@ -48,12 +52,23 @@ def decoder_config(
     """The decoder's configuration from the entries of a config.json.
 
     Raises:
-        ValueError: an unknown family, or a feature the decoder does not compute; the message names it.
+        ValueError: an unknown family, a feature the decoder does not compute, or an entry of the wrong kind; the message
+            names it.
     """
     family = family_of(raw.get("model_type"))
-    config = _complete(raw)
-    _refuse_unsupported(raw, config)
-    inv_freq, rope_scale = rope_frequencies(config)
+    _refuse_entries(raw)
+    try:
+        config = _complete(raw)
+        inv_freq, rope_scale = rope_frequencies(config)
+    except ValueError:
+        raise
+    except Exception as error:  # transformers' own, or where an entry it let through breaks
+        reason = " ".join(str(error).split())
+        raise ValueError(
+            f"config.json does not describe a {family.model_type} model ({type(error).__name__}: {reason}); "
+            "correct the entry, or download the file again"
+        ) from error
+    _refuse_unsupported(config)
 
     def flag(value: bool | str) -> bool:
         return bool(getattr(config, value)) if isinstance(value, str) else value
@@ -74,7 +89,7 @@ def decoder_config(
         o_bias=flag(family.o_bias),
         qk_norm=family.qk_norm,
         tie_embeddings=bool(config.tie_word_embeddings),
-        window=_window(config),
+        window=_window(config) if family.window else 0,
         scale=config.head_dim**-0.5,
         dtype=dtype,
         eos_ids=_as_ids(config.eos_token_id) if eos_ids is None else eos_ids,
@@ -93,18 +108,29 @@ def _complete(raw: dict[str, Any]) -> Any:
     return config
 
 
-def _refuse_unsupported(raw: dict[str, Any], config: Any) -> None:
+def _refuse_entries(raw: dict[str, Any]) -> None:
+    """What transformers would trip over without a name."""
+    for name in SIZES:
+        if isinstance(size := raw.get(name), int) and size < 1:
+            raise ValueError(f"{name} of config.json must be positive, got {size}; download the file again")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else quantization
+        raise ValueError(
+            f"quantization_config must be absent, got quant_method {method!r}; "
+            "use the unquantised checkpoint or a .gguf file"
+        )
+
+
+def _refuse_unsupported(config: Any) -> None:
     if config.hidden_act not in ("silu", "swish"):
         raise ValueError(
             f"hidden_act must be 'silu', got {config.hidden_act!r}; this decoder has no other activation"
         )
     if getattr(config, "mlp_bias", False):
         raise ValueError("mlp_bias must be false, got true; this decoder has no MLP biases")
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method", "unknown")
+    if config.head_dim % 16 or config.head_dim > 256:
         raise ValueError(
-            f"quantization_config must be absent, got quant_method {method!r}; "
-            "use the unquantised checkpoint or a .gguf file"
+            f"head_dim must be a multiple of 16 up to 256, got {config.head_dim}; this decoder has no other heads"
         )
     if config.num_attention_heads % config.num_key_value_heads:
         raise ValueError(
@@ -120,8 +146,10 @@ def _window(config: Any) -> int:
         raise ValueError(
             f"layer_types may hold full_attention or sliding_attention, got {', '.join(sorted(unknown))}"
         )
-    if not window or window >= config.max_position_embeddings or kinds == {"full_attention"}:
+    if not window or window >= max_positions(config) or kinds == {"full_attention"}:
         return 0
+    if window < 0:
+        raise ValueError(f"sliding_window must be positive, or null for none, got {window}")
     if len(kinds) == 2:
         raise ValueError(
             "layer_types must be the same for every layer, got a mix of full_attention and sliding_attention; "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import shutil
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,10 @@ import torch
 
 from ttskernels._cache import cache_root
 from ttskernels.models.families import family_of
+from ttskernels.models.weights import some
+
+FILES = ("model.safetensors", "config.json")
+UNUSED = r"blk\.\d+\.attn_rot_embd\b.*"  # old files stored it; it follows from the header
 
 
 def converted_folder(path: Path, dtype: torch.dtype) -> Path:
@@ -30,21 +34,23 @@ def converted_folder(path: Path, dtype: torch.dtype) -> Path:
     digest = hashlib.sha256(str(path).encode()).hexdigest()[:12]
     name = f"{path.stem}-{digest}-{stat.st_size}-{stat.st_mtime_ns}-{str(dtype).removeprefix('torch.')}"
     target = cache_root() / "gguf" / name
-    if (target / "config.json").is_file():
+    if all((target / name).is_file() for name in FILES):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{path.stem}-", dir=target.parent))
-    try:
-        convert(path, dtype, fresh)
-        if not target.exists():  # another process may have finished first
-            fresh.rename(target)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=target.parent) as fresh:
+        convert(path, dtype, Path(fresh))
+        target.mkdir(exist_ok=True)
+        for name in FILES:  # over those of another process, which are the same
+            (Path(fresh) / name).replace(target / name)
     return target
 
 
-def check_file(path: Path) -> None:
-    """Read the header: architecture known, every tensor inside the file, no rotary scaling that would get lost."""
+def check_file(path: Path) -> list[str]:
+    """Read the header: architecture known, every tensor inside the file, no rotary scaling that would get lost.
+
+    Returns:
+        Names of the tensors.
+    """
     from gguf import GGUFReader
 
     try:
@@ -60,10 +66,30 @@ def check_file(path: Path) -> None:
     architecture = fields.get("general.architecture")
     family_of(architecture)
     scaling = fields.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling != "none" or "rope_freqs.weight" in tensors:
+    linear = fields.get(f"{architecture}.rope.scale_linear", 1)  # before there was a type
+    if scaling == "none" and linear != 1:
+        scaling = f"rope.scale_linear {linear}"
+    elif scaling == "none" and "rope_freqs.weight" in tensors:
+        scaling = "rope_freqs.weight"
+    if scaling != "none":
         raise ValueError(
-            f"{path} scales its rotary frequencies ({'rope_freqs.weight' if scaling == 'none' else scaling}), "
+            f"{path} scales its rotary frequencies ({scaling}), "
             "which the GGUF reader of transformers drops; use the safetensors checkpoint"
+        )
+    return tensors
+
+
+def check_places(path: Path, tensors: list[str], model: Any) -> None:
+    """Refuse tensors that no weight of the model was read from: transformers drops them."""
+    from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
+
+    kind = next(kind for kind, name in MODEL_ARCH_NAMES.items() if name == model.config.model_type)
+    places = get_tensor_name_map(kind, model.config.num_hidden_layers)
+    used = {places.get_name(name, (".weight", ".bias")) for name in model.state_dict()}
+    if unused := [name for name in tensors if name not in used and not re.fullmatch(UNUSED, name)]:
+        raise ValueError(
+            f"{path} holds {some(unused)}, which a {model.config.model_type} model read from GGUF would not use; "
+            "use the safetensors checkpoint"
         )
 
 
@@ -81,15 +107,19 @@ def convert(path: Path, dtype: torch.dtype, folder: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     _require_extra(path)
-    check_file(path)
-    model, info = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
-    )
+    tensors = check_file(path)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=dtype, output_loading_info=True
+        )
+    except NotImplementedError as error:  # mistral, which llama.cpp writes as llama
+        raise ValueError(f"{path} cannot be read by transformers ({error}); use the safetensors checkpoint") from error
     if info["missing_keys"] or info["mismatched_keys"]:
         lacking = sorted(map(str, info["missing_keys"] or info["mismatched_keys"]))
         raise ValueError(
             f"{path} lacks {', '.join(lacking[:3])} in the expected shape; it is damaged or of another model"
         )
+    check_places(path, tensors, model)
     tied = model.config.tie_word_embeddings
     weights = {
         name: tensor.detach().contiguous()

@@ -118,11 +118,17 @@ def _config_folder(folder: Path, base: str | os.PathLike | None) -> Path:
 
 def _untie(config: DecoderConfig, weights: dict[str, Tensor], folder: Path) -> None:
     """Drop a copy of the embedding; a vocabulary head of its own under tie_word_embeddings is an error."""
-    if config.tie_embeddings and LM_HEAD in weights and not torch.equal(weights.pop(LM_HEAD), weights[EMBED]):
+    if config.tie_embeddings and LM_HEAD in weights and not _is_copy(weights.pop(LM_HEAD), weights[EMBED]):
         raise ValueError(
             f"{folder}: {LM_HEAD} differs from {EMBED} although tie_word_embeddings is true; "
             f"set it to false in config.json, or remove {LM_HEAD}"
         )
+
+
+def _is_copy(head: Tensor, embed: Tensor) -> bool:
+    """Whether `head` is `embed`, perhaps rounded to a narrower dtype; a damaged weight that is in both is no difference."""
+    embed = embed.to(head.dtype)
+    return torch.equal(head, embed) or bool(((head == embed) | (head.isnan() & embed.isnan())).all())
 
 
 def expected_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -188,5 +194,8 @@ def _generation_eos(folder: Path) -> tuple[int, ...] | None:
     value = read_json(file).get("eos_token_id") if file.is_file() else None
     if value is None:
         return None
-    return (value,) if isinstance(value, int) else tuple(value)
+    ids = value if isinstance(value, list) else [value]
+    if not all(isinstance(i, int) for i in ids):
+        raise ValueError(f"eos_token_id of {file} must be a token id or a list of them, got {value!r}; correct it")
+    return tuple(ids)
 

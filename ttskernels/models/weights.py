@@ -39,7 +39,10 @@ def weight_files(folder: Path) -> list[Path]:
                 f"{folder} must hold one of {', '.join(MAIN_FILES)}, got {some([f.name for f in found])}"
             )
     elif main.suffix == ".json":
-        found = [folder / name for name in sorted(set(read_json(main)["weight_map"].values()))]
+        places = read_json(main).get("weight_map")
+        if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+            raise ValueError(f"{main} must name the file of every weight under weight_map, got {places!r:.60}; download it again")
+        found = [folder / name for name in sorted(set(places.values()))]
         if absent := next((file for file in found if not file.is_file()), None):
             raise FileNotFoundError(f"{absent} is named by {main.name} but is missing; the download is incomplete")
     else:
@@ -56,7 +59,7 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
     """Every weight of `files` by the name it has in the model; tensors are mapped from the files, not copied.
 
     Raises:
-        ValueError: a damaged file, one that holds code, a weight that is there twice, or one that is not a float.
+        ValueError: a damaged file, one that holds code, a weight that is there twice, one that is not a float, or a number.
     """
     weights: dict[str, Tensor] = {}
     for file in files:
@@ -72,6 +75,8 @@ def read_weights(files: Iterable[Path]) -> dict[str, Tensor]:
                     f"{file}: {stored} must be a 16, 32 or 64-bit float, got {tensor.dtype}; "
                     "use the unquantised checkpoint"
                 )
+            if tensor.ndim == 0:
+                raise ValueError(f"{file}: {stored} must be a matrix or a vector, got one number; download the file again")
             weights[name] = tensor
     return weights
 
@@ -119,10 +124,14 @@ def _cause(error: Exception) -> str:
 
 
 def read_json(file: Path) -> dict[str, Any]:
+    """The object in a file."""
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); download it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {content!r:.60}; download it again")
+    return content
 
 
 def some(names: list[str], limit: int = 3) -> str:
