@@ -3,22 +3,48 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
+BEGINNING = b'{"id": '  # of every record that we write
 
-def cut_partial_line(path: Path) -> None:
-    """Remove a last line without an end: whoever wrote it was stopped."""
-    content = path.read_bytes()
-    if content and not content.endswith(b"\n"):
+
+def cut_partial_line(path: Path, fields: Set[str]) -> None:
+    """Remove a last line without an end: whoever wrote it was stopped. A whole record gets its end.
+
+    Raises:
+        ValueError: the file holds something else than records with `fields`; it is left as it is.
+    """
+    *lines, last = path.read_bytes().split(b"\n")
+    if not last:
+        return
+    ours = all(_is_record(line, fields) for line in lines if line.strip())
+    if ours and _is_record(last, fields):
+        with path.open("ab") as file:
+            file.write(b"\n")
+    elif ours and BEGINNING.startswith(last[: len(BEGINNING)]) and _parsed(last) is None:
         with path.open("r+b") as file:
-            file.truncate(content.rfind(b"\n") + 1)
+            file.truncate(sum(len(line) + 1 for line in lines))
+    else:
+        raise ValueError(f"{path} must hold our own records, with {', '.join(sorted(fields))}; choose another results file")
+
+
+def _is_record(line: bytes, fields: Set[str]) -> bool:
+    record = _parsed(line)
+    return isinstance(record, dict) and fields <= record.keys()
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:  # no JSON, or cut within a character
+        return None
 
 
 def append_record(path: Path, record: dict[str, Any]) -> None:
-    """One more line, in one write."""
-    with path.open("a", encoding="utf-8") as file:
+    """One more line, in one write. What is no UTF-8 (a lone surrogate) is written as JSON's \\uXXXX."""
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n")
 
 

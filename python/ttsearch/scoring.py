@@ -18,6 +18,7 @@ from .tree import together
 from .types import PathScores, Problem
 
 Progress = Callable[[int, int], None]
+FIELDS = {"id", "problem", "verifier", "solutions"}  # of a record
 
 
 @dataclass
@@ -70,14 +71,16 @@ def score_steps(
         solutions: of each problem, a list of solutions; a solution is a list of steps, or a text that is cut at `separator`.
         verifier: checkpoint folder or hub id; or a `Verifier` already loaded, which the caller keeps open.
         family, options: for `load_verifier`, where `verifier` is to be loaded (`dtype`, `kv_bytes`, ...).
-        results: JSONL file that a record for each problem is appended to as soon as it is there. Run again to continue.
+        results: JSONL file that a record for each problem is appended to as soon as it is there. Run again to continue, with
+            the same verifier, family and dtype; problems with an error are tried again.
         concurrency: problems scored at the same time.
         progress: called with (solutions done, all solutions).
     Returns:
         For each problem, in order, a `SolutionScores` for each solution. A path that is too long or a score that is not
         finite spoils the solutions that go through it, not the others.
     Raises:
-        ValueError: lists of different lengths, a solution without a step, an empty step; results of other solutions.
+        ValueError: lists of different lengths, a solution without a step, an empty step; results of other solutions or of
+            another verifier; options for a verifier that is loaded already.
         KeyboardInterrupt: after Ctrl-C; what is in `results` is kept.
     """
     if isinstance(problems, str | Problem) or len(problems) != len(solutions):
@@ -92,14 +95,29 @@ def score_steps(
         [as_steps(s, f"solutions[{i}][{j}]", separator) for j, s in enumerate(each)]
         for i, each in enumerate(solutions)
     ]
-    own = isinstance(verifier, str | Path)
-    if own:
-        verifier = load_verifier(verifier, family, **options)
+    verifier, own = own_verifier(verifier, family=family, **options)
     try:
         return run_sync(_Job(problems, steps, verifier, results, progress).run(concurrency))
     finally:
         if own:
             verifier.close()
+
+
+def own_verifier(verifier: Verifier | str | Path, **options: Any) -> tuple[Verifier, bool]:
+    """A verifier, and whether it was loaded here, so that it is to be closed here.
+
+    Raises:
+        ValueError: options for one that is loaded already.
+    """
+    if isinstance(verifier, str | Path):
+        return load_verifier(verifier, **options), True
+    given = [name for name, value in options.items() if value is not None]
+    if given:
+        raise ValueError(
+            f"{', '.join(given)}: no such argument, or one for loading a verifier, and {verifier.name} is loaded already; "
+            "leave it out, or pass the verifier's path"
+        )
+    return verifier, False
 
 
 def summarise(scored: Sequence[Sequence[SolutionScores]]) -> dict[str, int | float]:
@@ -139,22 +157,24 @@ class _Job:
         file.parent.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             return
-        cut_partial_line(file)
+        cut_partial_line(file, FIELDS)
         index = {problem.id: i for i, problem in enumerate(self.problems)}
         for number, record in read_records(file):
             where = f"{file} line {number}"
-            if not {"id", "problem", "verifier", "solutions"} <= record.keys():
+            if not record.keys() >= FIELDS:
                 raise ValueError(f"{where}: no record of score_steps; choose another results file")
             if record["verifier"] != self.verifier.name:
                 raise ValueError(
-                    f"{where} was scored by {record['verifier']}, now it is {self.verifier.name}; choose another results file"
+                    f"{where} was scored by {record['verifier']}, now it is {self.verifier.name} (the code is of its folder, "
+                    "family, dtype and the like); choose another results file"
                 )
             i = index.get(record["id"])
             if i is None:
                 continue  # of another part of the data
             if record["problem"] != self.problems[i].prompt or [s["steps"] for s in record["solutions"]] != self.steps[i]:
                 raise ValueError(f"{where} holds other solutions of problem {record['id']}; choose another results file")
-            self.scored[i] = [SolutionScores(**s) for s in record["solutions"]]
+            if not any(s["error"] for s in record["solutions"]):  # else it is tried again, and the later line counts
+                self.scored[i] = [SolutionScores(**s) for s in record["solutions"]]
 
     async def run(self, concurrency: int) -> list[list[SolutionScores]]:
         slots = asyncio.Semaphore(concurrency)

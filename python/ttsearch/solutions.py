@@ -58,10 +58,13 @@ def as_steps(solution: Solution, where: str, separator: str = SEPARATOR) -> list
     """The steps of a solution: a text is cut at `separator`, pieces without visible text left out.
 
     Raises:
-        ValueError: no step, or a step without visible text in a list of steps.
+        ValueError: neither text nor list; no step, or a step without visible text in a list of steps.
     """
     if isinstance(solution, str):
-        steps = [piece.strip() for piece in solution.split(separator) if piece.strip()]
+        text = solution.replace("\r\n\r\n", "\n\n") if separator == SEPARATOR else solution
+        steps = [piece.strip() for piece in text.split(separator) if piece.strip()]
+    elif not isinstance(solution, list | tuple):
+        raise ValueError(f"{where} must be a text or a list of steps, got {type(solution).__name__} {solution!r}")
     else:
         steps = list(solution)
         for number, step in enumerate(steps, 1):

@@ -11,6 +11,8 @@ from prm_models import PlainIn, build_prm, tokenizer_of, write_prm
 from prm_reference import REFERENCES
 from tiny_models import rewrite
 from ttsearch.backend import load_verifier
+from ttsearch.budget import Budget
+from ttsearch.results import ResultsFile
 from ttsearch.scoring import score_steps, summarise
 from ttsearch.types import Problem
 
@@ -141,11 +143,77 @@ def test_resume_after_a_kill_in_the_middle_of_a_line(verifier, tmp_path):
     class Other(Watched):
         name = "another PRM"
 
-    with pytest.raises(ValueError, match=r"was scored by .*\(trl\), now it is another PRM"):
+    with pytest.raises(ValueError, match=r"was scored by .* \(trl, .*, now it is another PRM .*; choose another results file"):
         score_steps(problems, solutions, Other(), results=file)
     file.write_text('{"id": 1}\n')
     with pytest.raises(ValueError, match="line 1: no record of score_steps"):
         score_steps(problems, solutions, verifier, results=file)
+
+
+def test_another_familys_results_are_refused(verifier, folder, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    score_steps([PROBLEM], [[["so"]]], verifier, results=file)
+    with pytest.raises(ValueError, match=r"line 1 was scored by trl\d+ \(trl, \w+\), now it is trl\d+ \(trl, \w+\) .the code is"):
+        score_steps([PROBLEM], [[["so"]]], folder, family="trl", dtype="fp32", mix=(1, 0), results=file)
+    old = json.loads(file.read_text())
+    file.write_text(json.dumps(old | {"verifier": "trl (trl)"}) + "\n")  # as files were before they had a code
+    with pytest.raises(ValueError, match=r"was scored by trl \(trl\), now it is .*; choose another results file"):
+        score_steps([PROBLEM], [[["so"]]], verifier, results=file)
+
+
+def test_problems_with_an_error_are_tried_again(verifier, folder, tmp_path):
+    file, options = tmp_path / "scores.jsonl", dict(family="trl", dtype="fp32")
+    ((failed,),) = score_steps([PROBLEM], [[["so"]]], folder, results=file, kv_bytes=100, **options)
+    assert "raise kv_bytes" in failed.error
+    fine = score_steps([PROBLEM], [[["so"]]], folder, results=file, kv_bytes=1 << 26, **options)
+    assert fine[0][0].error is None and fine == score_steps([PROBLEM], [[["so"]]], verifier)
+    assert score_steps([PROBLEM], [[["so"]]], folder, results=file, kv_bytes=100, **options) == fine, "the later line counts"
+
+
+DATA = '{"problem": "1+1?", "solutions": ["2"]}'
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "a text of mine",
+        DATA,
+        f"{DATA}\n{DATA}",
+        '{"id": "a", "problem": "1+1?", "solutions": ["2"]}',
+        f'{DATA}\n{{"id": "a", "pro',
+        'x\n{"id": "a", "pro',
+        '[{"id": "a"}',
+        "{\n",
+    ],
+)
+def test_a_file_that_is_not_ours_is_left_as_it_is(verifier, tmp_path, content):
+    file = tmp_path / "mine.jsonl"
+    file.write_text(content)
+    with pytest.raises(ValueError, match="choose another results file|not JSON"):
+        score_steps([PROBLEM], [[["so"]]], verifier, results=file)
+    assert file.read_text() == content
+    with pytest.raises(ValueError):
+        ResultsFile(file, "beam_search", Budget(n=4))
+    assert file.read_text() == content
+
+
+def test_a_record_that_lost_its_newline_is_kept(verifier, tmp_path):
+    file = tmp_path / "scores.jsonl"
+    first = score_steps(["a?"], [[["so"]]], verifier, results=file)
+    record = file.read_bytes()
+    file.write_bytes(record.rstrip())
+    score_steps([PROBLEM], [[["so"]]], verifier, results=file)
+    assert file.read_bytes().startswith(record) and file.read_bytes().count(b"\n") == 2
+    for cut in (b'{"i', record[:-20], '{"id": "é'.encode()[:-1]):
+        file.write_bytes(record + cut)
+        assert score_steps(["a?"], [[["so"]]], verifier, results=file) == first and file.read_bytes() == record
+
+
+def test_a_lone_surrogate_spoils_nothing(verifier, tmp_path):
+    file, solutions = tmp_path / "scores.jsonl", [["so\n\nx \ud83d", "so\n\nwe"]]
+    scored = score_steps([PROBLEM], solutions, verifier, results=file)
+    assert scored[0][0].scores == score_steps([PROBLEM], [["so\n\nx \ufffd"]], verifier)[0][0].scores
+    assert score_steps([PROBLEM], solutions, verifier, results=file) == scored and len(file.read_text().splitlines()) == 1
 
 
 def test_a_path_that_is_too_long_keeps_the_scores_that_fit(verifier, folder):
@@ -196,4 +264,8 @@ def test_bad_input(verifier):
         score_steps([PROBLEM], [["so", []]], verifier)
     with pytest.raises(ValueError, match="concurrency must be >= 1"):
         score_steps([PROBLEM], [["so"]], verifier, concurrency=0)
+    with pytest.raises(ValueError, match=r"solutions\[0\]\[0\] must be a text or a list of steps, got dict"):
+        score_steps([PROBLEM], [[{"text": "so"}]], verifier)
+    with pytest.raises(ValueError, match=r"family, seperator, nonsense: no such argument, .* is loaded already; leave it out"):
+        score_steps([PROBLEM], [["so"]], verifier, seperator="\n", family="judge", nonsense=3)
     assert score_steps([PROBLEM], [[]], verifier) == [[]]

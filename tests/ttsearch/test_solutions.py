@@ -42,6 +42,11 @@ def test_steps():
     assert as_steps(" a\n\n\n\nb\nc\n\n", "s") == ["a", "b\nc"]
     assert as_steps("a|b", "s", separator="|") == ["a", "b"]
     assert as_steps(["a ", "b"], "s") == ["a ", "b"]
+    assert as_steps("a\r\nb\r\n\r\n\r\nc\r\n", "s") == ["a\r\nb", "c"]
+    assert as_steps(("a", "b"), "s") == ["a", "b"]
+    for wrong in ({"text": "a"}, {"a"}, 3, None, b"a"):
+        with pytest.raises(ValueError, match=r"s\[0\] must be a text or a list of steps, got (dict|set|int|NoneType|bytes) "):
+            as_steps(wrong, "s[0]")
     with pytest.raises(ValueError, match=r"solutions\[0\]\[1\] has no step"):
         as_steps(" \n\n", "solutions[0][1]")
     with pytest.raises(ValueError, match="has no step"):

@@ -15,12 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
-from ..backend import load_verifier
 from ..protocols import Verifier
-from ..scoring import SolutionScores, score_steps
+from ..scoring import SolutionScores, own_verifier, score_steps
 from ..show import progress_bar
 from ..solutions import SEPARATOR
-from .trl import Message, question
+from .trl import Message, question, text_of
 
 METHODS = ("model", "prod", "min", "last")
 
@@ -44,8 +43,7 @@ class ProcessRewardModel:
     """
 
     def __init__(self, model_name: str | Path | Verifier, **options: Any):
-        self._own = isinstance(model_name, str | Path)
-        self.verifier: Verifier = load_verifier(model_name, **options) if self._own else model_name
+        self.verifier, self._own = own_verifier(model_name, **options)
 
     def score(
         self,
@@ -73,7 +71,7 @@ class ProcessRewardModel:
         for i, conversation in enumerate(conversations):
             if not conversation or conversation[-1].get("role") != "assistant":
                 raise ValueError(f"messages[{i}] must end with the assistant's turn that is to be scored")
-        answers = [str(conversation[-1]["content"]) for conversation in conversations]
+        answers = [text_of(conversation[-1].get("content")) for conversation in conversations]
         questions = [question(conversation[:-1]) for conversation in conversations]
         solutions = [[[answer]] if method == "model" else [answer] for answer in answers]
         with progress_bar(Console(stderr=True), "conversations") if use_tqdm else nullcontext() as progress:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..aggregate import AGGREGATES
-from ..backend import load_verifier
 from ..protocols import Verifier
-from ..scoring import SolutionScores, score_steps
+from ..scoring import SolutionScores, own_verifier, score_steps
 from ..solutions import SEPARATOR
 
 Message = dict[str, Any]
@@ -30,7 +29,7 @@ class PrmReward:
         name: how the trainer logs this reward.
         options: for `load_verifier` (`family`, `dtype`, `kv_bytes`, ...).
     Raises:
-        ValueError: unknown aggregate.
+        ValueError: unknown aggregate; options for a verifier that is loaded already.
     """
 
     def __init__(
@@ -44,8 +43,7 @@ class PrmReward:
         if aggregate not in AGGREGATES:
             raise ValueError(f"aggregate must be one of {', '.join(AGGREGATES)}, got {aggregate!r}")
         self.aggregate, self.separator, self.__name__ = aggregate, separator, name
-        self._own = isinstance(verifier, str | Path)
-        self.verifier: Verifier = load_verifier(verifier, **options) if self._own else verifier
+        self.verifier, self._own = own_verifier(verifier, **options)
 
     def __call__(
         self, prompts: Sequence[str | list[Message]], completions: Sequence[str | list[Message]], **kwargs: Any
@@ -75,11 +73,24 @@ class PrmReward:
             self.verifier.close()
 
 
+def text_of(content: Any) -> str:
+    """The text of a message's content: a string, a list of parts, or None (a tool call)."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+        texts = [part.get("text") for part in content if part.get("type") == "text"]
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise ValueError(
+        f'content of a message must be a text, a list of parts such as {{"type": "text", "text": ...}}, or None, got {content!r}'
+    )
+
+
 def message_text(completion: str | list[Message]) -> str:
     """The text of a completion, which may be a list of messages."""
     if isinstance(completion, str):
         return completion
-    return "\n\n".join(str(message["content"]) for message in completion if message.get("role") == "assistant")
+    return "\n\n".join(text_of(message.get("content")) for message in completion if message.get("role") == "assistant")
 
 
 def question(prompt: str | list[Message]) -> str:
@@ -90,7 +101,7 @@ def question(prompt: str | list[Message]) -> str:
     """
     if isinstance(prompt, str):
         return prompt
-    asked = [str(message["content"]) for message in prompt if message.get("role") == "user"]
+    asked = [text_of(message.get("content")) for message in prompt if message.get("role") == "user"]
     if len(asked) != 1:
         raise ValueError(f"a conversation must have one user turn for a process reward model to read, got {len(asked)}")
     return asked[0]

@@ -58,10 +58,13 @@ def detect_family(folder: str | Path, family: str | Path | Family | None = None,
 
 
 def well_known_names(folder: Path, source: str) -> list[str]:
-    """Names that may be a hub's: of the folder, of its hub cache entry (models--owner--name/snapshots/..), of the source."""
+    """Names that may be a hub's: of the folder, of its hub cache entry (models--owner--name/snapshots/..), of the source.
+
+    Each between slashes, so that a pattern can ask for a word of its own, as in "*[/_-]er-prm[/_-]*".
+    """
     cached = [part for part in folder.parts if part.startswith("models--")]
     given = Path(source).name if Path(source).exists() else source
-    return [name.replace("--", "/").lower() for name in (folder.name, *cached, given) if name]
+    return [f"/{name.replace('--', '/').lower()}/" for name in (folder.name, *cached, given) if name]
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class PrmFamily:
     # text
     layout: Literal["text", "chat", "dialogue", "question"] = "text"
     prompt: str = "{problem}"
+    strip_problem: bool = False  # outer white space of the problem goes
     turns: Turns = ()
     next_turns: Turns = ()
     reply: str = ""
@@ -80,7 +81,7 @@ class PrmFamily:
     weight: str | None = None  # a weight that the files must hold
     labels: int | None = None
     token: str | None = None  # a token that the tokenizer must have
-    known_as: tuple[str, ...] = ()  # patterns of folder or hub names, lower case
+    known_as: tuple[str, ...] = ()  # patterns of folder or hub names, in lower case between slashes
     by_name_only: bool = True  # False: `architectures`, `weight`, `labels`, `token` alone say enough
 
     def __post_init__(self):
@@ -133,9 +134,9 @@ def texts(turns: Turns) -> str:
     return "\n".join(text for _, text in turns)
 
 
-def check_types(family: PrmFamily) -> None:
-    """Every field as its annotation says; lists, as JSON has them, become tuples."""
-    hints = get_type_hints(PrmFamily)
+def check_types(family: Any) -> None:
+    """Every field of a family as its annotation says; lists, as JSON has them, become tuples."""
+    hints = get_type_hints(type(family))
     for f in fields(family):
         value, hint = getattr(family, f.name), hints[f.name]
         if get_origin(hint) is tuple and isinstance(value, list | tuple):

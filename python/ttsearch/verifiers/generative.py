@@ -20,8 +20,9 @@ from ttskernels.models.model import load_model
 from ..stops import compile_stops
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
+from .render import clean
 from .running import Running
-from .session import DEFAULT_KV_BYTES, source_name
+from .session import DEFAULT_KV_BYTES, result_name
 from .spelling import Spelling
 from .writer import TokenWriter
 from .written import GenerativeFamily, State, Verdict
@@ -54,7 +55,7 @@ class GenerativeVerifier:
         self._rows, self._spelling = rows, Spelling(tokenizer, config.vocab)
         self._ends = draft_ends(tokenizer, config.eos_ids, family.stops(MAX_STEPS))
         self.failures: Counter[str] = Counter()
-        self.name = f"{name} ({family.name})"  # what results say they come from
+        self.name = name
 
     @classmethod
     def load(
@@ -90,7 +91,8 @@ class GenerativeVerifier:
         check_overlap(stops)
         ids = draft_ends(tokenizer, model.config.eos_ids, stops)
         table = torch.from_numpy(compile_stops(tokenizer, ids, model.config.vocab, stops, boxes=False).copy())
-        return cls(Engine(model, model, next_state=table, kv_bytes=kv_bytes), tokenizer, family, rows, source_name(source), seed)
+        name = result_name(source, family, dtype, weights, kv, seed)
+        return cls(Engine(model, model, next_state=table, kv_bytes=kv_bytes), tokenizer, family, rows, name, seed)
 
     def open(self, problem: str, *, max_new_tokens: int = 0, beside: Any = None) -> GenerativeSession:
         """See `ttsearch.protocols.Verifier`. The policy has an engine of its own, so `beside` says nothing here."""
@@ -122,7 +124,7 @@ class GenerativeSession:
         family = verifier.family
         state, text, stable = family.start(verifier.tokenizer, problem)
         chain = self._writer.open(text, stable, family.max_tokens)
-        self.root = _Handle(replace(state, root=chain), root_key(verifier.seed, problem), Running())
+        self.root = _Handle(replace(state, root=chain), root_key(verifier.seed, clean(problem)), Running())
         self.failures: Counter[str] = Counter()
         self.verdicts: dict[tuple[str, ...], Verdict] = {}
 
@@ -134,7 +136,7 @@ class GenerativeSession:
         try:
             at = parent
             for step in steps:
-                at, verdict = await self._advance(at, step.strip())
+                at, verdict = await self._advance(at, clean(step).strip())
                 grown.append((at, verdict))
             verdicts = [verdict and await verdict for _, verdict in grown]
         except _Refused as refused:

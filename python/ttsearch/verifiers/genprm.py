@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from ttskernels.engine.keys import child_key
 
 from .family import fill
-from .spelling import clean
+from .render import clean
 from .writer import Draft, Thread, Unreadable, Writer
 from .written import (
     NO_JUDGEMENT,
@@ -55,6 +55,12 @@ class GenPrm(GenerativeFamily):
     top_p: float = 0.95
     top_k: int = 20
     max_tokens: int = 2048  # of both parts together
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("analyze_end", "output_end"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} of generative family {self.name!r} must not be empty: a draft stops there")
 
     @property
     def forced(self) -> str:

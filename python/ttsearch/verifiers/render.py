@@ -9,6 +9,12 @@ from .family import PrmFamily, Turns, fill
 
 MARK = "@@ttsearch:steps@@"  # stands for what follows while a chat template is rendered
 NUMBER = re.compile(r"step\s*\d+\s*[.:]\s*", re.IGNORECASE)
+NO_BYTE = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # surrogates that stand for no undecoded byte, as U+DC80 to U+DCFF do
+
+
+def clean(text: str) -> str:
+    """Text with what is no UTF-8 replaced: fit for a tokenizer."""
+    return NO_BYTE.sub("\ufffd", text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class Renderer:
@@ -24,7 +30,7 @@ class Renderer:
 
     def pieces(self, step: str) -> list[str]:
         """What of a step gets a score: its text without outer white space, or every line of it; nothing if none is visible."""
-        text = step.strip()
+        text = clean(step).strip()
         if self.family.lines == "keep":
             return [text] if text else []
         lines = [line.strip() for line in text.split("\n") if line.strip()]

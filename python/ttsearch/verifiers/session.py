@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from ..protocols import Verifier
 from ..tokenizer import load_tokenizer
 from ..types import ModelCost, Scored
 from .detect import detect_family
-from .families import get_family
+from .families import Family, get_family
 from .family import PrmFamily
 from .running import Running
 from .text import Extension, PrmPath, TextVerifier
@@ -35,9 +36,14 @@ DEFAULT_KV_BYTES = 2 << 30
 PROMPT_SHARE = 8  # one part of so many of an engine's KV may hold prompts of problems that are done
 
 
-def source_name(source: str | Path) -> str:
-    """A hub id, or the name of a folder."""
-    return Path(source).resolve().name if Path(source).exists() else str(source)
+def result_name(source: str | Path, family: Family, *settings: Any) -> str:
+    """What results say their scores come from: a hub id or the name of a folder, the family, and a code of it all.
+
+    The code depends on the folder's whole path, every field of the family and the settings (a dtype, another model, ...).
+    """
+    where, *rest = (Path(x).resolve() if isinstance(x, str | Path) and Path(x).exists() else x for x in (source, *settings))
+    code = blake2b(repr((family, str(where), *map(str, rest))).encode(), digest_size=4).hexdigest()
+    return f"{getattr(where, 'name', where)} ({family.name}, {code})"
 
 
 @dataclass(eq=False)
@@ -51,11 +57,16 @@ class EngineHandle:
 
 
 class EngineVerifier:
-    """A verifier that reads, on an engine which a policy may share. `owned`: the engine ends with `close`."""
+    """A verifier that reads, on an engine which a policy may share.
 
-    def __init__(self, engine: Engine, text: TextVerifier, owned: bool = False, source: str | Path = ""):
+    `owned`: the engine ends with `close`. `settings`: what else scores depend on, see `result_name`.
+    """
+
+    def __init__(
+        self, engine: Engine, text: TextVerifier, owned: bool = False, source: str | Path = "", settings: Sequence[Any] = ()
+    ):
         self.engine, self.text, self._owned = engine, text, owned
-        self.name = f"{source_name(source)} ({text.family.name})"  # what results say they come from
+        self.name = result_name(source, text.family, *settings)
 
     def open(
         self, problem: str, *, max_new_tokens: int = 0, beside: Session | None = None
@@ -91,12 +102,11 @@ class EngineVerifierSession:
     async def score(self, parent: EngineHandle, steps: Sequence[str]) -> Scored:
         if isinstance(steps, str) or not steps:
             raise ValueError(f"steps must be a sequence of at least one step, got {steps!r}")
-        if not self._text.stepwise:
-            return await self._score_at_once(parent, list(steps))
         at, scores, computed, kept = parent, [], 0, None
-        for step in steps:  # such a verifier says one thing at a time
+        while len(scores) < len(steps):  # some verifiers say one thing at a time
+            rest = steps[len(scores) :]
             try:
-                scored = await self._score_at_once(at, [step])
+                scored = await self._score_at_once(at, rest[:1] if self._text.stepwise else rest)
             finally:
                 if at is not parent:
                     self.release([at])
@@ -106,17 +116,18 @@ class EngineVerifierSession:
             kept = scored.kept if kept is None else kept
         return Scored(at, scores, None, at.running.scores(), computed, kept)
 
-    async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
+    async def _score_at_once(self, parent: EngineHandle, steps: Sequence[str]) -> Scored:
+        """Scores of the steps, or of the first of them: as many as can be read in one text."""
         extension = self._text.extend(parent.path, steps)
         if not self._text.fits(extension.length):
-            return self._too_long(extension, steps)
-        node, scores = await self._run(parent.node, extension, len(steps))
+            return self._too_long(extension)
+        node, scores = await self._run(parent.node, extension, len(extension.path.steps) - len(parent.path.steps))
         handle = EngineHandle(extension.path, node, parent.running.fold(scores))
         return Scored(handle, scores, None, handle.running.scores(), len(extension.ids), extension.keep)
 
-    def _too_long(self, extension: Extension, steps: list[str]) -> Scored:
+    def _too_long(self, extension: Extension) -> Scored:
         refused = f"the path has {extension.length} verifier tokens, this verifier reads at most {self._text.max_length}"
-        return Scored(None, [None] * len(steps), refused)
+        return Scored(None, [], refused)
 
     async def _run(self, parent: Node, extension: Extension, count: int) -> tuple[Node, list[float | None]]:
         scores: list[float | None] = [None] * count
@@ -163,10 +174,10 @@ class EngineVerifierSession:
 class LogRatioSession(EngineVerifierSession):
     """A step scores `scale` times the log-ratio of two models, summed over the turn up to its end behind that step."""
 
-    async def _score_at_once(self, parent: EngineHandle, steps: list[str]) -> Scored:
+    async def _score_at_once(self, parent: EngineHandle, steps: Sequence[str]) -> Scored:
         extension = self._text.extend(parent.path, steps)
         if not self._text.fits(extension.length):
-            return self._too_long(extension, steps)
+            return self._too_long(extension)
         if not extension.reads:
             self._engine.retain(parent.node)
             handle = EngineHandle(extension.path, parent.node, parent.running, parent.sums)
@@ -256,7 +267,9 @@ def load_verifier(
     """
     found = detect_family(resolve(source, torch_dtype(dtype)), family, source)
     found = get_family(found, **fields)
-    kv_bytes = kv_bytes or DEFAULT_KV_BYTES
+    kv_bytes = DEFAULT_KV_BYTES if kv_bytes is None else kv_bytes
+    if kv_bytes < 1:
+        raise ValueError(f"kv_bytes must be >= 1, or None for 2 GiB, got {kv_bytes}")
     if isinstance(found, GenerativeFamily):
         from .generative import GenerativeVerifier
 
@@ -268,4 +281,5 @@ def load_verifier(
             weights=weights, kv=kv,
         )
     model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights, kv)
-    return EngineVerifier(Engine(None, model, kv_bytes=kv_bytes, prompt_bytes=kv_bytes // PROMPT_SHARE), text, True, source)
+    engine = Engine(None, model, kv_bytes=kv_bytes, prompt_bytes=kv_bytes // PROMPT_SHARE)
+    return EngineVerifier(engine, text, True, source, (dtype, weights, kv, reference, base))

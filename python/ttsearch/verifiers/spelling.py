@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from ..tokens import token_bytes
+from .render import clean
 from .text import common
-
-
-def clean(text: str) -> str:
-    """Text with what is no UTF-8 replaced: fit for a tokenizer."""
-    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 class Spelling:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ttskernels.models.heads import HeadSpec
 
 from .family import PrmFamily
-from .render import Renderer
+from .render import Renderer, clean
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class PrmPath:
 class Extension:
     """What to compute for new steps: drop the parent's tokens from `keep` on, append `ids`, read scores at `reads`."""
 
-    path: PrmPath  # the path with the new steps
+    path: PrmPath  # the path with the new steps, or with the first of them
     keep: int  # tokens of the parent's path, from its beginning, that stay valid
     ids: list[int]
     reads: list[int]  # indices into ids, ascending
@@ -81,6 +81,7 @@ class TextVerifier:
 
     def start(self, problem: str) -> PrmPath:
         """Ids before the first step."""
+        problem = clean(problem).strip() if self.family.strip_problem else clean(problem)
         if self.family.read == "every token":
             return PrmPath(problem, (), tuple(self._turn(problem, [])[:-1]))
         opening = self._renderer.opening(problem)
@@ -98,7 +99,8 @@ class TextVerifier:
         text, never from the ids: a marker within the problem or a step is text like any other.
 
         Families that tokenise step by step keep all of the path. The others tokenise the whole text anew and keep the
-        longest common beginning; a token read now is always among `ids`, even where the parent had it.
+        longest common beginning; a token read now is always among `ids`, even where the parent had it. Where the token at a
+        step's end would hold text of the next step too, the extension ends with that step: `path` says how many it has.
 
         Raises:
             ValueError: no steps.
@@ -122,9 +124,12 @@ class TextVerifier:
             ids, offsets = [*self._front, *encoding["input_ids"]], encoding["offset_mapping"]
             keep = common(path.ids, ids)
             starts = [start for start, _ in offsets]
-            shift = len(self._front) - 1 + self.family.read_offset
-            reads = [bisect_left(starts, end) + shift for end in ends]
-            owner = owner[-len(reads) :]
+            lasts = [bisect_left(starts, end) - 1 for end in ends]  # tokens that end the pieces
+            owner = owner[-len(lasts) :]
+            for last, end, i, following in zip(lasts, ends, owner, owner[1:], strict=False):
+                if i != following and offsets[last][1] > end:
+                    return self.extend(path, steps[: i + 1])
+            reads = [last + len(self._front) + self.family.read_offset for last in lasts]
         keep = min(keep, *reads) if reads else keep
         new = PrmPath(path.problem, all_steps, tuple(ids))
         return Extension(new, keep, ids[keep:], [read - keep for read in reads], owner)

@@ -58,6 +58,8 @@ class ThinkPrm(GenerativeFamily):
         super().__post_init__()
         if not self.decision_temperature > 0:
             raise ValueError(f"decision_temperature must be > 0, got {self.decision_temperature}")
+        if not all(self.ends) or not (self.ends or self.step_end):
+            raise ValueError(f"ends of generative family {self.name!r} must be texts that are not empty, got {self.ends!r}")
         for field, text, needed in (("turn", self.turn, "{problem}"), ("turn", self.turn, "{solution}"),
                                     ("step", self.step, "{step}")):  # fmt: skip
             if needed not in text:

@@ -16,6 +16,7 @@ from typing import Any
 from ttskernels.engine.work import Sampling
 
 from ..tree import together
+from .family import check_types
 from .writer import Chain, Thread, Writer
 
 UNFINISHED, NO_JUDGEMENT = "unfinished", "no judgement"
@@ -26,7 +27,7 @@ class GenerativeFamily:
     """What every generative family has. One verification is a draft; a step's score is the mean over `samples` of them.
 
     Args:
-        known_as: patterns of folder or hub names, lower case.
+        known_as: patterns of folder or hub names, in lower case between slashes.
         choices: the texts of a good and a bad judgement, one token each behind `forced`.
         temperature, top_k, top_p: of the drafts. max_tokens: of one draft.
     """
@@ -42,11 +43,12 @@ class GenerativeFamily:
     max_tokens: int = 4096
 
     def __post_init__(self):
+        check_types(self)
         for name in ("samples", "max_tokens"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
+            if value < 1:
                 raise ValueError(f"{name} of generative family {self.name!r} must be an integer >= 1, got {value!r}")
-        if len(self.choices) != 2 or self.choices[0] == self.choices[1]:
+        if self.choices[0] == self.choices[1]:
             raise ValueError(f"choices of generative family {self.name!r} must be two texts, got {self.choices!r}")
         _ = self.sampling
 

@@ -58,8 +58,24 @@ def test_model_aggregation_reads_the_whole_turn_as_one_step(verifier):
     assert model.score(conversation("q", "so|we"), step_sep="|", return_full_prm_result=True)[0].step_scores[1:]
 
 
+def test_content_in_parts(verifier):
+    model = ProcessRewardModel(verifier)
+
+    def parts(text):
+        return [{"type": "text", "text": text}]
+
+    expected = model.score(conversation("1 + 2?", "so 3\n\nanswer 3"), return_full_prm_result=True)[0].step_scores
+    got = model.score(conversation(parts("1 + 2?"), parts("so 3\n\nanswer 3")), return_full_prm_result=True)[0].step_scores
+    assert got == expected and len(got) == 2
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant"}):
+        with pytest.raises(ValueError, match="has no step"):
+            model.score([{"role": "user", "content": "q"}, message])
+
+
 def test_bad_arguments(verifier):
     model = ProcessRewardModel(verifier)
+    with pytest.raises(ValueError, match="dtype, nonsense: no such argument, or one for loading a verifier"):
+        ProcessRewardModel(verifier, dtype="fp64", nonsense=1)
     with pytest.raises(ValueError, match="aggregation_method must be one of model, prod, min, last, got 'max'"):
         model.score(conversation("q", "so"), aggregation_method="max")
     with pytest.raises(ValueError, match="at least one conversation"):

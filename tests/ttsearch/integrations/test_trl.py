@@ -40,6 +40,33 @@ def test_conversations(verifier):
         reward([[system]], completions)
 
 
+def parts(*texts):
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def test_content_in_parts_and_tool_calls(verifier):
+    reward, answer = PrmReward(verifier, "last"), "so 3\n\nanswer 3"
+    (expected,) = reward(["1 + 2?"], [answer])
+    prompts = [[{"role": "user", "content": [{"type": "image"}, *parts("1 + ", "2?")]}]] * 4
+    completions = [
+        [{"role": "assistant", "content": parts("so 3\n\nans", "wer 3")}],
+        [{"role": "assistant", "content": None, "tool_calls": [1]}, {"role": "tool", "content": "3"},
+         {"role": "assistant", "content": answer}],
+        [{"role": "assistant", "tool_calls": [1]}, {"role": "assistant", "content": answer}],
+        [{"role": "assistant", "content": None, "tool_calls": [1]}],
+    ]  # fmt: skip
+    assert reward(prompts, completions) == [expected] * 3 + [None]
+    for content in (3, {"text": "so"}, ["so"], [{"type": "text"}]):
+        with pytest.raises(ValueError, match="content of a message must be a text, a list of parts such as .*, or None, got"):
+            reward(["q"], [[{"role": "assistant", "content": content}]])
+
+
+def test_a_lone_surrogate_spoils_nothing(verifier):
+    reward = PrmReward(verifier)
+    rewards = reward(["q"] * 2, ["so", "x \ud83d"])
+    assert rewards == [*reward(["q"], ["so"]), *reward(["q"], ["x \ufffd"])]
+
+
 def test_what_cannot_be_scored_gets_none(verifier):
     reward = PrmReward(verifier)
     assert reward(["q"] * 3, [" \n\n", "so " * verifier.text.max_length, "so"])[:2] == [None, None]
@@ -49,6 +76,8 @@ def test_what_cannot_be_scored_gets_none(verifier):
 def test_bad_arguments(verifier):
     with pytest.raises(ValueError, match="aggregate must be one of"):
         PrmReward(verifier, "max")
+    with pytest.raises(ValueError, match=r"dtype, nonsense: no such argument, or one for loading a verifier, and trl\d+ \(trl, "):
+        PrmReward(verifier, dtype="fp64", nonsense=1)
     with pytest.raises(ValueError, match="must be of one length, got 1 and 0"):
         PrmReward(verifier)(["q"], [])
 

@@ -100,6 +100,9 @@ def test_a_family_in_a_file(tmp_path):
         ("a.json", '{"suffix": "x"}', 'a.json must be an object with a "family" to start from or a "name" of its own'),
         ("a.json", '{"name": "x", "sufix": "x"}', r"a.json: fields of a PRM family are .*, got \['sufix'\]"),
         ("a.json", '{"family": "nope"}', "got 'nope'"),
+        ("a.json", '{"family": 3}', "a PRM family must be a name, a file or a PrmFamily, got 3"),
+        ("a.json", '{"family": null}', "a PRM family must be a name, a file or a PrmFamily, got None"),
+        ("a.json", '{"family": "a.json"}', 'a.json starts from itself; its "family" must be another one'),
         ("a.py", "x = 1", "a.py must set FAMILY to a PrmFamily, got None"),
     ],
 )
@@ -125,6 +128,9 @@ def write_config(folder, **config):
         ("Llama3.1-8B-PRM-Mistral-Data", "LlamaForCausalLM", "rlhflow-mistral"),
         ("Llama3.1-8B-PRM-Deepseek-Data", "LlamaForCausalLM", "rlhflow-deepseek"),
         ("Llama3.1-Math-PRM", "LlamaForCausalLM", "er-prm"),
+        ("ER-PRM", "LlamaForCausalLM", "er-prm"),
+        ("llama-ER-PRM-v2", "LlamaForCausalLM", "er-prm"),
+        ("rebase-34b", "LlamaForCausalLM", "rebase"),
         ("VersaPRM", "LlamaForCausalLM", "versaprm"),
         ("VersaPRM-Base-3B", "LlamaForCausalLM", "versaprm"),
         ("Llama-PRM800K", "LlamaForCausalLM", "versaprm"),
@@ -143,6 +149,16 @@ def test_detect_by_name_and_architecture(tmp_path, name, architecture, family):
     cached = tmp_path / f"models--owner--{name}" / "snapshots" / "0123"
     assert detect_family(write_config(cached, architectures=[architecture])).name == family
     assert detect_family(write_config(tmp_path / "x", architectures=[architecture]), source=f"owner/{name}").name == family
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3-8b-verifier-prm", "my-better-prm", "reader-prm-v2", "transformer-prm", "rebased-llama", "llama-terminos"]
+)
+def test_a_name_that_only_ends_alike_says_nothing(tmp_path, name):
+    architecture = "MistralForTokenClassification" if name.endswith("minos") else "LlamaForCausalLM"
+    folder = write_config(tmp_path / name, architectures=[architecture], id2label={0: "a"})
+    with pytest.raises(ValueError, match=f"cannot tell the PRM family of {name}"):
+        detect_family(folder)
 
 
 @pytest.mark.parametrize("family", ["skywork", "pqm", "qwen-math-prm", "trl",  "reasoneval-7b", "reasoneval-34b"])
@@ -184,6 +200,9 @@ def test_detect_by_marker_file_with_one_field_changed(tmp_path):
     with pytest.raises(ValueError, match=r"ttsk_prm.json: fields of a PRM family are .*, got \['head'\]"):
         detect_family(folder)
     assert detect_family(folder, "skywork").name == "skywork", "an explicit family wins"
+    (folder / "ttsk_prm.json").write_text(json.dumps({"family": "mine.json", "suffix": "!"}))
+    (folder / "mine.json").write_text(json.dumps(MINE))
+    assert (detect_family(folder).name, detect_family(folder).suffix) == ("mine", "!"), "a file beside it"
 
 
 def test_an_ambiguous_checkpoint_lists_what_it_may_be(tmp_path):

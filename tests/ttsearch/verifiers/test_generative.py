@@ -87,7 +87,7 @@ def test_genprm_equals_plain_transformers(checkpoints, name, verify):
         again, _, _ = score(verifier, PROBLEM, STEPS[:2], cuts=(1,))
         failures = dict(session.failures)
         assert verifier.failures.total() == 2 * session.failures.total()
-        assert verifier.name.endswith("(genprm)")
+        assert " (genprm, " in verifier.name
     assert_equal(scores, expected)
     assert sum(failures.values()) == expected.count(None) == 2 - running.count
     assert again == scores
@@ -144,6 +144,14 @@ def test_a_prompt_is_computed_once_for_its_samples_and_shared_by_prefixes(checkp
     assert prompt_tokens + asked * question <= cost.tokens_prefilled <= prompt_tokens + asked * (question + 1) + 2 * 2
     assert prompt_tokens <= tokens <= cost.tokens_prefilled + cost.tokens_decoded
     assert cost.tokens_reused >= sum(3 * len(prompt) for prompt in prompts), "three of four samples begin behind a stored prompt"
+
+
+@pytest.mark.parametrize("family", [ThinkPrm(max_tokens=60), GenPrm(max_tokens=60)])
+def test_what_is_no_utf8_is_replaced(checkpoints, family):
+    folder, _ = checkpoints["a"]
+    with load(folder, family) as verifier:
+        broken = score(verifier, "1+1\ud83d?", ["two \udfff", "x"])
+        assert broken[0] == score(verifier, "1+1\ufffd?", ["two \ufffd", "x"])[0] and broken[1].verdicts
 
 
 def test_a_step_without_text_and_one_too_long(checkpoints):

@@ -165,9 +165,26 @@ def test_sigmoid_is_stable():
         ({"decision_temperature": 0.0}, "decision_temperature must be > 0, got 0.0"),
         ({"turn": "{problem}"}, "turn of generative family 'thinkprm' must hold {solution}"),
         ({"step": "a step"}, "step of generative family 'thinkprm' must hold {step}"),
-        ({"temperature": -1.0}, "sampling needs temperature >= 0"),
+        ({"temperature": -1.0}, "sampling needs .*temperature=-1.0"),
+        ({"ends": "</think>"}, r"PRM family 'thinkprm': ends must be tuple\[str, ...\], got '</think>'"),
+        ({"ends": ["</think>", ""]}, r"ends of generative family 'thinkprm' must be texts that are not empty, got"),
+        ({"ends": [], "step_end": ""}, r"ends of generative family 'thinkprm' must be texts that are not empty, got \(\)"),
+        ({"choices": "yn"}, r"choices must be tuple\[str, str\], got 'yn'"),
+        ({"samples": True}, "samples must be int, got True"),
+        ({"between": 3}, "between must be str, got 3"),
+        ({"opening": None}, "opening must be str, got None"),
+        ({"temperature": "0.6"}, "temperature must be float, got '0.6'"),
+        ({"top_k": "20"}, "top_k must be int, got '20'"),
+        ({"decision_temperature": "1"}, "decision_temperature must be float, got '1'"),
     ],
 )
 def test_invalid(fields, message):
     with pytest.raises(ValueError, match=message):
         ThinkPrm(**fields)
+
+
+@pytest.mark.parametrize("name", ["analyze_end", "output_end"])
+def test_a_draft_needs_an_end(name):
+    assert ThinkPrm(ends=["</think>"]).ends == ("</think>",) and ThinkPrm(temperature=1).temperature == 1
+    with pytest.raises(ValueError, match=f"{name} of generative family 'genprm' must not be empty"):
+        GenPrm(**{name: ""})

@@ -74,7 +74,7 @@ class Grown:
 
 
 def chain_of(engine, node):
-    return engine._call(lambda: [tuple(n.ids) for n in engine.verifier_forest.path(node)]).result(60)
+    return engine._commands.call(lambda: [tuple(n.ids) for n in engine.verifier_forest.path(node)]).result(60)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -83,3 +83,20 @@ def test_ids_and_positions(name, family):
     assert rolled_back == 0, "no published marker changes when the next step comes"
     new = verifier.extend(verifier.start(PROBLEM), STEPS)
     assert [new.keep + read for read in new.reads] == published.positions
+
+
+@pytest.mark.parametrize(("name", "family"), CASES)
+@pytest.mark.parametrize("steps", [["Первый шаг.", "значит 4.", "x", "итог 4."], ["ки", "ки"], ["a.", "é", "我 b", "илл"]])
+def test_a_step_is_read_in_the_text_that_ends_with_it(name, family, steps):
+    """ER-PRM writes nothing between " ки" and the next step, and Llama 3 has tokens for both together."""
+    verifier = TextVerifier(real_tokenizer(name), FAMILIES[family])
+    at, read = verifier.start("Сколько будет 2+2?"), []
+    while len(at.steps) < len(steps):
+        new = verifier.extend(at, steps[len(at.steps) :])
+        at = new.path
+        read += [at.ids[: new.keep + end + 1] for end in new.reads]
+    path = verifier.start("Сколько будет 2+2?")
+    for step, ids in zip(steps, read, strict=True):
+        new = verifier.extend(path, [step])
+        path = new.path
+        assert ids == path.ids[: new.keep + new.reads[-1] + 1]

@@ -2,6 +2,8 @@
 
 import asyncio
 import math
+import re
+import shutil
 import time
 
 import pytest
@@ -9,11 +11,13 @@ import torch
 from prm_models import PlainIn, build_prm, tokenizer_of, write_prm
 from prm_reference import REFERENCES
 from tiny_models import rewrite, write_tiny
-from tiny_tokenizers import qwen
+from tiny_tokenizers import llama3, qwen
 from ttsearch.protocols import Verifier, VerifierSession
+from ttsearch.scoring import score_steps
 from ttsearch.types import Scored
 from ttsearch.verifiers import PrmFamily
-from ttsearch.verifiers.session import load_verifier
+from ttsearch.verifiers.session import load_verifier, result_name
+from ttsearch.verifiers.thinkprm import ThinkPrm
 
 PROBLEM = "what is 12 + 3?"
 STEPS = ["step 1: 12 + 3", "so we get = 15\nthen", "therefore the answer is \\boxed{15}"]
@@ -46,7 +50,7 @@ def session(verifier):
 
 def test_protocols(verifier, session):
     assert isinstance(verifier, Verifier) and isinstance(session, VerifierSession)
-    assert verifier.name.endswith("(trl)")
+    assert re.fullmatch(r"trl\d+ \(trl, [0-9a-f]{8}\)", verifier.name)
 
 
 @pytest.mark.parametrize("family", CHOSEN)
@@ -150,9 +154,9 @@ def test_cancelled_calls_leave_nothing_behind(verifier):
         session.release([last.handle])
     forest = verifier.engine.verifier_forest
     deadline = time.monotonic() + 60
-    while len(verifier.engine._call(lambda: [n for n in forest._live if n.refs]).result(60)) > 1:
+    while len(verifier.engine._commands.call(lambda: [n for n in forest._live if n.refs]).result(60)) > 1:
         assert time.monotonic() < deadline, "a job that was under way gives its node back when it is done"
-    verifier.engine._call(forest.check_integrity).result(60)
+    verifier.engine._commands.call(forest.check_integrity).result(60)
     session.close()
     session.close()
     verifier.engine.forget_prompts()
@@ -175,6 +179,62 @@ def test_a_score_that_is_not_finite_is_an_error_of_that_call(tmp_path):
         assert isinstance(broken, ValueError) and "not finite" in str(broken)
         assert all(0 <= score <= 1 for score in fine.scores)
         assert asyncio.run(session.score(fine.handle, STEPS)).scores
+
+
+def test_a_score_is_that_of_the_step_when_it_was_the_last(tmp_path):
+    """Llama 3 makes one token of a full stop and a blank line: behind "a." there is another token once "b" follows."""
+    family = PrmFamily(
+        name="mine", prompt="{problem}\n", between="\n\n", bos="tokenizer", rows=("+", "-"), mix=(1, 0), max_length=60
+    )
+    write_tiny(tmp_path, "llama", seed=4, vocab_size=len(llama3()))
+    llama3().save_pretrained(tmp_path)
+    steps = ["so 12.", " ", "we add 3.", "x", "it equals 15."]
+
+    async def search(session):
+        at, scores = session.root, []
+        for step in steps:
+            scored = await session.score(at, [step])
+            at, scores = scored.handle, scores + scored.scores
+        return scores
+
+    with load_verifier(tmp_path, family, dtype="fp32", kv_bytes=1 << 26) as verifier:
+        session = verifier.open(PROBLEM)
+        assert len(verifier.text.extend(verifier.text.start(PROBLEM), steps).path.steps) == 1
+        at_once = asyncio.run(session.score(session.root, steps))
+        expected = asyncio.run(search(session))
+        assert at_once.scores == [None if score is None else pytest.approx(score, abs=1e-6) for score in expected]
+        assert expected[1] is None and at_once.handle.path.steps == tuple(steps)
+        refused = asyncio.run(session.score(session.root, [*steps, "12 " * 60]))
+        assert refused.handle is None and refused.scores == [None] * 6 and "reads at most 60" in refused.refused
+        texts = [step for step in steps if step.strip()]
+        ((alone,),) = score_steps([PROBLEM], [[texts]], verifier)
+        beside, other = score_steps([PROBLEM], [[texts, [*texts[:2], "y."]]], verifier)[0]
+        assert alone.scores == beside.scores and other.scores[:2] == alone.scores[:2]
+        session.close()
+        verifier.engine.forget_prompts()
+        assert not verifier.engine.verifier_forest._live
+
+
+@pytest.mark.parametrize("kv_bytes", [0, -1])
+def test_kv_bytes_are_at_least_one(folders, kv_bytes):
+    with pytest.raises(ValueError, match=f"kv_bytes must be >= 1, or None for 2 GiB, got {kv_bytes}"):
+        load_verifier(folders["trl"], "trl", kv_bytes=kv_bytes)
+
+
+def test_the_name_tells_verifiers_apart(folders, tmp_path):
+    """Results of one are not taken for those of another."""
+    again = tmp_path / folders["trl"].name
+    shutil.copytree(folders["trl"], again)
+    names = []
+    for folder, options in (
+        (folders["trl"], {}), (folders["trl"], {}), (again, {}), (folders["trl"], {"mix": (1, 0)}),
+        (folders["trl"], {"dtype": "bf16"}), (folders["trl"], {"prompt": "Problem: {problem}"}), (folders["trl"], {"kv": "int8"}),
+    ):  # fmt: skip
+        with load_verifier(folder, "trl", **{"dtype": "fp32", "impl": "auto"} | options) as verifier:
+            names.append(verifier.name)
+    assert names[0] == names[1] and len(set(names)) == 6
+    thought = [result_name("owner/m", ThinkPrm(samples=samples), "bf16", seed) for samples, seed in ((1, 0), (1, 1), (2, 0))]
+    assert len(set(thought)) == 3 and all(name.startswith("owner/m (thinkprm, ") for name in thought)
 
 
 @pytest.fixture(scope="module")
@@ -207,7 +267,7 @@ def test_a_question_behind_the_solution_rolls_back(judge):
     path = len(at_once.handle.path.ids)
     assert session.cost().tokens_prefilled <= path + 2 * (question + 2) and session.cost().tokens_recomputed == 0
     forest = verifier.engine.verifier_forest
-    verifier.engine._call(forest.check_integrity).result(60)
+    verifier.engine._commands.call(forest.check_integrity).result(60)
     session.close()
     verifier.engine.forget_prompts()
     assert not forest._live

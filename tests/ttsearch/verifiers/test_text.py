@@ -6,6 +6,7 @@ from tiny_tokenizers import bytes_only, deepseek, llama3, mistral, qwen
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 from ttsearch.verifiers import FAMILIES, PrmFamily, TextVerifier, get_family
+from ttsearch.verifiers.render import clean
 
 STEPS = ["one\ntwo\n\n", "\\boxed{3}"]
 
@@ -169,6 +170,21 @@ def test_markers_in_the_problem_or_a_step_add_no_score():
         assert marked > len(new.reads) == 3, name
         one = verifier.extend(verifier.start(problem), steps[:1])
         assert new.keep + new.reads[0] == one.keep + one.reads[0], "the first score is where it was without the others"
+
+
+def test_what_is_no_utf8_is_replaced():
+    text, scored = layout(FAMILIES["trl"], bytes_only(), "q\ud83d", ["x \ud83d", "y \udc80"])
+    assert text == "q\ufffdx \ufffd\ny \ufffd\n" == scored[1]
+    assert clean("a é 😀 \udcc3\udca9") == "a é 😀 é", "bytes that a cut left stay one character"
+    for name, tokenizer in (("math-shepherd", mistral()), ("rlhflow-mistral", llama3()), ("implicit", qwen())):
+        text, _ = layout(FAMILIES[name], tokenizer, "q\udfff", ["x \ud83d"])
+        assert "x \ufffd" in text and "q\ufffd" in text
+
+
+@pytest.mark.parametrize(("name", "tokenizer"), [("versaprm", llama3()), ("versaprm-qwen", qwen())])
+def test_versaprm_strips_the_problem(name, tokenizer):
+    assert layout(FAMILIES[name], tokenizer, " q\n", ["a"]) == layout(FAMILIES[name], tokenizer, "q", ["a"])
+    assert layout(FAMILIES["er-prm"], llama3(), "q\n", ["a"]) != layout(FAMILIES["er-prm"], llama3(), "q", ["a"])
 
 
 def test_a_problem_with_braces_is_text():

@@ -48,6 +48,8 @@ def get_family(name: str | Path | Family, **overrides: Any) -> Family:
     """
     if isinstance(name, Family):
         return change(name, overrides)
+    if not isinstance(name, str | Path):
+        raise ValueError(f"a PRM family must be a name, a file or a PrmFamily, got {name!r}")
     if Path(name).suffix in (".json", ".py"):
         return change(read_family(Path(name)), overrides)
     known = FAMILIES | GENERATIVE
@@ -67,10 +69,12 @@ def change(family: Family | None, values: dict[str, Any], where: str = "") -> Fa
     return replace(family, **values) if family else PrmFamily(**values)
 
 
-def read_family(file: Path) -> Family:
-    """The family that a .json or .py file describes."""
+def read_family(file: Path, starts: tuple[Path, ...] = ()) -> Family:
+    """The family that a .json or .py file describes. `starts`: files that start from it."""
     if not file.is_file():
         raise ValueError(f"PRM family file {file} does not exist")
+    if file.resolve() in starts:
+        raise ValueError(f'PRM family file {file} starts from itself; its "family" must be another one')
     if file.suffix == ".py":
         family = runpy.run_path(str(file)).get("FAMILY")
         if not isinstance(family, Family):
@@ -82,6 +86,10 @@ def read_family(file: Path) -> Family:
         raise ValueError(f"{file.name} must be JSON with the fields of a PRM family: {error}") from error
     if not isinstance(values, dict) or not {"family", "name"} & set(values):
         raise ValueError(f'{file.name} must be an object with a "family" to start from or a "name" of its own, got {values}')
-    base = get_family(values.pop("family")) if "family" in values else None
-    return change(base, values, f"{file.name}: ")
+    if "family" not in values:
+        return change(None, values, f"{file.name}: ")
+    base = values.pop("family")
+    if isinstance(base, str) and Path(base).suffix in (".json", ".py"):  # beside this one
+        base = read_family(file.parent / base, (*starts, file.resolve()))
+    return change(get_family(base), values, f"{file.name}: ")
 

@@ -13,7 +13,7 @@ FAMILIES = (
         ids={" ки": 116624, " +": 489, " -": 482},
         rows=(" +", " -"),
         mix=(1, 0),
-        known_as=("*llama3.1-math-prm*", "*er-prm*"),
+        known_as=("*llama3.1-math-prm*", "*[/_-]er-prm[/_-]*"),
         source="ER-PRM evaluation/evaluate_gsm_reward_model.py; compute-optimal-tts rm_call.py",
     ),
 )

@@ -27,7 +27,7 @@ FAMILIES = (
         between=" ",
         suffix_tokens=1,
         read_offset=0,
-        known_as=("*rebase*",),
+        known_as=("*[/_-]rebase[/_-]*",),
         source="thu-wyz/inference_scaling hf_score.py",
     ),
 )

@@ -32,7 +32,7 @@ FAMILIES = (
         unbounded=True,
         architectures=("*ForTokenClassification",),
         labels=1,
-        known_as=("*minos*",),
+        known_as=("*mathminos*", "*[/_-]minos[/_-]*",),
         source="PRMBench mr_eval/models/mathminos_mistral.py",
     ),
 )

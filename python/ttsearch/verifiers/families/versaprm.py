@@ -7,6 +7,7 @@ from ..family import PrmFamily
 LLAMA = PrmFamily(
     name="versaprm",
     prompt="{problem} \n\n",
+    strip_problem=True,
     suffix=" \n\n\n\n",
     bos="tokenizer",
     suffix_tokens=1,
