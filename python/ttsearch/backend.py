@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def load_backend(
         kv_gib: memory for both KV forests. None: the engine decides.
         options: handed to the engine (`dtype`, `impl`, `device`, `weights`, `kv`, `speculate`, `keep_prompts`).
     """
-    if kv_gib is not None and not kv_gib > 0:
-        raise ValueError(f"kv_gib must be > 0, got {kv_gib}")
+    kv_bytes = gib_to_bytes(kv_gib)
     if policy is None:
         from .demo import policy_path, verifier_path
 
@@ -50,8 +50,16 @@ def load_backend(
         ) from error
     return LocalBackend.load(
         policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
-        prompt_style=prompt_style, kv_bytes=None if kv_gib is None else int(kv_gib * 2**30), **options,
+        prompt_style=prompt_style, kv_bytes=kv_bytes, **options,
     )  # fmt: skip
+
+
+def gib_to_bytes(kv_gib: float | None) -> int | None:
+    if kv_gib is None:
+        return None
+    if not 0 < kv_gib < math.inf:
+        raise ValueError(f"kv_gib must be a finite number > 0, got {kv_gib}")
+    return int(kv_gib * 2**30)
 
 
 def load_verifier(source: str | Path, family: Any = None, **options: Any) -> Verifier:

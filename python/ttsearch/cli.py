@@ -101,7 +101,9 @@ def solve(
     """Solve a problem; show the search tree, the answer and what it cost. Ctrl-C shows what is finished."""
     from .backend import load_backend
     from .data import load_problems
-    from .plot import plot_tree
+    from .plot import plot_path, plot_tree
+    from .run import check
+    from .solve import error_record
     from .solve import solve as solve_problem
 
     with friendly_errors():
@@ -109,37 +111,39 @@ def solve(
             raise ValueError("pass a problem or --problem-file, not both")
         if plot is not None and problem_file is not None:
             raise ValueError("--plot draws the tree of one problem; it cannot be used with --problem-file")
+        if limit is not None and problem_file is None:
+            raise ValueError("--limit takes the first problems of a file; pass --problem-file, or leave it out")
+        if plot is not None:
+            plot_path(plot)
         sampling = dict(
             seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, max_tokens=max_tokens,
             max_step_tokens=max_step_tokens, max_steps=max_steps,
         )  # fmt: skip
-        get_strategy(strategy).prepare(
-            Budget(n, width, aggregate=aggregate, vote=vote, **sampling)
-        )  # or say why not
+        budget = get_strategy(strategy).prepare(Budget(n, width, aggregate=aggregate, vote=vote, **sampling))
         problems = load_problems(problem_file, limit) if problem_file else [_one_problem(problem, policy)]
         backend = load_backend(
             policy, verifier, prm_family=prm_family, prm_reference=prm_reference, prm_base=prm_base,
             prompt_style=prompt_style, kv_gib=kv_gib, device=device, weights=weights, kv=kv, speculate=speculate,
         )  # fmt: skip
-        records, interrupted = [], False
+        records, refused, interrupted = [], 0, False
         try:
+            check(backend, strategy, budget)
             for item in problems:
-                with _live(not as_json) as progress:
-                    result = solve_problem(
-                        item,
-                        backend=backend,
-                        strategy=strategy,
-                        n=n,
-                        width=width,
-                        aggregate=aggregate,
-                        vote=vote,
-                        progress=progress,
-                        **sampling,
-                    )
+                try:
+                    with _live(not as_json) as progress:
+                        result = solve_problem(
+                            item, backend=backend, strategy=strategy, n=n, width=width, aggregate=aggregate, vote=vote,
+                            progress=progress, **sampling,
+                        )  # fmt: skip
+                except ValueError as error:  # this problem cannot be solved here; the others can
+                    if problem_file is None:
+                        raise
+                    refused += 1
+                    records.append(error_record(item, strategy, budget, error))
+                    err.print(f"problem {item.id}: {error}", style="red", highlight=False, markup=False)
+                    continue
                 records.append(result.to_dict())
                 interrupted = result.interrupted
-                if plot is not None:
-                    plot_tree(result, plot)
                 if not as_json:
                     _show(result)
                 if interrupted:
@@ -149,8 +153,14 @@ def solve(
         _note_failures(getattr(backend, "verifier", None))
         if as_json:
             _print_json(records if problem_file else records[0])
+        if plot is not None and result.root.children:
+            plot_tree(result, plot)
+        elif plot is not None:
+            err.print(f"no step is finished: {plot} is not drawn", highlight=False, markup=False)
     if interrupted:
         raise typer.Exit(INTERRUPTED)
+    if refused:
+        raise typer.Exit(1)
 
 
 def _one_problem(text: str | None, policy: str | None) -> Problem:
@@ -241,8 +251,8 @@ def evaluate(
     """Accuracy with a 95 % interval and mean cost, for every strategy at every N."""
     from .backend import load_backend
     from .data import load_problems
-    from .evaluate import sweep
-    from .report import HEADER, row
+    from .evaluate import runs, sweep
+    from .report import HEADER, markdown, row
 
     with friendly_errors():
         budget = Budget(
@@ -284,8 +294,15 @@ def evaluate(
         table = Table(*HEADER)
         for summary in summaries:
             table.add_row(*row(summary))
-        out.print(table)
-    if any(summary.problems < len(problems) for summary in summaries) or not summaries:
+        if out.measure(table, options=out.options.update(max_width=1000)).maximum <= out.width:
+            out.print(table)
+        else:  # it would cut names and digits
+            out.print(markdown(summaries), soft_wrap=True, highlight=False, markup=False)
+        for summary in summaries:
+            if summary.first_error is not None:
+                what = f"{summary.strategy} N={summary.n}, the first problem without a result"
+                out.print(f"{what}: {summary.first_error}", highlight=False, markup=False)
+    if len(summaries) < len(runs(strategy, n)) or any(each.problems < len(problems) for each in summaries):
         raise typer.Exit(INTERRUPTED)
 
 
@@ -308,14 +325,14 @@ def score(
     as_json: AsJson = False,
 ) -> None:
     """Score the steps of solutions that come from elsewhere; common prefixes are computed once."""
-    from .backend import load_verifier
+    from .backend import gib_to_bytes, load_verifier
     from .scoring import score_steps, summarise
     from .show import progress_bar
     from .solutions import load_solutions
 
     with friendly_errors():
         problems, solutions = load_solutions(solutions_file, limit)
-        kv_bytes = None if kv_gib is None else int(kv_gib * 2**30)
+        kv_bytes = gib_to_bytes(kv_gib)
         loaded = load_verifier(
             verifier, prm_family, dtype=dtype, kv_bytes=kv_bytes, reference=prm_reference, base=prm_base, device=device,
             weights=weights, kv=kv,

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .answers import extract_answer, extract_boxed
 from .grade import gold_answer
 from .jsonl import read_records
 from .types import Problem
@@ -20,11 +21,11 @@ def load_problems(source: str | Path, limit: int | None = None, split: str = "te
     datasets`).
 
     A record needs `problem` or `question`; its answer is read from `answer` (GSM8K's `#### 42` too), else
-    from `extracted_groundtruth`, else from a boxed `solution`. A missing or repeated id is replaced by a hash
-    of the prompt.
+    from `extracted_groundtruth`, else from a boxed `solution`; empty ones are passed over. A missing or repeated id is
+    replaced by a hash of the prompt.
 
     Raises:
-        ValueError: no such file or dataset, or a record without a question, with its line.
+        ValueError: no such file or dataset, or a record without a question or with a list of answers, with its line.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be >= 1, got {limit}")
@@ -53,13 +54,27 @@ def parse_record(record: dict[str, Any], where: str = "record") -> Problem:
         raise ValueError(
             f"{where}: needs a text field {' or '.join(PROMPT_FIELDS)}, got fields {sorted(record)}"
         )
-    answer = next((record[f] for f in ANSWER_FIELDS if record.get(f) is not None), None)
-    if isinstance(answer, float) and answer.is_integer():
-        answer = int(answer)
     identity = next((str(record[f]) for f in ID_FIELDS if record.get(f)), "")
-    return Problem(
-        prompt, None if answer is None else gold_answer(str(answer)), identity, record.get("level")
-    )
+    try:
+        return Problem(prompt, _gold(record), identity, record.get("level"))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _gold(record: dict[str, Any]) -> str | None:
+    for name in ANSWER_FIELDS:
+        value = record.get(name)
+        if value is None or value == "":
+            continue
+        if not isinstance(value, str | int | float):
+            raise ValueError(f"{name} must be a text or a number, got {value!r}; write several answers as one text")
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if name == "solution" and isinstance(value, str):  # prose: its last number need not be the answer
+            value = extract_answer(value) if extract_boxed(value) or "####" in value else None
+        if value is not None:
+            return gold_answer(str(value))
+    return None
 
 
 def with_unique_ids(problems: list[Problem]) -> list[Problem]:
@@ -80,8 +95,11 @@ def with_unique_ids(problems: list[Problem]) -> list[Problem]:
 
 
 def _read_jsonl(path: Path) -> Iterable[tuple[dict, str]]:
-    for number, record in read_records(path):
-        yield record, f"{path.name} line {number}"
+    try:
+        for number, record in read_records(path):
+            yield record, f"{path.name} line {number}"
+    except UnicodeDecodeError as error:
+        raise ValueError(f"problem file {str(path)!r} must be UTF-8, it is not ({error}); convert it") from None
 
 
 def _read_hub(name: str, split: str) -> Iterable[tuple[dict, str]]:

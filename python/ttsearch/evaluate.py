@@ -10,6 +10,7 @@ from typing import Any
 from .budget import Budget
 from .protocols import Backend
 from .report import Summary, summarise
+from .run import check
 from .solve import solve_many
 from .types import Problem
 
@@ -42,6 +43,11 @@ def evaluate(
     return (summarise(records) if records else None), records
 
 
+def runs(strategies: Iterable[str], ns: Sequence[int]) -> list[tuple[str, int]]:
+    """Every strategy at every N, greedy once."""
+    return [(strategy, n) for strategy in strategies for n in (ns[:1] if strategy == "greedy" else ns)]
+
+
 def sweep(
     problems: Sequence[Problem],
     backend: Backend,
@@ -53,22 +59,30 @@ def sweep(
     concurrency: int = 8,
     progress: Callable[[str, int, int, int], None] | None = None,
 ) -> list[Summary]:
-    """Every strategy at every N (greedy once), a results file each in `folder`. Run again to continue."""
-    summaries, ns = [], list(ns)
-    for strategy in strategies:
-        for n in ns[:1] if strategy == "greedy" else ns:
-            name = f"{strategy}.jsonl" if strategy == "greedy" else f"{strategy}-n{n}.jsonl"
+    """Every one of `runs`, a results file each in `folder`. Run again to continue.
 
-            def report(done: int, total: int, _: dict, strategy: str = strategy, n: int = n) -> None:
-                if progress:
-                    progress(strategy, n, done, total)
+    Returns:
+        A summary of every run; after Ctrl-C of those that have a finished problem.
+    Raises:
+        ValueError: a strategy or an N that cannot be used, before anything has run.
+    """
+    planned = runs(strategies, list(ns))
+    for strategy, n in planned:
+        check(backend, strategy, replace(budget, n=n))
+    summaries = []
+    for strategy, n in planned:
+        name = f"{strategy}.jsonl" if strategy == "greedy" else f"{strategy}-n{n}.jsonl"
 
-            summary, records = evaluate(
-                problems, backend, strategy, replace(budget, n=n), results=Path(folder) / name,
-                concurrency=concurrency, progress=report,
-            )  # fmt: skip
-            if summary:
-                summaries.append(summary)
-            if len(records) < len(problems):
-                return summaries  # interrupted
+        def report(done: int, total: int, _: dict, strategy: str = strategy, n: int = n) -> None:
+            if progress:
+                progress(strategy, n, done, total)
+
+        summary, records = evaluate(
+            problems, backend, strategy, replace(budget, n=n), results=Path(folder) / name,
+            concurrency=concurrency, progress=report,
+        )  # fmt: skip
+        if summary:
+            summaries.append(summary)
+        if len(records) < len(problems):
+            break  # interrupted
     return summaries

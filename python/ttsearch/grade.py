@@ -32,7 +32,9 @@ def is_correct(answer: str | None, gold: str, *, time_limit_s: float = TIME_LIMI
     key, gold_key = answer_key(answer), answer_key(gold)
     if key == gold_key:
         return True
-    if _is_number(key) and _is_number(gold_key):
+    if _is_number(key) and _is_number(gold_key) and "%" not in answer + gold:  # 50% is 50, and 0.5
+        return False
+    if key.lower() == gold_key.lower():  # \Delta and \delta, which math-verify reads alike
         return False
     return _worker.verify(answer, gold, time_limit_s)
 
@@ -56,10 +58,12 @@ class _Worker:
             try:
                 self._process.stdin.write(request.encode())
                 self._process.stdin.flush()
+                line = self._read_line(limit_s)
             except BrokenPipeError:
+                line = None
+            except BaseException:  # its answer would be taken for that of the next pair
                 self.stop()
-                return False
-            line = self._read_line(limit_s)
+                raise
             if line is None:  # too slow, or it died
                 self.stop()
                 return False

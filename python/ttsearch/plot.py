@@ -21,17 +21,37 @@ def layout(root: SearchNode) -> dict[SearchNode, tuple[float, float]]:
     return {node: (float(len(node.path_key)), -height[node]) for node in nodes}
 
 
+def plot_path(path: str | Path) -> Path:
+    """The path, if a tree can be drawn there.
+
+    Raises:
+        ValueError: no matplotlib, an ending that it does not write, or a folder that is not there.
+    """
+    try:
+        from matplotlib.backend_bases import FigureCanvasBase
+    except ImportError:
+        raise ValueError("plot_tree needs matplotlib; `pip install ttskernels[plot]`") from None
+    path, endings = Path(path), sorted(FigureCanvasBase.get_supported_filetypes())
+    if path.suffix[1:].lower() not in endings:
+        raise ValueError(f"the tree's file must end in .{', .'.join(endings)}, got {str(path)!r}; .svg is a good choice")
+    if not path.parent.is_dir():
+        raise ValueError(f"the tree's file must be in a folder that exists, got {str(path)!r}; make {path.parent} first")
+    return path
+
+
 def plot_tree(result: SearchResult, path: str | Path, *, size: tuple[float, float] | None = None) -> Path:
     """Steps from left to right, coloured by score; pruned branches faint, the best path wide, answers at its
     leaves.
 
     The file's ending chooses the format. Returns the path written.
+
+    Raises:
+        ValueError: see `plot_path`; or a result without a step.
     """
-    try:
-        from matplotlib.colors import Normalize
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("plot_tree needs matplotlib; `pip install ttskernels[plot]`") from None
+    path = plot_path(path)
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
     if result.root is None or not result.root.children:
         raise ValueError("plot_tree needs a result with a tree; this one has no step")
     at = layout(result.root)
@@ -77,7 +97,7 @@ def plot_tree(result: SearchResult, path: str | Path, *, size: tuple[float, floa
     if scored:
         figure.colorbar(dots, ax=axes, shrink=0.6, label="step score")
     figure.savefig(path)
-    return Path(path)
+    return path
 
 
 def _write_answers(axes, at, result: SearchResult, best: set[SearchNode]) -> None:

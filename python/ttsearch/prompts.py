@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from .stops import compile_stops
@@ -41,10 +42,10 @@ STYLES = {
 
 
 def detect_style(tokenizer, model_type: str = "", name: str = "") -> PromptStyle:
-    """ "plain" without a chat template; else by the model's type and name, "qwen" if nothing fits."""
+    """ "plain" without a chat template; else by the model's type and name or path, "qwen" if nothing fits."""
     if not getattr(tokenizer, "chat_template", None):
         return STYLES["plain"]
-    if "r1" in name.lower().replace("_", "-").split("/")[-1].split("-"):
+    if re.search(r"(?<![a-z0-9])r1(?![a-z0-9])", name.lower()):
         return STYLES["r1"]
     return STYLES["llama"] if model_type == "llama" else STYLES["qwen"]
 

@@ -30,6 +30,7 @@ class Summary:
     flops: float
     seconds: float
     peak_kv_bytes: int
+    first_error: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -70,6 +71,7 @@ def summarise(records: Sequence[dict[str, Any]]) -> Summary:
         flops=mean(lambda r: r["cost"]["flops"]),
         seconds=mean(lambda r: r["seconds"]),
         peak_kv_bytes=max((r["cost"]["peak_kv_bytes"] for r in ran), default=0),
+        first_error=next((r["error"] for r in records if "error" in r), None),
     )  # fmt: skip
 
 
@@ -93,14 +95,24 @@ class Comparison:
 def compare(
     a: Sequence[dict[str, Any]], b: Sequence[dict[str, Any]], samples: int = 10_000, seed: int = 0
 ) -> Comparison:
-    """Resample problems, not runs: both results of a problem stay together, so its difficulty cancels out."""
-    right_a, right_b = (
-        {r["id"]: bool(r["correct"]) for r in records if "correct" in r} for records in (a, b)
-    )
-    shared = sorted(right_a.keys() & right_b.keys())
+    """Resample problems, not runs: both results of a problem stay together, so its difficulty cancels out.
+
+    Raises:
+        ValueError: the runs share no graded problem, or an id of both has another prompt or answer in each.
+    """
+    graded_a, graded_b = ({r["id"]: r for r in records if "correct" in r} for records in (a, b))
+    shared = sorted(graded_a.keys() & graded_b.keys())
     if not shared:
-        raise ValueError(f"the two runs share no graded problem ({len(right_a)} and {len(right_b)} graded)")
-    delta = np.array([int(right_b[i]) - int(right_a[i]) for i in shared])
+        raise ValueError(f"the two runs share no graded problem ({len(graded_a)} and {len(graded_b)} graded)")
+    for i in shared:
+        for name in ("prompt", "gold"):
+            one, other = graded_a[i].get(name), graded_b[i].get(name)
+            if one != other:
+                raise ValueError(
+                    f"the two runs must be of the same problems, {i!r} has {name}={one!r:.200} in the first and "
+                    f"{other!r:.200} in the second; run both on one problem file"
+                )
+    delta = np.array([bool(graded_b[i]["correct"]) - bool(graded_a[i]["correct"]) for i in shared], dtype=int)
     rng = np.random.default_rng(seed)
     # A resample's sum depends only on how often +1, 0, -1 come up: one multinomial draw.
     gains, losses = int((delta > 0).sum()), int((delta < 0).sum())

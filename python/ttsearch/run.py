@@ -66,11 +66,13 @@ async def search(
             result = _partial(problem, policy, chosen, budget)
         result.cost = policy.cost()
     finally:
-        if ticker:
-            ticker.cancel()
-            with suppress(asyncio.CancelledError):
-                await ticker
-        policy.close()
+        try:
+            if ticker:
+                ticker.cancel()
+                with suppress(asyncio.CancelledError):
+                    await ticker  # raises what `progress` raised
+        finally:
+            policy.close()
     if progress:
         progress(measure(problem, policy, start))
     result.seconds = time.perf_counter() - start

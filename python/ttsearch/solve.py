@@ -71,12 +71,15 @@ def solve_many(
     """Solve problems concurrently and grade those that have an answer.
 
     Args:
+        backend: what its `settings` say of its models, if it has any, is kept with every record; a dict, JSON-ready.
         results: JSONL file that every record is appended to as soon as it is there. Problems already in it
-            are not run again; it must come from the same strategy and budget.
+            are not run again, except after an error; it must come from the same problems, strategy, budget and backend.
         progress: called with (done, total, record) after each problem.
     Returns:
-        The records (`SearchResult.to_dict()` and `correct`), in the order of `problems`. A problem the
+        The records (`SearchResult.to_dict()`, `correct` and `backend`), in the order of `problems`. A problem the
         backend refuses has an `error` and no answer. After Ctrl-C: the finished ones alone.
+    Raises:
+        ValueError: an argument is out of range, or `results` hold something else; what differs is said.
     """
     problems = list(problems)
     if concurrency < 1:
@@ -84,8 +87,9 @@ def solve_many(
     if len({problem.id for problem in problems}) < len(problems):
         raise ValueError("problems must have distinct ids; they name results and seed the sampling")
     _, prepared = check(backend, strategy, budget)
-    file = ResultsFile(results, strategy, prepared)
-    done = {problem.id: file.records[problem.id] for problem in problems if problem.id in file.records}
+    settings = getattr(backend, "settings", None)
+    file = ResultsFile(results, strategy, prepared, settings)
+    done = {problem.id: record for problem in problems if (record := file.finished(problem)) is not None}
     todo = [problem for problem in problems if problem.id not in done]
 
     async def one(problem: Problem, slots: asyncio.Semaphore) -> None:
@@ -93,9 +97,10 @@ def solve_many(
             try:
                 record = (await search(problem, backend, strategy, budget)).to_dict()
             except ValueError as error:  # this problem cannot be solved here; the others can
-                record = _error_record(problem, strategy, prepared, error)
+                record = error_record(problem, strategy, prepared, error)
             if problem.answer is not None:
                 record["correct"] = await asyncio.to_thread(is_correct, record["answer"], problem.answer)
+            record["backend"] = settings
             file.append(record)
             done[problem.id] = record
             if progress:
@@ -118,7 +123,8 @@ def solve_many(
     return [done[problem.id] for problem in problems if problem.id in done]
 
 
-def _error_record(problem: Problem, strategy: str, budget: Budget, error: Exception) -> dict[str, Any]:
+def error_record(problem: Problem, strategy: str, budget: Budget, error: Exception) -> dict[str, Any]:
+    """Of a problem that the backend refuses."""
     return {
         "id": problem.id, "prompt": problem.prompt, "gold": problem.answer, "level": problem.level,
         "strategy": strategy, "answer": None, "error": str(error), "budget": budget.to_dict(),

@@ -24,6 +24,15 @@ class Problem:
     def __post_init__(self):
         if not isinstance(self.prompt, str) or not self.prompt:
             raise ValueError(f"prompt must be a non-empty str, got {self.prompt!r}")
+        for name in ("answer", "id"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and (name, value) != ("answer", None):
+                raise ValueError(f"{name} must be a str, got {value!r}; pass str(...)")
+        for name in ("prompt", "id"):
+            try:
+                getattr(self, name).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name} must be text that is UTF-8, got {getattr(self, name)!r} ({error.reason})") from None
         if not self.id:
             object.__setattr__(self, "id", hashlib.sha256(self.prompt.encode()).hexdigest()[:16])
 

@@ -39,7 +39,7 @@ def test_a_search_with_calibrated_weights(cpu_extension, texts, tmp_path):
     assert re.search(r"([\d,]+) of \1 tokens", result.stderr)
     assert "it has a score head" in run("calibrate", verifier_path(), code=2)
     run("calibrate", verifier_path(), "--texts", texts)
-    assert len(list((tmp_path / "cache" / "int8").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "int8").iterdir())) == 3  # the layers of both, and the policy's head
     found = json.loads(run(*search))
     assert found["answer"] == str(7 * 8 - 19 + 45 - 60)
 

@@ -102,9 +102,48 @@ def test_solve_plots(backend, tmp_path):
     assert (tmp_path / "tree.svg").read_text().count("<svg") == 1
 
 
+@pytest.mark.parametrize("name", ["absent/tree.svg", "tree.txt", "tree"])
+def test_solve_says_before_the_search_that_it_cannot_plot(backend, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    assert "the tree's file must" in " ".join(run("solve", "q", "--plot", str(tmp_path / name), code=2).stderr.split())
+    assert not backend.loaded
+
+
+def test_ctrl_c_before_the_first_step_draws_nothing(backend, tmp_path, sigint):
+    pytest.importorskip("matplotlib")
+    backend.options = {"pause_after": 0}
+    interrupt_when_waiting(backend, sigint)
+    shown = run("solve", "q", "--plot", str(tmp_path / "tree.svg"), code=130)
+    assert "Answer: none" in shown.stdout and "no step is finished" in shown.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_refused_problem_of_a_file_does_not_take_the_others_along(backend, tmp_path, monkeypatch, as_json):
+    start = backend.open
+
+    def open_(problem, budget):
+        if problem.prompt == "1?":
+            raise ValueError("prompt of 9000 tokens does not fit")
+        return start(problem, budget)
+
+    monkeypatch.setattr(backend, "open", open_)
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{i}?"}) + "\n" for i in range(3)))
+    shown = run("solve", "--problem-file", str(path), *["--json"] * as_json, code=1)
+    assert "prompt of 9000 tokens does not fit" in " ".join(shown.stderr.split())
+    if as_json:
+        records = json.loads(shown.stdout)
+        assert [r.get("error") for r in records] == [None, "prompt of 9000 tokens does not fit", None]
+        assert [r["prompt"] for r in records] == ["0?", "1?", "2?"] and records[2]["answer"]
+    else:
+        assert shown.stdout.count("Answer: ") == 2
+
+
 @pytest.mark.parametrize(
     ("args", "message"),
     [
+        (["q", "--limit", "3"], "--limit takes the first problems of a file"),
+        (["\udcff"], "prompt must be text that is UTF-8"),
         (["q", "--n", "6"], "n must be a multiple of width=4, got 6"),
         (["q", "--n", "0"], "n must be an integer >= 1, got 0"),
         (["q", "--strategy", "x"], "strategy must be one of"),
@@ -127,15 +166,18 @@ def test_an_engine_bug_keeps_its_traceback(backend):
     assert isinstance(runner.invoke(app, ["solve", "q"]).exception, RuntimeError)
 
 
-def test_ctrl_c_shows_what_is_finished(backend, sigint):
-    backend.options = {"pause_after": 2}
-
+def interrupt_when_waiting(backend, sigint):
     def watch():
-        while not (backend.opened and backend.opened[-1].waiting.is_set()):
+        while not any(policy.waiting.is_set() for policy in backend.opened):
             threading.Event().wait(0.01)
         os.kill(os.getpid(), sigint)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def test_ctrl_c_shows_what_is_finished(backend, sigint):
+    backend.options = {"pause_after": 2}
+    interrupt_when_waiting(backend, sigint)
     record = json.loads(run("solve", "q", "--json", code=130).stdout)
     assert record["interrupted"] and record["candidates"] and record["answer"] is None
 
@@ -160,6 +202,56 @@ def test_evaluate_and_compare(backend, tmp_path):
     files = [str(folder / name) for name in ("greedy.jsonl", "beam_search-n8.jsonl")]
     assert json.loads(run("compare", *files, "--json").stdout)["problems"] == 6
     assert "points" in run("compare", *files).stdout
+
+
+def problem_file(tmp_path, count=2):
+    path = tmp_path / "p.jsonl"
+    path.write_text("".join(json.dumps({"problem": f"{i}?", "answer": "1"}) + "\n" for i in range(count)))
+    return str(path)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_evaluate_shows_every_name_and_digit(backend, tmp_path, monkeypatch, width):
+    monkeypatch.setattr("ttsearch.cli.out", Console(width=width))
+    command = ("evaluate", problem_file(tmp_path), "--results", str(tmp_path / "out"), "--strategy", "beam_search")
+    shown = run(*command, "--n", "256").stdout
+    assert all(word in shown for word in ("beam_search", "256", "PRM tokens", "95 % interval", "seconds")) and "…" not in shown
+    assert shown.startswith("| strategy | N |") == (width == 80)
+
+
+def test_evaluate_says_what_the_first_error_is(backend, tmp_path, monkeypatch):
+    def open_(problem, budget):
+        raise ValueError("prompt of 9000 tokens does not fit")
+
+    monkeypatch.setattr(backend, "open", open_)
+    shown = run("evaluate", problem_file(tmp_path), "--results", str(tmp_path / "out"), "--strategy", "majority").stdout
+    assert "majority N=16, the first problem without a result: prompt of 9000 tokens" in " ".join(shown.split())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--n", "4", "--n", "6"], "n must be a multiple of width=4, got 6"),
+        (["--n", "4", "--strategy", "greedy", "--strategy", "typo"], "strategy must be one of"),
+    ],
+)
+def test_evaluate_runs_nothing_of_a_sweep_that_cannot_end(backend, tmp_path, args, message):
+    result = run("evaluate", problem_file(tmp_path), "--results", str(tmp_path / "out"), *args, code=2)
+    assert message in " ".join(result.stderr.split()) and not backend.opened
+
+
+def test_evaluate_interrupted_before_anything_of_the_last_run(backend, tmp_path, sigint):
+    start = backend.open
+
+    def open_(problem, budget):
+        backend.options = {"pause_after": 0} if budget.n > 1 else {}
+        return start(problem, budget)
+
+    backend.open = open_
+    interrupt_when_waiting(backend, sigint)
+    command = ("evaluate", problem_file(tmp_path), "--results", str(tmp_path / "out"), "--json")
+    shown = run(*command, "--strategy", "greedy", "--strategy", "majority", code=130)
+    assert [row["strategy"] for row in json.loads(shown.stdout)] == ["greedy"]
 
 
 def test_evaluate_needs_answers(backend, tmp_path):

@@ -64,6 +64,37 @@ def test_hub_needs_datasets(monkeypatch):
         load_problems("owner/name")
 
 
+def test_a_solution_is_an_answer_only_if_it_marks_one():
+    def gold(**record):
+        return parse_record({"problem": "p", **record}).answer
+
+    assert gold(solution="We get x. So it is 5.") is None
+    assert gold(solution="so \\boxed{}, 5") is None
+    assert gold(solution="so 5 + 1\n#### 6") == "6" and gold(solution=27.0) == "27"
+    assert gold(answer="", solution="so \\boxed{3}") == "3"
+    assert gold(answer="", extracted_groundtruth="4", solution="so \\boxed{3}") == "4"
+    with pytest.raises(ValueError, match=r"record: answer must be a text or a number, got \['3', '4'\]; write several"):
+        gold(answer=["3", "4"])
+
+
+def test_what_is_no_utf8_is_said_so_with_its_place(tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes(b'{"problem": "\xff"}\n')
+    with pytest.raises(ValueError, match="latin.jsonl.* must be UTF-8, it is not"):
+        load_problems(tmp_path / "latin.jsonl")
+    (tmp_path / "lone.jsonl").write_text('{"problem": "a"}\n{"problem": "\\ud800"}\n')
+    with pytest.raises(ValueError, match=r"lone.jsonl line 2: prompt must be text that is UTF-8, got '\\ud800'"):
+        load_problems(tmp_path / "lone.jsonl")
+    with pytest.raises(ValueError, match=r"id must be text that is UTF-8, got '\\ud800'"):
+        Problem("a", id="\ud800")
+
+
+def test_problem_fields_are_text():
+    with pytest.raises(ValueError, match=r"answer must be a str, got 11; pass str\(...\)"):
+        Problem("5;a+6?", answer=11)
+    with pytest.raises(ValueError, match="id must be a str, got 5"):
+        Problem("5;a+6?", id=5)
+
+
 def test_parse_record_keeps_zero():
     assert parse_record({"problem": "a", "answer": 0}).answer == "0"
 

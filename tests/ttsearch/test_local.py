@@ -155,6 +155,40 @@ def test_a_node_that_was_not_scored_cannot_have_scored_children(backend):
     assert_clean(backend)
 
 
+def test_a_node_given_twice_grows_twice_and_is_not_released_twice(backend):
+    async def run():
+        policy = backend.open(PROBLEMS[0], Budget(4, **RULES))
+        try:
+            (child,) = await policy.expand([policy.root], 1)
+            keys = [node.path_key for node in await asyncio.wait_for(policy.expand([child, child], [2, 1]), 60)]
+            with pytest.raises(ValueError, match=r"node \(0,\) was released before, or is the root"):
+                policy.release([child, child])
+            assert not child.released, "nothing has changed"
+            policy.release([child])
+            return keys
+        finally:
+            policy.close()
+
+    assert asyncio.run(run()) == [(0, 0), (0, 1), (0, 2)]
+    assert_clean(backend)
+
+
+def test_results_say_of_which_models_they_are(backend, tmp_path):
+    path, budget = tmp_path / "r.jsonl", Budget(2, **RULES)
+    (record,) = solve_many(PROBLEMS[:1], backend, "best_of_n", budget, results=path)
+    assert record["backend"] == backend.settings and record["backend"]["policy"] == str(policy_path().resolve())
+    assert solve_many(PROBLEMS[:1], backend, "best_of_n", budget, results=path) == [record]
+    with LocalBackend.load(policy_path(), "likelihood", impl="reference", dtype="fp32") as other:
+        with pytest.raises(ValueError, match=r"verifier='.*\(.*\)' \(now 'likelihood'\).*, dtype='bf16' \(now 'fp32'\)"):
+            solve_many(PROBLEMS[:1], other, "best_of_n", budget, results=path)
+
+
+def test_memory_that_is_no_number_of_gib():
+    for kv_gib in (0, -1, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match=f"kv_gib must be a finite number > 0, got {kv_gib}"):
+            load_backend(kv_gib=kv_gib)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["best_of_n", "beam_search", "dvts"])
 def test_gsm8k_on_a_real_model(strategy, smollm2_backend):

@@ -23,7 +23,10 @@ def test_policy_prompts():
     policy = TextPolicy(tokenizer, detect_style(tokenizer, "qwen2"), [tokenizer.eos_token_id])
     assert spell(tokenizer, policy.prompt_ids("q")) == f"<system>{STYLES['qwen'].system}<user>q<assistant>"
     assert detect_style(tokenizer, "llama", "Llama-3.2-1B-Instruct").name == "llama"
-    assert detect_style(tokenizer, "qwen2", "org/DeepSeek-R1-Distill-Qwen-1.5B").name == "r1"
+    cached = "/hub/models--deepseek-ai--DeepSeek-R1-Distill-Qwen-1.5B/snapshots/ad9f0ae0864d7fbcd1cd905e3c6c5b069cc8b562"
+    for name in ("org/DeepSeek-R1-Distill-Qwen-1.5B", "models/DeepSeek-R1-Distill-Qwen-1.5B/", "deepseek_r1.gguf", cached):
+        assert detect_style(tokenizer, "qwen2", name).name == "r1"
+    assert detect_style(tokenizer, "qwen2", "org/Qwen2.5-r16").name == "qwen"
 
 
 def test_policy_finish_reasons():

@@ -43,7 +43,8 @@ def test_summary():
     assert (summary.correct, summary.accuracy, summary.tokens_decoded, summary.flops) == (3, 0.75, 100, 2e9)
     assert summary.low < 0.75 < summary.high and summary.peak_kv_bytes == 3
     refused = {"id": "x", "strategy": "dvts", "budget": {"n": 4}, "correct": False, "error": "too long"}
-    assert summarise([record(0, True), refused]).errors == 1
+    spoiled = summarise([record(0, True), refused])
+    assert (spoiled.errors, spoiled.first_error, summary.first_error) == (1, "too long", None)
     assert "| dvts | 4 | 4 | 75.0 % |" in markdown([summary])
     with pytest.raises(ValueError, match="1 records have no gold answer to grade by, the first is '5'"):
         summarise([{k: v for k, v in record(5, True).items() if k != "correct"}])
@@ -58,6 +59,13 @@ def test_compare_is_paired():
     assert not compare(a, a).differs and compare(a, b) == found, "the seed fixes the interval"
     with pytest.raises(ValueError, match="share no graded problem"):
         compare(a[:1], b[1:2])
+
+
+@pytest.mark.parametrize("name", ["prompt", "gold"])
+def test_compare_refuses_different_problems_of_one_id(name):
+    a, b = ([record(0, True, prompt="p", gold="1") | {name: value}] for value in ("x", "y"))
+    with pytest.raises(ValueError, match=f"must be of the same problems, '0' has {name}='x' in the first and 'y' in the second"):
+        compare(a, b)
 
 
 def searched(name="beam_search", n=8, steps=3):
@@ -131,3 +139,13 @@ def test_plot_of_nothing(tmp_path):
     result.root = None
     with pytest.raises(ValueError, match="needs a result with a tree"):
         plot_tree(result, tmp_path / "t.svg")
+
+
+def test_plot_says_what_is_wrong_with_the_path(tmp_path):
+    pytest.importorskip("matplotlib")
+    for name in ("tree", "tree.txt"):
+        with pytest.raises(ValueError, match=rf"must end in .*\.png.*\.svg.*, got '.*{name}'"):
+            plot_tree(searched(), tmp_path / name)
+    with pytest.raises(ValueError, match="must be in a folder that exists, got .*; make .*absent first"):
+        plot_tree(searched(), tmp_path / "absent" / "t.svg")
+    assert not list(tmp_path.iterdir())

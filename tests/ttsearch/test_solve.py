@@ -128,6 +128,16 @@ def test_progress_reports_at_the_end():
     )
 
 
+def test_a_callback_that_raises_leaves_no_session_open():
+    def broken(progress):
+        raise KeyError("callback")
+
+    backend = ScriptedBackend(script)
+    with pytest.raises(KeyError, match="callback"):
+        solve("1+1?", backend=backend, n=4, progress=broken)
+    assert backend.opened[0].closed
+
+
 PROBLEMS = [Problem(f"{i}?", "1", id=f"p{i}") for i in range(6)]
 
 
@@ -157,12 +167,58 @@ def test_solve_many_writes_and_resumes(tmp_path):
 def test_resume_refuses_another_budget(tmp_path):
     path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
     solve_many(PROBLEMS[:1], backend, "beam_search", Budget(4, **RULES), results=path)
-    with pytest.raises(
-        ValueError, match=r"holds results of beam_search with n=4 \(now 8\); choose another file"
-    ):
+    with pytest.raises(ValueError, match=r"holds results with n=4 \(now 8\); choose another results file, or continue it"):
         solve_many(PROBLEMS, backend, "beam_search", Budget(8, **RULES), results=path)
-    with pytest.raises(ValueError, match="another strategy"):
+    with pytest.raises(ValueError, match=r"holds results with strategy='beam_search' \(now 'dvts'\); choose"):
         solve_many(PROBLEMS, backend, "dvts", Budget(4, **RULES), results=path)
+
+
+def test_resume_refuses_another_backend(tmp_path):
+    path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
+    backend.settings = {"policy": "a", "verifier": "v (trl)", "weights": "auto"}
+    (record,) = solve_many(PROBLEMS[:1], backend, "majority", Budget(2), results=path)
+    assert record["backend"] == backend.settings
+    backend.settings = backend.settings | {"verifier": "likelihood", "weights": "int8"}
+    match = r"holds results with verifier='v \(trl\)' \(now 'likelihood'\), weights='auto' \(now 'int8'\); choose another"
+    with pytest.raises(ValueError, match=match):
+        solve_many(PROBLEMS, backend, "majority", Budget(2), results=path)
+    with pytest.raises(ValueError, match=r"holds results with backend=\{.*\} \(now None\)"):
+        solve_many(PROBLEMS, ScriptedBackend(script), "majority", Budget(2), results=path)
+    assert len(backend.opened) == 1
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (Problem("7?", "1", id="p0"), r"prompt='0\?' \(now '7\?'\)"),
+        (Problem("0?", "999", id="p0"), r"gold='1' \(now '999'\)"),
+    ],
+)
+def test_resume_refuses_another_problem_of_the_same_id(tmp_path, other, difference):
+    path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
+    solve_many(PROBLEMS[:2], backend, "majority", Budget(2), results=path)
+    with pytest.raises(ValueError, match=f"holds problem 'p0' with {difference}; choose another results file"):
+        solve_many([other], backend, "majority", Budget(2), results=path)
+    assert len(solve_many(PROBLEMS[1:3], backend, "majority", Budget(2), results=path)) == 2, "a part of the data is fine"
+
+
+def test_resume_refuses_records_that_do_not_say_of_what_they_are(tmp_path):
+    path = tmp_path / "r.jsonl"
+    solve_many(PROBLEMS[:1], ScriptedBackend(script), "majority", Budget(2), results=path)
+    record = json.loads(path.read_text())
+    del record["backend"]
+    path.write_text(json.dumps(record) + "\n")
+    with pytest.raises(ValueError, match="does not say which problems and models its results are of.*; choose another"):
+        solve_many(PROBLEMS, ScriptedBackend(script), "majority", Budget(2), results=path)
+
+
+def test_line_ends_of_unicode_are_no_line_ends_of_the_file(tmp_path):
+    path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
+    problems = [Problem(f"1{end}+1?", "1", id=f"u{ord(end)}") for end in "\u2028\u2029\x85"]
+    for _ in range(2):
+        records = solve_many(problems, backend, "majority", Budget(2), results=path)
+    assert [r["prompt"] for r in records] == [p.prompt for p in problems] and len(backend.opened) == 3
+    assert len(read_results(path)) == 3
 
 
 def test_concurrency_is_bounded_and_real():
@@ -209,6 +265,19 @@ def test_a_refused_problem_is_recorded_and_the_rest_go_on():
     records = solve_many(PROBLEMS[:3], Small(script), "majority", Budget(2))
     assert [r.get("error") for r in records] == [None, "prompt of 9000 tokens does not fit 4096", None]
     assert records[1]["correct"] is False
+
+
+def test_a_problem_with_an_error_runs_again(tmp_path):
+    class Small(ScriptedBackend):
+        def open(self, problem, budget):
+            raise ValueError("does not fit")
+
+    path, backend = tmp_path / "r.jsonl", ScriptedBackend(script)
+    assert "error" in solve_many(PROBLEMS[:1], Small(script), "majority", Budget(2), results=path)[0]
+    for _ in range(2):
+        (record,) = solve_many(PROBLEMS[:1], backend, "majority", Budget(2), results=path)
+    assert "error" not in record and len(backend.opened) == 1, "once"
+    assert read_results(path) == [record], "the last record counts"
 
 
 def test_an_engine_failure_stops_the_run():

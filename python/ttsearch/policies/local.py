@@ -58,9 +58,10 @@ class LocalBackend:
         verifier: Verifier | None = None,
         likelihood: bool = False,
         speculate: Speculate = "off",
+        settings: dict[str, Any] | None = None,
     ):
         self.engine, self.text_policy, self.verifier, self.likelihood = engine, text_policy, verifier, likelihood
-        self.speculate = speculate
+        self.speculate, self.settings = speculate, settings
         self.has_verifier = likelihood or verifier is not None
 
     @classmethod
@@ -104,7 +105,7 @@ class LocalBackend:
             raise ValueError(f"speculate must be one of {', '.join(SPECULATE)}, got {speculate!r}")
         model = load_model(policy, torch_dtype(dtype), impl, device=device, weights=weights, kv=kv)
         tokenizer = load_tokenizer(policy)
-        style = prompt_style or detect_style(tokenizer, model.config.model_type, str(policy))
+        style = prompt_style or detect_style(tokenizer, model.config.model_type, _place(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
         likelihood = verifier == LIKELIHOOD
         scorer = text_verifier = writer = None
@@ -121,11 +122,20 @@ class LocalBackend:
                 )
         table = torch.from_numpy(text_policy.next_state.copy())
         rows = AHEAD_ROWS if speculate != "off" else 0
-        kv_bytes = kv_bytes or DEFAULT_KV_BYTES
+        kv_bytes = DEFAULT_KV_BYTES if kv_bytes is None else kv_bytes
         prompt_bytes = kv_bytes // PROMPT_SHARE if keep_prompts else 0
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes, prompt_bytes=prompt_bytes, ahead_rows=rows)
-        prm = EngineVerifier(engine, text_verifier, source=verifier) if scorer else writer
-        return cls(engine, text_policy, prm, likelihood, speculate)
+        prm = writer
+        if scorer:
+            own = (dtype, weights, kv, prm_reference, prm_base)
+            prm = EngineVerifier(engine, text_verifier, source=verifier, settings=own)
+        settings = {  # what trees and scores depend on: records of another backend are not continued
+            "policy": _place(policy), "verifier": LIKELIHOOD if likelihood else prm and prm.name,
+            "verifier_source": prm and _place(verifier), "prm_reference": prm_reference and _place(prm_reference),
+            "prm_base": prm_base and _place(prm_base), "prompt_style": text_policy.style.name, "dtype": dtype,
+            "impl": impl, "device": device, "weights": weights, "kv": kv,
+        }  # fmt: skip
+        return cls(engine, text_policy, prm, likelihood, speculate, settings)
 
     def open(self, problem: Problem, budget: Budget) -> LocalPolicy:
         return LocalPolicy(self, problem, budget)
@@ -140,6 +150,11 @@ class LocalBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _place(source: str | Path) -> str:
+    """A hub id, or where a folder or file is."""
+    return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 class LocalPolicy:
@@ -186,16 +201,16 @@ class LocalPolicy:
                 raise ValueError(f"node {node.path_key} is {state} and cannot be expanded")
         limits = limits or self._budget.limits
         group = object()
+        ordinals = [self._ordinals(node, count) for node, count in zip(nodes, counts, strict=True)]
         chains = [
-            _Chain(self, node, first + i, score and self._backend.has_verifier)
-            for node, count in zip(nodes, counts, strict=True)
-            for first in [self._ordinals(node, count)]
-            for i in range(count)
+            _Chain(self, node, ordinal, score and self._backend.has_verifier)
+            for node, own in zip(nodes, ordinals, strict=True)
+            for ordinal in own
         ]
         lookahead = _Lookahead(self, chains, limits, group) if until == "step" and score else None
         inbox: dict[tuple[SearchNode, int], _Chain] = {(c.parent, c.ordinal): c for c in chains}
         loop = asyncio.get_running_loop()
-        for node, count in zip(nodes, counts, strict=True):
+        for node, own in zip(nodes, ordinals, strict=True):
             handle = node.handle
 
             def on_step(ordinal: int, end: StepEnd | BaseException, node: SearchNode = node) -> None:
@@ -206,7 +221,7 @@ class LocalPolicy:
 
             self._engine.branch(
                 self._session, handle.policy, key=handle.key, path_key=node.path_key,
-                ordinals=range(handle.children - count, handle.children), **self._decoding(limits),
+                ordinals=own, **self._decoding(limits),
                 max_steps=limits.max_steps - len(node.path_key) if until == "end" else 1, group=group, on_step=on_step,
             )  # fmt: skip
         tasks = [asyncio.ensure_future(chain.run()) for chain in chains]
@@ -228,16 +243,17 @@ class LocalPolicy:
         max_length = self._prompt_tokens + min(limits.max_tokens, self._max_tokens)
         return dict(sampling=self._sampling, max_step_tokens=limits.max_step_tokens, max_length=max_length)
 
-    def _ordinals(self, node: SearchNode, count: int) -> int:
+    def _ordinals(self, node: SearchNode, count: int) -> range:
         first = node.handle.children
         node.handle.children += count
-        return first
+        return range(first, first + count)
 
     def release(self, nodes: Iterable[SearchNode]) -> None:
-        nodes = list(nodes)
+        nodes, given = list(nodes), set()
         for node in nodes:
-            if node.released or node is self.root:
+            if node.released or node is self.root or node in given:
                 raise ValueError(f"node {node.path_key} was released before, or is the root")
+            given.add(node)
         handles = [node.handle for node in nodes]
         for node in nodes:
             node.released, node.handle = True, None
