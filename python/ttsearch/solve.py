@@ -93,10 +93,12 @@ def solve_many(
     todo = [problem for problem in problems if problem.id not in done]
 
     async def one(problem: Problem, slots: asyncio.Semaphore) -> None:
+        from ttskernels.errors import OutOfPagesError  # here: `import ttsearch` loads no torch
+
         async with slots:
             try:
                 record = (await search(problem, backend, strategy, budget)).to_dict()
-            except ValueError as error:  # this problem cannot be solved here; the others can
+            except (ValueError, OutOfPagesError) as error:  # this problem cannot be solved here; the others can
                 record = error_record(problem, strategy, prepared, error)
             if problem.answer is not None:
                 record["correct"] = await asyncio.to_thread(is_correct, record["answer"], problem.answer)

@@ -11,6 +11,8 @@ from scripted import ScriptedBackend
 from ttsearch import Budget, Problem, SearchResult, search, solve, solve_many
 from ttsearch.results import read_results
 
+from ttskernels.errors import OutOfPagesError
+
 RULES = {"aggregate": "product", "vote": "weighted"}
 
 
@@ -255,11 +257,12 @@ def test_results_do_not_depend_on_concurrency():
     assert list(map(strip, one)) == list(map(strip, many))
 
 
-def test_a_refused_problem_is_recorded_and_the_rest_go_on():
+@pytest.mark.parametrize("kind", [ValueError, OutOfPagesError])
+def test_a_refused_problem_is_recorded_and_the_rest_go_on(kind):
     class Small(ScriptedBackend):
         def open(self, problem, budget):
             if problem.id == "p1":
-                raise ValueError("prompt of 9000 tokens does not fit 4096")
+                raise kind("prompt of 9000 tokens does not fit 4096")
             return super().open(problem, budget)
 
     records = solve_many(PROBLEMS[:3], Small(script), "majority", Budget(2))
