@@ -28,7 +28,7 @@ from ..tokenizer import load_tokenizer
 from ..types import Cost, ModelCost, Problem, SearchNode
 from ..verifiers import detect_family
 from ..verifiers.families import Family
-from ..verifiers.session import DEFAULT_KV_BYTES, PROMPT_SHARE, EngineVerifier, load_verifier, read_verifier
+from ..verifiers.session import DEFAULT_KV_BYTES, PROMPT_SHARE, EngineVerifier, load_verifier, place, read_verifier
 from ..verifiers.written import GenerativeFamily
 from .lookahead import SPECULATE, Speculate, next_parents
 
@@ -105,7 +105,7 @@ class LocalBackend:
             raise ValueError(f"speculate must be one of {', '.join(SPECULATE)}, got {speculate!r}")
         model = load_model(policy, torch_dtype(dtype), impl, device=device, weights=weights, kv=kv)
         tokenizer = load_tokenizer(policy)
-        style = prompt_style or detect_style(tokenizer, model.config.model_type, _place(policy))
+        style = prompt_style or detect_style(tokenizer, model.config.model_type, place(policy))
         text_policy = TextPolicy(tokenizer, style, model.config.eos_ids, model.config.vocab)
         likelihood = verifier == LIKELIHOOD
         scorer = text_verifier = writer = None
@@ -125,15 +125,13 @@ class LocalBackend:
         kv_bytes = DEFAULT_KV_BYTES if kv_bytes is None else kv_bytes
         prompt_bytes = kv_bytes // PROMPT_SHARE if keep_prompts else 0
         engine = Engine(model, scorer, next_state=table, kv_bytes=kv_bytes, prompt_bytes=prompt_bytes, ahead_rows=rows)
-        prm = writer
+        prm, reference, base = writer, place(prm_reference), place(prm_base)
         if scorer:
-            own = (dtype, weights, kv, prm_reference, prm_base)
-            prm = EngineVerifier(engine, text_verifier, source=verifier, settings=own)
+            prm = EngineVerifier(engine, text_verifier, source=verifier, settings=(dtype, weights, kv, reference, base))
         settings = {  # what trees and scores depend on: records of another backend are not continued
-            "policy": _place(policy), "verifier": LIKELIHOOD if likelihood else prm and prm.name,
-            "verifier_source": prm and _place(verifier), "prm_reference": prm_reference and _place(prm_reference),
-            "prm_base": prm_base and _place(prm_base), "prompt_style": text_policy.style.name, "dtype": dtype,
-            "impl": impl, "device": device, "weights": weights, "kv": kv,
+            "policy": place(policy), "verifier": LIKELIHOOD if likelihood else prm and prm.name,
+            "verifier_source": prm and place(verifier), "prm_reference": reference, "prm_base": base,
+            "prompt_style": text_policy.style.name, "dtype": dtype, "impl": impl, "device": device, "weights": weights, "kv": kv,
         }  # fmt: skip
         return cls(engine, text_policy, prm, likelihood, speculate, settings)
 
@@ -150,11 +148,6 @@ class LocalBackend:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def _place(source: str | Path) -> str:
-    """A hub id, or where a folder or file is."""
-    return str(Path(source).resolve()) if Path(source).exists() else str(source)
 
 
 class LocalPolicy:

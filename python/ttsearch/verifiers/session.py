@@ -36,14 +36,19 @@ DEFAULT_KV_BYTES = 2 << 30
 PROMPT_SHARE = 8  # one part of so many of an engine's KV may hold prompts of problems that are done
 
 
+def place(source: str | Path | None) -> str | None:
+    """A hub id, or where a folder or file is; None stays."""
+    return source and str(Path(source).resolve() if Path(source).exists() else source)
+
+
 def result_name(source: str | Path, family: Family, *settings: Any) -> str:
     """What results say their scores come from: a hub id or the name of a folder, the family, and a code of it all.
 
-    The code depends on the folder's whole path, every field of the family and the settings (a dtype, another model, ...).
+    The code depends on the folder's whole path, every field of the family and the settings (a dtype, another model's `place`).
     """
-    where, *rest = (Path(x).resolve() if isinstance(x, str | Path) and Path(x).exists() else x for x in (source, *settings))
-    code = blake2b(repr((family, str(where), *map(str, rest))).encode(), digest_size=4).hexdigest()
-    return f"{getattr(where, 'name', where)} ({family.name}, {code})"
+    where = place(source)
+    code = blake2b(repr((family, where, *map(str, settings))).encode(), digest_size=4).hexdigest()
+    return f"{Path(where).name if Path(where).exists() else where} ({family.name}, {code})"
 
 
 @dataclass(eq=False)
@@ -282,4 +287,4 @@ def load_verifier(
         )
     model, text = read_verifier(source, found, dtype, impl, reference, base, device, weights, kv)
     engine = Engine(None, model, kv_bytes=kv_bytes, prompt_bytes=kv_bytes // PROMPT_SHARE)
-    return EngineVerifier(engine, text, True, source, (dtype, weights, kv, reference, base))
+    return EngineVerifier(engine, text, True, source, (dtype, weights, kv, place(reference), place(base)))
