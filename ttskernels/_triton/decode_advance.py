@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
+
 
 @triton.jit
 def decode_advance_kernel(
@@ -56,6 +58,7 @@ def decode_advance_kernel(
     tl.store(ids + r, token, mask=goes_on)
 
 
+@on_device
 def decode_advance(
     sampled: Tensor, logprobs: Tensor, next_state: Tensor, plan: Tensor, ids: Tensor, positions: Tensor, slots: Tensor,
     draw_positions: Tensor, states: Tensor, iterations: Tensor, report: Tensor, bad_state: int,

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.tiles import EARLY_ARCHS, architecture, begins_early, options
 
 SHARED_BYTES = 96 << 10  # of a program, so that two fit a multiprocessor
@@ -91,6 +92,7 @@ def has_boxes(t: Tensor) -> bool:
     return t.is_contiguous() and t.shape[1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0
 
 
+@on_device
 def linear(x: Tensor, weight: Tensor, gated: bool, parts: int | None = None, tile: LinearTile | None = None) -> Tensor:
     """float32 `[parts, rows, outputs]`, or, gated, `[1, rows, outputs]` in x's dtype. The vendor's product where there is
     no tensor memory accelerator."""

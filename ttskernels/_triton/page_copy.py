@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
+
 
 @triton.jit
 def page_copy_kernel(
@@ -28,6 +30,7 @@ def page_copy_kernel(
         tl.store(v_pool + target * v_page + offset, value, mask=token < tokens)
 
 
+@on_device
 def page_copy(k_pool: Tensor, v_pool: Tensor, pairs: Tensor) -> None:
     layers, _, _, kv_heads, k_dim = k_pool.shape
     if len(pairs) == 0 or layers == 0:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
+
 
 @triton.jit
 def path_aggregate_kernel(state, scores, indptr, out):  # state and out [paths, 5]
@@ -27,6 +29,7 @@ def path_aggregate_kernel(state, scores, indptr, out):  # state and out [paths, 
     tl.store(at + 4, log_product)
 
 
+@on_device
 def path_aggregate(state: Tensor, scores: Tensor, indptr: Tensor) -> Tensor:
     out = torch.empty_like(state, memory_format=torch.contiguous_format)
     if len(state):

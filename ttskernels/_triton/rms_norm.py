@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.tiles import begins_early, options
 
 
@@ -19,6 +20,7 @@ def rms_norm_kernel(x, weight, out, eps, x_row, DIM: tl.constexpr):
     tl.store(out + row * DIM + d, (wide * scale * w).to(out.dtype.element_ty), mask=d < DIM)
 
 
+@on_device
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     rows, dim = x.shape
     out = torch.empty(rows, dim, dtype=x.dtype, device=x.device)
@@ -51,6 +53,7 @@ def add_rms_norm_kernel(
     tl.store(out + row * DIM + d, (wide * scale * w).to(out.dtype.element_ty), mask=d < DIM)
 
 
+@on_device
 def add_rms_norm(parts: Tensor, x: Tensor, bias: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     rows, dim = x.shape
     out = torch.empty(rows, dim, dtype=x.dtype, device=x.device)

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ttskernels._triton import tiles
+from ttskernels._triton.on_device import on_device
 
 
 @triton.jit
@@ -88,6 +89,7 @@ def rope_append_kernel(
             tl.store(v_at + d, (value * shrink_v).to(v_pages.dtype.element_ty), mask=d < V_DIM)
 
 
+@on_device
 def rope_append(
     q, k, v, bias, inv_freq, rope_scale, positions, slots, q_norm, k_norm, eps, k_pages, v_pages, k_scale, v_scale, out_dtype
 ) -> Tensor:

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.tiles import all_registers
 
 CHUNK = tl.constexpr(1024)
@@ -281,6 +282,7 @@ def draw_kernel(
         tl.store(logprobs + i, ((tl.load(row + token) - top) * inverse).to(tl.float64) - tl.log(total))
 
 
+@on_device
 def sample(logits: Tensor, rows: Tensor, keys: Tensor, positions: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
     count, vocab = rows.shape[0], logits.shape[1]
     tokens = torch.empty(count, dtype=torch.int32, device=logits.device)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
+
 
 @triton.jit
 def silu_mul_kernel(gate, up, out, gate_row, up_row, dim, BLOCK: tl.constexpr):
@@ -15,6 +17,7 @@ def silu_mul_kernel(gate, up, out, gate_row, up_row, dim, BLOCK: tl.constexpr):
     tl.store(out + row * dim + d, (g / (1.0 + tl.exp(-g)) * u).to(out.dtype.element_ty), mask=d < dim)
 
 
+@on_device
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     rows, dim = gate.shape
     out = torch.empty(rows, dim, dtype=gate.dtype, device=gate.device)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.rms_norm import warps
 
 
@@ -78,6 +79,7 @@ def head_kernel(
     tl.store(scores + i, tl.where(finite, score, float("nan")))
 
 
+@on_device
 def step_score(
     hidden, rows, norm_weight, eps, inner_weight, inner_bias, weight, bias, squash, mix
 ) -> Tensor:

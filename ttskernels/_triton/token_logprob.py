@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.rms_norm import warps
 from ttskernels._triton.tiles import architecture
 
@@ -79,6 +80,7 @@ def merge_kernel(partial, logprobs, n, runs, BLOCK: tl.constexpr):
     tl.store(logprobs + i, tl.where(tl.abs(value) < float("inf"), value, float("nan")))
 
 
+@on_device
 def token_logprob(
     hidden: Tensor, rows: Tensor, norm_weight: Tensor | None, eps: float, lm_head: Tensor, ids: Tensor
 ) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ttskernels._triton.on_device import on_device
 from ttskernels._triton.tiles import BOX_TABLE, Tiles, architecture, begins_early, lookup, options, programs
 from ttskernels._triton.tree_attention_merge import LOG2E, NEG_INF, finish, merge_kernel
 from ttskernels._triton.workspace import workspace
@@ -318,6 +319,7 @@ def pool_rows(pool: Tensor, block_n: int) -> TensorDescriptor:
     return TensorDescriptor(pool, shape, strides, [block_n, dim])
 
 
+@on_device
 def tree_attention(
     q: Tensor,
     k_pages: Tensor,
