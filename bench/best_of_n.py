@@ -3,7 +3,8 @@
 Why: N samples of one prompt are the cheapest search there is; everything else is measured against it.
 Both sides get the same prompt ids, draw N samples of exactly T tokens at temperature 1 (no stop), and are timed over the
 whole call, prefill included. transformers runs `generate(num_return_sequences=N)` in bf16 with its sdpa attention, and,
-as the stronger form, one prefill whose cache is expanded N times before decoding.
+as the stronger form, one prefill whose cache is expanded N times before decoding. "ours, their modules" is what families
+get that the fused decoder does not know: transformers' own layers over our pages and attention.
 
     python bench/best_of_n.py --policy SmolLM2-135M-Instruct.Q4_1.gguf --prompt 1024 --samples 64 --tokens 64
 
@@ -13,6 +14,7 @@ The last line is JSON: medians, every run, tokens, peak KV bytes, machine.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import statistics
@@ -25,6 +27,7 @@ import torch
 import ttskernels
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling
+from ttskernels.integrations.transformers import as_model
 from ttskernels.models.model import load_model
 from ttskernels.models.sources import resolve
 
@@ -107,10 +110,12 @@ def main() -> None:
         10, policy.config.vocab - 10, (args.prompt,), generator=torch.Generator().manual_seed(0)
     ).tolist()
     sides = {"ours": lambda s: ours(engine, prompt, args.samples, args.tokens, s)}
+    general = Engine(as_model(copy.deepcopy(reference), general=True), next_state=table, kv_bytes=4 << 30)
+    sides["ours, their modules"] = lambda s: ours(general, prompt, args.samples, args.tokens, s)
     sides["transformers, one prefill"] = lambda s: generate_shared(reference, prompt, args.samples, args.tokens, s)
     if not args.skip_generate:
         sides["transformers generate"] = lambda s: generate(reference, prompt, args.samples, args.tokens, s)
-    ours(engine, prompt, 2, 4, 0), generate_shared(reference, prompt, 2, 4, 0)  # warm both
+    ours(engine, prompt, 2, 4, 0), ours(general, prompt, 2, 4, 0), generate_shared(reference, prompt, 2, 4, 0)  # warm all
     runs: dict[str, list[dict]] = {name: [] for name in sides}
     for repeat in range(args.repeats):
         for name, side in sides.items():
@@ -131,7 +136,7 @@ def main() -> None:
     if args.out:
         args.out.write_text(json.dumps(record, indent=1))
     print(json.dumps(record))
-    engine.shutdown()
+    engine.shutdown(), general.shutdown()
 
 
 if __name__ == "__main__":

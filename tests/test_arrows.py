@@ -12,6 +12,7 @@ LEVELS = [
     "ttskernels.kv",
     "ttskernels.models",
     "ttskernels.engine",
+    "ttskernels.integrations",
     "ttsearch",
 ]
 SOURCES = sorted([*ROOT.glob("ttskernels/**/*.py"), *ROOT.glob("python/ttsearch/**/*.py")])

@@ -16,9 +16,9 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 LENGTH_ROPE_TYPES = ("dynamic", "longrope", "su")  # "su" is an old name of longrope
 
 
-@dataclass(frozen=True, eq=False)
-class DecoderConfig:
-    """One decoder-only transformer: pre-norm, rotary positions, grouped queries, gated SiLU MLP."""
+@dataclass(frozen=True, eq=False, kw_only=True)
+class ModelConfig:
+    """What the engine and the planner need to know of a model."""
 
     vocab: int
     hidden: int
@@ -26,17 +26,7 @@ class DecoderConfig:
     q_heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
-    rms_eps: float
-    inv_freq: Tensor  # [head_dim / 2] float32, scaling included
-    rope_scale: float  # multiplies cos and sin (YaRN); 1 otherwise
     max_positions: int
-    qkv_bias: bool
-    o_bias: bool
-    qk_norm: bool  # RMS norm of every query and key head before the rotation
-    tie_embeddings: bool
-    window: int  # tokens a row sees, itself included; 0: all
-    scale: float  # of the attention logits
     dtype: torch.dtype
     eos_ids: tuple[int, ...]
     model_type: str
@@ -59,6 +49,28 @@ class DecoderConfig:
             return self.head_dim * self.dtype.itemsize
         return fixed_run(self.head_dim, FIXED[self.kv_form]) * FIXED[self.kv_form].itemsize // PAGE_SIZE
 
+    def attention_products(self, first: int, rows: int, window: int) -> int:
+        """Multiply-adds of one layer's attention for `rows` tokens in a row, the first at a position."""
+        whole = min(rows, max(0, window - first)) if window else rows  # rows that see everything before them
+        seen = whole * first + whole * (whole + 1) // 2 + (rows - whole) * window
+        return 2 * self.q_heads * self.head_dim * seen
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class DecoderConfig(ModelConfig):
+    """One decoder-only transformer: pre-norm, rotary positions, grouped queries, gated SiLU MLP."""
+
+    intermediate: int
+    rms_eps: float
+    inv_freq: Tensor  # [head_dim / 2] float32, scaling included
+    rope_scale: float  # multiplies cos and sin (YaRN); 1 otherwise
+    qkv_bias: bool
+    o_bias: bool
+    qk_norm: bool  # RMS norm of every query and key head before the rotation
+    tie_embeddings: bool
+    window: int  # tokens a row sees, itself included; 0: all
+    scale: float  # of the attention logits
+
     def flops(self, first: int, rows: int = 1, output: FlopsOutput = "logits") -> float:
         """Floating-point operations (2 per multiply-add) of the matrix products of `rows` tokens in a row.
 
@@ -68,13 +80,12 @@ class DecoderConfig:
                 of the last layer its key and value alone.
         """
         queries, keys = self.q_heads * self.head_dim, self.kv_heads * self.head_dim
-        whole = min(rows, max(0, self.window - first)) if self.window else rows  # rows that see everything before them
-        seen = whole * first + whole * (whole + 1) // 2 + (rows - whole) * self.window
         values = 2 * self.hidden * keys
         rest = 2 * self.hidden * queries + 3 * self.hidden * self.intermediate
         layers = self.layers - (output == "kv")
         head = self.hidden * self.vocab if output == "logits" else 0
-        return 2.0 * (rows * (self.layers * values + layers * rest + head) + layers * 2 * queries * seen)
+        products = rows * (self.layers * values + layers * rest + head)
+        return 2.0 * (products + layers * self.attention_products(first, rows, self.window))
 
 
 def rope_frequencies(config: Any) -> tuple[Tensor, float]:

@@ -17,7 +17,7 @@ from ttskernels.ops.linear import Form, Rounded, linear, linear_pack
 from ttskernels.ops.refine_logits import refine_logits
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.rope_append import rope_append
-from ttskernels.ops.sample import sample
+from ttskernels.ops.sample import check_tokens, sample
 from ttskernels.ops.silu_mul import silu_mul
 from ttskernels.ops.tree_attention import tree_attention
 
@@ -66,7 +66,29 @@ class Decoder(Protocol):
     ) -> int: ...
 
 
-class PythonDecoder:
+class SteppedDecoder:
+    """Decodes by one `forward` and one `sample` after the other."""
+
+    impl: str
+
+    def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
+        rows = torch.arange(plan.num_rows, dtype=torch.int32)
+        for iteration in range(tokens.shape[0]):
+            if iteration and not plan.advance():
+                return iteration
+            logits = self.forward(ids, plan, pool, None, rows, "logits")
+            arguments = (t.to(logits.device) for t in (rows, keys, plan.positions + 1, params))
+            token, logprob = (t.cpu() for t in sample(logits, *arguments, impl=self.impl))
+            check_tokens(token, rows)
+            tokens[iteration], logprobs[iteration] = token, logprob
+            ids.copy_(token)
+            states.copy_(next_state[states.long(), token.long()])
+            if (states < 0).any():
+                return iteration + 1
+        return tokens.shape[0]
+
+
+class PythonDecoder(SteppedDecoder):
     """Runs layer by layer through `ops`; every op gets the same `impl`. `rounded`: int8 matrices that are rounded already."""
 
     def __init__(
@@ -110,20 +132,6 @@ class PythonDecoder:
             return x.float()
         x = rms_norm(x, self.vectors["model.norm.weight"], self.config.rms_eps, impl=self.impl)
         return self._logits(x)
-
-    def decode(self, ids, plan, pool, keys, params, next_state, states, tokens, logprobs) -> int:
-        rows = torch.arange(plan.num_rows, dtype=torch.int32)
-        for iteration in range(tokens.shape[0]):
-            if iteration and not plan.advance():
-                return iteration
-            logits = self.forward(ids, plan, pool, None, rows, "logits")
-            token, logprob = sample(logits, rows, keys, plan.positions + 1, params, impl=self.impl)
-            tokens[iteration], logprobs[iteration] = token, logprob
-            ids.copy_(token)
-            states.copy_(next_state[states.long(), token.long()])
-            if (states < 0).any():
-                return iteration + 1
-        return tokens.shape[0]
 
     def _logits(self, x: Tensor) -> Tensor:
         logits = linear(x, self.packed[LM_HEAD]).float()

@@ -77,6 +77,20 @@ def load_checkpoint(
     return Checkpoint(config, wanted, score_head, folder, keep_lm_head)
 
 
+def language_model(
+    raw: dict, tensors: Mapping[str, Tensor], dtype: torch.dtype, eos_ids: tuple[int, ...] | None, folder: Path
+) -> Checkpoint:
+    """A plain language model whose config.json and weights (Hugging Face names) somebody has loaded, from `folder` perhaps.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    config = decoder_config(raw, dtype, eos_ids)
+    weights = _check(config, tensors, (), needs_lm_head=True, folder=folder)
+    _untie(config, weights, folder)
+    return Checkpoint(config, {name: w.to(dtype).contiguous() for name, w in weights.items()}, None, folder, True)
+
+
 def _base_model(adapter: Adapter, base: str | os.PathLike | None, dtype: torch.dtype) -> Path:
     """Folder of the model that `adapter` is merged into."""
     folder = adapter.folder

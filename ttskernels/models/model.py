@@ -50,7 +50,8 @@ class Model:
         self.machine: Machine | None = device_machine(self.device, self.heads) if impl == "triton" else None
         self.reserves_pool = self.device.type == "cuda"  # memory of a pool is taken when it is made, not when it is written
         self.head: ScoreHead | None = None if checkpoint.head is None else checkpoint.head.to(self.device)
-        self.norm = checkpoint.weights["model.norm.weight"].to(self.device, torch.float32)
+        norm = checkpoint.weights.get("model.norm.weight")
+        self.norm = None if norm is None else norm.to(self.device, torch.float32)
         self.lm_head: Tensor | None = None
         if checkpoint.keeps_lm_head:
             embed = checkpoint.weights["model.embed_tokens.weight"]
@@ -242,6 +243,11 @@ def load_model(
     """
     where, impl = check_device(device, impl)
     check_impl(impl)
+    if head is None and weights in ("auto", "float"):
+        from ttskernels.models.general_model import load_general, unknown_family
+
+        if (folder := unknown_family(source, dtype)) is not None:
+            return load_general(folder, dtype, impl, where, kv)
     checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
     checkpoint = with_kv(checkpoint, kv, impl)
     return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head, device=where, weights=weights))
