@@ -22,12 +22,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from gpu_measure import DEVICE, DTYPE, GPU, attempt, copy_bandwidth
+from gpu_measure import DEVICE, DTYPE, GPU, attempt, copy_bandwidth, random_config
 
 from ttskernels.kv import Forest
 from ttskernels.kv.machines import H100
 from ttskernels.kv.plan import Plan, build_plan
-from ttskernels.models.config import DecoderConfig
 from ttskernels.models.loading import Checkpoint, expected_shapes
 from ttskernels.models.model import Model, make_decoder
 from ttskernels.roofline import SHAPES, Shape, expect
@@ -195,11 +194,7 @@ def grown(model: Model, n: int, prompt: int, suffix: int):
 def random_model(shape: Shape) -> Model:
     """A policy of this shape with random weights, on the device."""
     clear()
-    config = DecoderConfig(
-        shape.vocab, shape.hidden, shape.layers, shape.q_heads, shape.kv_heads, shape.head_dim, shape.intermediate,
-        1e-6, 1e4 ** -(torch.arange(shape.head_dim // 2) / shape.head_dim * 2), 1.0, 1 << 20,
-        False, False, False, True, 0, shape.head_dim**-0.5, DTYPE, (), "random",
-    )  # fmt: skip
+    config = random_config(shape, tied=True)
     weights = {
         name: torch.ones(size, device=DEVICE, dtype=DTYPE) if len(size) == 1
         else torch.randn(size, device=DEVICE, dtype=DTYPE).mul_(size[1] ** -0.5)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ttskernels.models.config import DecoderConfig
+from ttskernels.roofline import Shape
+
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
@@ -103,6 +106,17 @@ def copy_bandwidth() -> float:
     ways = (lambda _: b.copy_(a), lambda _: torch.neg(a, out=b))
     fastest = min(measure(way, graph=False)["warm"]["median_us"] for way in ways)
     return 2 * a.numel() * a.element_size() / (fastest * 1e-6)
+
+
+def random_config(shape: Shape, tied: bool) -> DecoderConfig:
+    """A decoder of this shape, on the device, for random weights."""
+    inv_freq = 1e4 ** -(torch.arange(shape.head_dim // 2) / shape.head_dim * 2)
+    return DecoderConfig(
+        vocab=shape.vocab, hidden=shape.hidden, layers=shape.layers, q_heads=shape.q_heads, kv_heads=shape.kv_heads,
+        head_dim=shape.head_dim, intermediate=shape.intermediate, rms_eps=1e-6, inv_freq=inv_freq.to(DEVICE), rope_scale=1.0,
+        max_positions=1 << 20, qkv_bias=False, o_bias=False, qk_norm=False, tie_embeddings=tied, window=0,
+        scale=shape.head_dim**-0.5, dtype=DTYPE, eos_ids=(), model_type="random",
+    )  # fmt: skip
 
 
 class Rows:

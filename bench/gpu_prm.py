@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
-from gpu_measure import DEVICE, DTYPE, GPU, attempt, copies_for, measure
+from gpu_measure import DEVICE, DTYPE, GPU, attempt, copies_for, measure, random_config
 
 from ttskernels.kv import HeadShape, PagePool, plan_from_parents
-from ttskernels.models.config import DecoderConfig
 from ttskernels.models.device import device_machine
 from ttskernels.models.device_decoder import DeviceDecoder
 from ttskernels.ops.step_score import step_score
@@ -151,11 +150,7 @@ def theirs(config: dict, heads: HeadShape, branches: int, old: int, new: int) ->
 
 def random_decoder(shape: Shape) -> DeviceDecoder:
     """A decoder of this shape with random weights, as the engine runs a verifier."""
-    c = DecoderConfig(
-        shape.vocab, shape.hidden, shape.layers, shape.q_heads, shape.kv_heads, shape.head_dim, shape.intermediate,
-        1e-6, (1e4 ** -(torch.arange(shape.head_dim // 2) / shape.head_dim * 2)).to(DEVICE), 1.0, 1 << 20,
-        False, False, False, False, 0, shape.head_dim**-0.5, DTYPE, (), "random",
-    )  # fmt: skip
+    c = random_config(shape, tied=False)
     queries, keys = c.q_heads * c.head_dim, c.kv_heads * c.head_dim
     sizes = {"self_attn.q_proj": (queries, c.hidden), "self_attn.k_proj": (keys, c.hidden),
              "self_attn.v_proj": (keys, c.hidden), "self_attn.o_proj": (c.hidden, queries),
