@@ -50,6 +50,7 @@ void Planner::Build(const TreeSpec& spec, const PlanCosts& costs) {
     MakeItems(spec);
     SplitItems();
   }
+  if (Folds()) CutIntoRuns();
   AssignSlots();
   AssignQueues();
   SetRowTargets(spec);
@@ -297,6 +298,20 @@ void Planner::SplitItems() {
     }
   }
   items_.swap(split_);
+}
+
+// Ends partials at page breaks where these are rare enough for boxes.
+void Planner::CutIntoRuns() {
+  int64_t breaks = 0, tokens = 0;
+  for (int32_t s = 0; s < segs(); ++s) {
+    tokens += segs_[s].count;
+    breaks += !Starts(s) && segs_[s].page != segs_[s - 1].page + 1;
+  }
+  if (breaks * kRunTokens > tokens) return;
+  for (int32_t s = segs() - 2; s >= 0; --s) {
+    PlanSeg& seg = segs_[s];
+    if (seg.left > seg.count) seg.left = seg.count + (segs_[s + 1].page == seg.page + 1 ? segs_[s + 1].left : 0);
+  }
 }
 
 }  // namespace ttsk

@@ -8,9 +8,14 @@ import torch
 from engines import END, STEP, Search, make_engine, run_together, stop_table
 from tiny_models import write_tiny
 
+from ttskernels.engine import policy
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling
+from ttskernels.kv.free_pages import FreeRuns
+from ttskernels.kv.machines import gpu_machine
+from ttskernels.kv.plan import build_plan
+from ttskernels.kv.plan_layout import PAGE_BREAKS
 from ttskernels.models.model import load_model
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
@@ -226,3 +231,26 @@ def test_a_long_step_is_what_single_forwards_give(tmp_path, tokens):
         while len(ids) < len(PROMPT) + 90:
             ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
     assert list(long.ids) == ids[len(PROMPT) :] and short.ids == long.ids[:tokens]
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_branches_of_a_device_pool_grow_on_pages_that_follow_each_other(folders, monkeypatch, runs):
+    """16 branches of up to 80 tokens, a few at a time: no plan for a GPU has a page break, so its kernels read boxes."""
+    breaks = []
+
+    def planned(forest, rows, heads, **options):
+        breaks.append(build_plan(forest, rows, heads, machine=gpu_machine(heads)).header[PAGE_BREAKS])
+        return build_plan(forest, rows, heads, **options)
+
+    monkeypatch.setattr(policy, "build_plan", planned)
+    rare = torch.zeros(1, 131, dtype=torch.int32)
+    rare[0, STEP], rare[0, END] = -1, -2
+    models = (load_model(folder, torch.float32) for folder in folders)
+    engine = Engine(*models, next_state=rare, kv_bytes=1 << 28)
+    for pool in (engine.policy_forest.pool, engine.verifier_forest.pool):
+        if runs:  # as a strided pool has them
+            pool.keeps_runs, pool._free = True, FreeRuns(pool._used)
+    Search(engine, PROMPT * 10, seed=3, width=4, keep=4, depth=5, step_tokens=80).run()
+    assert leaked(engine) == 0
+    engine.shutdown()
+    assert len(breaks) > 8 and any(breaks) != runs

@@ -9,8 +9,8 @@ from ttskernels.errors import OutOfPagesError, ReleasedNodeError
 from ttskernels.kv import ByteBudget, Forest, PagePool
 
 
-def make_forest(num_pages=64, budget=None):
-    return Forest(PagePool(1, 1, 4, num_pages, torch.float32, budget))
+def make_forest(num_pages=64, budget=None, strided=False):
+    return Forest(PagePool(1, 1, 4, num_pages, torch.float32, budget, strided=strided))
 
 
 class Walk:
@@ -18,7 +18,7 @@ class Walk:
 
     def __init__(self, seed):
         self.random = random.Random(seed)
-        self.forest = make_forest(num_pages=48)
+        self.forest = make_forest(num_pages=48, strided=seed % 2 == 1)
         self.model = {}
         self.slots = {}  # node -> {index of id: (page, slot)} as first seen: a live node's KV never moves
 

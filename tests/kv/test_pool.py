@@ -1,3 +1,5 @@
+import random
+
 import pytest
 import torch
 
@@ -72,3 +74,33 @@ def test_pool_invalid():
         PagePool(1, 1, 4, 8, torch.float64)
     with pytest.raises(ValueError, match="total_bytes must be positive, got 0"):
         ByteBudget(0)
+
+
+def test_pages_of_a_strided_pool_follow_each_other():
+    pool = PagePool(1, 1, 64, 24, torch.float32, strided=True)
+    first, second = pool.take(4), pool.take(4)
+    assert (first, second) == ([0, 1, 2, 3], [4, 5, 6, 7])
+    assert pool.take(3, after=7) == [8, 9, 10]  # goes on
+    assert pool.take(2, after=3) == [11, 12]  # page 4 is taken: a new run
+    pool.give([5, 6, 8])
+    assert pool.take(3) == [13, 14, 15]  # not the holes
+    assert pool.take(8) == list(range(16, 24))
+    assert pool.num_free == 3 and sorted(pool.take(3)) == [5, 6, 8]  # what is left, in pieces
+    with pytest.raises(OutOfPagesError, match=r"take\(1\) needs 1 pages, 0 of 24 are free"):
+        pool.take(1)
+
+
+def test_any_order_of_taking_and_giving_in_runs():
+    rng, pool = random.Random(0), PagePool(1, 1, 64, 50, torch.float32, strided=True)
+    held: list[int] = []
+    for _ in range(2000):
+        if held and rng.random() < 0.5:
+            given = rng.sample(held, rng.randint(1, len(held)))
+            pool.give(given)
+            held = [page for page in held if page not in given]
+        else:
+            n = rng.randint(0, pool.num_free)
+            taken = pool.take(n, after=rng.choice([None, *held]))
+            assert len(taken) == n and not set(taken) & set(held) and len(set(taken)) == n
+            held += taken
+        assert pool.used_pages == len(held) and all(pool.is_used(page) == (page in held) for page in range(50))

@@ -16,6 +16,7 @@ from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
+RUN_TOKENS = 64  # by so many where kernels want pages that follow each other, if there are enough
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
 SHORT_ITERATIONS = 4  # the same in a batch so small that scores may soon let more branches join it
 PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
@@ -122,10 +123,7 @@ class PolicyRunner:
         """Branches whose whole path is (or now became) resident, oldest problem first, with a slot for the next token."""
         self._plan = None
         order = sorted(self.branches, key=lambda b: b.priority)
-        needs: dict[Node, int] = {}
-        for branch in order:
-            needs.update(self._needs(branch))
-        if not needs or self._try(list(needs.items())):
+        if self._reserve_all(order):
             admitted = order
         else:
             admitted, pinned = [], set()
@@ -143,6 +141,16 @@ class PolicyRunner:
             branch.resident_epoch = self.residency.epoch
         return admitted
 
+    def _reserve_all(self, branches: list[Branch]) -> bool:
+        """Slots for every branch without evicting anything, if there are so many."""
+        for tokens in (RUN_TOKENS, SLACK_TOKENS) if self.forest.pool.keeps_runs else (SLACK_TOKENS,):
+            needs: dict[Node, int] = {}
+            for branch in branches:
+                needs.update(self._needs(branch, tokens))
+            if not needs or self._try(list(needs.items())):
+                return True
+        return False
+
     def _fill(self, room: int) -> list[Branch]:
         """Branches that nobody has asked for yet, if they take no page from anybody: all that are sure to be, and others if
         there is `room` in the batch."""
@@ -156,7 +164,8 @@ class PolicyRunner:
                 filled.append(branch)
         return filled
 
-    def _needs(self, branch: Branch) -> dict[Node, int]:
+    def _needs(self, branch: Branch, tokens: int = SLACK_TOKENS) -> dict[Node, int]:
+        """Nodes of a branch's path without slots for their ids, and its leaf, with `tokens` more, if that is nearly full."""
         node = branch.node
         needs = {}
         if branch.resident_epoch != self.residency.epoch:  # something was evicted since, or the branch is new
@@ -165,7 +174,7 @@ class PolicyRunner:
             branch.whole = bool(node.ids) and all(n.cached == len(n.ids) for n in path[:-1])
         room = branch.max_length - node.pos0 - len(node.ids)
         if node.capacity - len(node.ids) < min(SLACK_TOKENS, room):
-            needs[node] = min(SLACK_TOKENS, room)
+            needs[node] = min(tokens, room)
         return needs
 
     def _try(self, needs: list[tuple[Node, int]]) -> bool:

@@ -118,6 +118,11 @@ class Forest:
                 f"reserve({len(nodes)} nodes, {most} tokens) needs {total} pages, "
                 f"{self.pool.describe_free()}; release nodes or raise num_pages"
             )
+        if self.pool.keeps_runs:
+            for node, n in zip(nodes, need, strict=True):
+                if n:
+                    node.pages += self.pool.take(n, after=node.pages[-1] if node.pages else None)
+            return
         pages = self.pool.take(total)
         at = 0
         for node, n in zip(nodes, need, strict=True):

@@ -7,7 +7,9 @@ import itertools
 from array import array
 from typing import NamedTuple
 
-from ttskernels.kv.plan_layout import Costs, TreeSpec
+import numpy as np
+
+from ttskernels.kv.plan_layout import RUN_TOKENS, Costs, TreeSpec
 
 
 class Item(NamedTuple):
@@ -25,6 +27,18 @@ class Item(NamedTuple):
 def starts(segs: array, s: int) -> bool:
     """Whether a partial begins at segment s: where the one before has ended."""
     return s == 0 or segs[s * 4 - 1] == segs[s * 4 - 2]
+
+
+def cut_into_runs(segs: array) -> None:
+    """End partials at page breaks, where these are RUN_TOKENS apart or more on average: a GPU then reads boxes of rows."""
+    page, _, count, left = np.frombuffer(segs, np.intc).reshape(-1, 4).T
+    goes_on = left[:-1] > count[:-1]
+    follows = page[1:] == page[:-1] + 1
+    if np.count_nonzero(goes_on & ~follows) * RUN_TOKENS > count.sum():
+        return
+    ends = np.append(np.flatnonzero(~(goes_on & follows)), len(count) - 1)  # last segments of partials
+    total = count.cumsum()
+    left[:] = total[ends[np.searchsorted(ends, np.arange(len(count)))]] - total + count
 
 
 def trimmed(segs: array, lo: int, n: int, tokens: int, last: int, growing: bool) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, row_targets, starts, trimmed
+from ttskernels.kv.plan_assign import Item, assign_queues, assign_slots, cut_into_runs, row_targets, starts, trimmed
 from ttskernels.kv.plan_layout import FOLD, FOLLOWS, PARTIAL_TOKENS, TILE_TOKENS, Costs, PlanStats, TreeSpec
 from ttskernels.kv.plan_walks import make_walks
 
@@ -323,6 +323,8 @@ def build(spec: TreeSpec, costs: Costs) -> Built:
     else:
         items, segs, grows = block_items(tree, pushed, costs)
         items = split_items(tree, items, segs, costs)
+        if costs.fold and segs:
+            cut_into_runs(segs)
         slots, merge_indptr, merge_slots, num_slots = assign_slots(items, segs, rows, costs.fold)
     order, worker_indptr, large_items = assign_queues(items, costs)
     row_slot, row_leaf = row_targets(spec, tree, segs, grows)

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from ttskernels.errors import OutOfPagesError
+from ttskernels.kv.free_pages import FreeRuns, FreeStack
 from ttskernels.layout import FIXED, FORMS, PAGE_SIZE, fixed_run, pack_factor
 
 
@@ -94,20 +95,18 @@ class PagePool:
         self.v = torch.empty(v_shape, dtype=kept, device=device)
         self.page_bytes = (self.k.nbytes + self.v.nbytes) // num_pages
         self.peak_pages = 0
-        self._returned: list[
-            int
-        ] = []  # free pages that were used before: reused first, their memory is committed
-        self._fresh = 0  # pages from here on were never taken
         self._used = bytearray(num_pages)
+        self.keeps_runs = strided  # pages taken together follow each other, where there are such
+        self._free = (FreeRuns if strided else FreeStack)(self._used)
 
     @property
     def used_pages(self) -> int:
-        return self._fresh - len(self._returned)
+        return self.num_pages - self._free.count
 
     @property
     def num_free(self) -> int:
         """Pages that `take` can hand out now, given the budget."""
-        free = self.num_pages - self._fresh + len(self._returned)
+        free = self._free.count
         return free if self.budget is None else min(free, self.budget.free_bytes // self.page_bytes)
 
     @property
@@ -117,20 +116,16 @@ class PagePool:
     def is_used(self, page: int) -> bool:
         return bool(self._used[page])
 
-    def take(self, n: int) -> list[int]:
-        """`n` pages with undefined contents, or OutOfPagesError and no change."""
+    def take(self, n: int, after: int | None = None) -> list[int]:
+        """`n` pages with undefined contents, or OutOfPagesError and no change. They go on behind page `after`, if the pool
+        `keeps_runs` and those pages are free."""
         if n < 0:
             raise ValueError(f"take(n) needs n >= 0, got {n}")
         if n > self.num_free:
             raise OutOfPagesError(
                 f"take({n}) needs {n} pages, {self.describe_free()}; release nodes or raise num_pages"
             )
-        pages = self._returned[len(self._returned) - min(n, len(self._returned)) :]
-        del self._returned[len(self._returned) - len(pages) :]
-        fresh = n - len(pages)
-        pages.extend(range(self._fresh, self._fresh + fresh))
-        self._fresh += fresh
-        used = self._used
+        pages, used = self._free.take(n, after), self._used
         for page in pages:
             used[page] = 1
         self.peak_pages = max(self.peak_pages, self.used_pages)
@@ -150,7 +145,7 @@ class PagePool:
                     f"give: page {page} is not in use (given twice, or not of this pool of {self.num_pages})"
                 )
             used[page] = 0
-        self._returned.extend(pages)
+        self._free.give(pages)
         if self.budget is not None:
             self.budget.change(-len(pages) * self.page_bytes)
 

@@ -18,7 +18,9 @@
 // An item with kFollows goes on with some of the rows of the item in front, root to leaf, where that one left their fold: an
 // item and all that follow it are a walk, which writes its rows' results, or records, once. Only plans for a CPU have such.
 // Plans for a GPU (PlanCosts.fold) fold in every item, one record a row and item; a node is one partial, which items may
-// cut between any two segments. There, which items exist may show in the last bits.
+// cut between any two segments. There, which items exist may show in the last bits. Where a page does not follow the one in
+// front, and such breaks are kRunTokens tokens apart or more on average, each run of pages is a partial: kernels then read
+// boxes of rows (TMA), else they gather.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +31,7 @@ constexpr int32_t kPlanMagic = 0x4b535454;  // "TTSK"
 constexpr int32_t kPlanVersion = 1;
 constexpr int32_t kPartialTokens = 512;
 constexpr int32_t kTileTokens = 64;
+constexpr int32_t kRunTokens = 64;
 
 enum PlanField : int {
   kFieldMagic = 0,

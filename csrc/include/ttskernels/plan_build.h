@@ -70,6 +70,7 @@ class Planner {
   void MakeItems(const TreeSpec& spec);
   void TrimItem(Item* item, int32_t last) const;
   void SplitItems();
+  void CutIntoRuns();
   void AssignSlots();
   void AssignQueues();
   void SetRowTargets(const TreeSpec& spec);
