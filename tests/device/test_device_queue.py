@@ -14,7 +14,7 @@ class FakeCuda:
     """Remembers what was asked of it; a graph replays what was launched while it was captured."""
 
     def __init__(self):
-        self.log, self.capturing, self.streams = [], None, ["default"]
+        self.log, self.capturing, self.streams, self.broken = [], None, ["default"], False
         self.Stream = lambda device: FakeStream(self, device)
         self.Event = FakeEvent
 
@@ -35,9 +35,14 @@ class FakeCuda:
     @contextmanager
     def graph(self, graph, *, pool, stream, capture_error_mode):
         assert pool == "pool" and capture_error_mode == "thread_local" and stream is self.streams[-1]
+        assert device_queue.CAPTURES.locked()  # another thread's capture would be ended by what begins this one
         self.capturing = graph.launches
-        yield
-        self.capturing = None
+        try:
+            yield
+        finally:
+            self.capturing = None
+        if self.broken:
+            raise RuntimeError("operation failed due to a previous error during capture")
 
     @contextmanager
     def stream(self, stream):
@@ -93,15 +98,15 @@ def test_a_key_is_captured_once_on_idle_inputs_and_then_replayed(cuda):
         return found
 
     replay = ("replay", ["work"])
-    assert run("a") is result and launched() == ["idle", "work", "upload", replay]
-    assert run("a") is result and launched() == ["upload", replay]
-    run("b"), run("a")
+    assert run(("a",)) is result and launched() == ["idle", "work", "upload", replay]
+    assert run(("a",)) is result and launched() == ["upload", replay]
+    run(("b",)), run(("a",))
     assert launched() == ["idle", "work", "upload", replay, "upload", replay]
     run(None)
     assert launched() == ["upload", "work"]
-    assert queue._graphs["a"][2][0] == "workspace"  # held: a larger one may take its place for others
+    assert queue._graphs[("a",)][2][0] == "workspace"  # held: a larger one may take its place for others
     queue.forget_graphs()
-    run("a")
+    run(("a",))
     assert launched() == ["idle", "work", "upload", replay]
 
 
@@ -140,3 +145,48 @@ def test_off_a_gpu_everything_runs_at_once():
     source.fill_(1)
     assert fetch.ready() and fetch.wait().tolist() == [0, 0]
     assert queue.put(source) is source
+
+
+def test_a_failed_capture_ends_all_graphs_of_the_queue_and_nothing_else(cuda):
+    queue = DeviceQueue(torch.device("cuda", 0))
+
+    def run(key):
+        with queue.current():
+            queue.run((key,), lambda: cuda.launch("work"), lambda: cuda.launch("upload"), lambda: cuda.launch("idle"))
+
+    def launched():
+        found = [what for _, what in cuda.log if what[0] != "waits for"]
+        cuda.log.clear()
+        return found
+
+    run("a")
+    cuda.broken = True
+    launched()
+    with pytest.warns(UserWarning, match="a CUDA graph could not be captured .*previous error.* runs without graphs"):
+        run("b")
+    assert launched() == ["idle", "work", "upload", "work"] and not queue._graphs
+    cuda.broken = False
+    run("a"), run("b")
+    assert launched() == ["upload", "work"] * 2  # the allocator still gives this stream the failed graph's memory
+    with pytest.raises(ValueError, match="a bug"), queue.current():
+        DeviceQueue(torch.device("cuda", 0)).run(("c",), lambda: raises(), lambda: None, lambda: None)
+
+
+def raises():
+    raise ValueError("a bug")
+
+
+def test_the_caller_waits_for_what_an_error_left_under_way(cuda):
+    queue = DeviceQueue(torch.device("cuda", 0))
+    with pytest.raises(ValueError, match="a bug"), queue.current():
+        raises()
+    assert cuda.log[-1][1] == ("waits for", queue.stream)
+
+
+def test_graphs_of_a_pool_go_with_it(cuda):
+    queue = DeviceQueue(torch.device("cuda", 0))
+    with queue.current():
+        for key in ((1, ("pool", 7)), (2, ("pool", 8)), (3, ("pool", 7))):
+            queue.run(key, lambda: None, lambda: None, lambda: None)
+    queue.forget_graphs(("pool", 7))
+    assert list(queue._graphs) == [(2, ("pool", 8))]

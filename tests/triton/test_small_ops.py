@@ -226,3 +226,11 @@ def test_a_score_that_is_not_finite(device):
     else:
         scores = step_score(hidden, rows, weight, inner_weight=inner, squash="none", impl="triton")
         assert scores.isnan().tolist() == [False, True, False]
+
+
+def test_linear_parts_of_one_row_of_a_wider_tensor(device):
+    """One row counts as contiguous, whatever its stride."""
+    x, weight = torch.randn(1, 65, dtype=torch.float16)[:, :64], torch.randn(32, 64, dtype=torch.float16)
+    exact, low = (linear_reference.linear_parts(*to_float64(x, weight), 1)[0], linear_reference.linear_parts(x, weight, 1)[0])
+    assert x.is_contiguous() and x.stride(0) == 65
+    assert_within_budget(linear_parts(*to(device, x, weight), impl="triton").sum(0).cpu(), exact, low)

@@ -60,7 +60,7 @@ def linear_kernel(
             size = tl.minimum(hi - lo, AHEAD) * (w.dtype.element_ty.primitive_bitwidth // 8)
             prefetch(at, size)
             if GATED:
-                prefetch(at + outputs.to(tl.int64) * inputs, size)
+                prefetch(at + tl.cast(outputs, tl.int64) * inputs, size)
         gdc_wait()
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if GATED:
@@ -109,7 +109,7 @@ def linear(x: Tensor, weight: Tensor, gated: bool, parts: int | None = None, til
     if not rows:
         return out
     descriptors = [
-        TensorDescriptor(t, list(t.shape), [t.stride(0), 1], [block, tile.inputs])
+        TensorDescriptor(t, list(t.shape), [t.shape[1], 1], [block, tile.inputs])
         for t, block in ((x, tile.rows), (weight, tile.outputs))
     ]
     share = triton.cdiv(triton.cdiv(inputs, tile.inputs), tile.parts) * tile.inputs

@@ -293,8 +293,9 @@ class Engine:
         if self._thread.is_alive():
             self._commands.end()
             self._thread.join()
-        for forest in (self.policy_forest, self.verifier_forest):
+        for model, forest in ((self.policy_model, self.policy_forest), (self.verifier_model, self.verifier_forest)):
             if forest is not None:
+                model.forget_pool(forest.pool)
                 forest.pool.free()
 
     # -- the engine's thread -----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ttskernels.models.config import DecoderConfig
 from ttskernels.models.decoder import LM_HEAD
 from ttskernels.models.device_inputs import DeviceInputs, LaunchPlan
 from ttskernels.models.device_layers import own_layers, vendor_layers
-from ttskernels.models.device_queue import DeviceQueue, Fetch
+from ttskernels.models.device_queue import DeviceQueue, Fetch, pool_name
 from ttskernels.models.device_weights import layer_weights
 from ttskernels.ops.rms_norm import rms_norm
 from ttskernels.ops.sample import sample
@@ -52,7 +52,9 @@ class DeviceDecoder:
     def __init__(self, config: DecoderConfig, weights: dict[str, Tensor], lm_head: bool, device: torch.device):
         self.config, self.device = config, device
         self.own_rows = own_rows()
-        self.queue, self.inputs = DeviceQueue(device), DeviceInputs(device)
+        self.queue = DeviceQueue(device)
+        with self.queue.current():  # who frees memory is who uses it
+            self.inputs = DeviceInputs(device)
         self.embed = weights["model.embed_tokens.weight"].to(device)
         self.head = None
         if lm_head:
@@ -175,7 +177,7 @@ class DeviceDecoder:
             return None
         launches = attention_launches(launch.header)
         pages = pool.k.data_ptr(), pool.v.data_ptr(), tuple(pool.k.shape)
-        return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pages, *more
+        return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pages, pool_name(pool), *more
 
     def _table(self, next_state: Tensor) -> Tensor:
         if self._tables is None or self._tables[0] is not next_state:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import warnings
 from collections.abc import Callable, Hashable
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+CAPTURES = threading.Lock()  # of the process: to begin a capture waits for the device, and that ends any other capture
 
 
 class Fetch:
@@ -29,7 +33,8 @@ class DeviceQueue:
 
     def __init__(self, device: torch.device):
         self.device, self.captures = device, device.type == "cuda"
-        self._graphs: dict[Hashable, tuple] = {}
+        self._graphs: dict[tuple, tuple] = {}
+        self._failed: object = None  # a graph whose capture failed: the allocator may still ask it
         if self.captures:
             self.stream, self._copies = torch.cuda.Stream(device), torch.cuda.Stream(device)
             self._memory = torch.cuda.graph_pool_handle()  # graphs replay one after the other, so they share scratch
@@ -48,36 +53,55 @@ class DeviceQueue:
             yield
             return
         self.stream.wait_stream(caller)
-        with torch.cuda.stream(self.stream):
-            yield
-        if join:
-            caller.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                yield
+        finally:  # what raised may have left work under way
+            if join:
+                caller.wait_stream(self.stream)
 
-    def run(self, key: Hashable | None, work: Callable[[], object], upload: Callable[[], None], idle: Callable[[], None]):
+    def run(self, key: tuple[Hashable, ...] | None, work: Callable[[], object], upload: Callable[[], None], idle: Callable):
         """`upload()`, then `work()`; returns what `work` returned.
 
         `work` must read what changes from memory that `upload` writes, and ask nothing of the host. Under a key it is
         captured once, after a run on the inputs that `idle` leaves, which must be harmless (it compiles kernels and
         grows workspaces), and replayed from then on: it returns the same tensors every time. None: not captured.
         """
-        if key is None or not self.captures:
-            upload()
-            return work()
-        if key not in self._graphs:
-            idle()
-            work()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory, stream=self.stream, capture_error_mode="thread_local"):
-                result = work()
-            self._graphs[key] = graph, result, workspace_in_use(self.device)
+        captured = None if key is None or not self.captures else self._graphs.get(key) or self._capture(key, work, idle)
         upload()
-        graph, result, _ = self._graphs[key]
+        if captured is None:
+            return work()
+        graph, result, _ = captured
         graph.replay()
         return result
 
-    def forget_graphs(self) -> None:
-        """Memory that captured work reads has moved."""
-        self._graphs.clear()
+    def _capture(self, key: tuple, work: Callable[[], object], idle: Callable[[], None]) -> tuple | None:
+        """None: a capture has failed, now or before. The allocator then takes whatever this stream allocates for part of it,
+        and would give away what other graphs write to, so all of them are dropped and none is made any more."""
+        if self._failed is not None:
+            return None
+        idle()
+        work()
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with CAPTURES, torch.cuda.graph(graph, pool=self._memory, stream=self.stream, capture_error_mode="thread_local"):
+                result = work()
+        except RuntimeError as error:
+            self._failed = graph
+            self._graphs.clear()
+            warnings.warn(
+                f"a CUDA graph could not be captured ({error}), so this model runs without graphs from now on, more slowly; "
+                "no thread may synchronise the whole device (torch.cuda.synchronize) or capture while an engine starts",
+                stacklevel=2,
+            )
+            return None
+        self._graphs[key] = captured = graph, result, workspace_in_use(self.device)
+        return captured
+
+    def forget_graphs(self, of: Hashable = None) -> None:
+        """Memory that captured work reads has moved: all of it, or what keys name with `of`."""
+        for key in [key for key in self._graphs if of is None or of in key]:
+            del self._graphs[key]
 
     def give(self, result: Tensor) -> Tensor:
         """`result` of this queue, for the caller's stream to read: its memory is not used again before that has."""
@@ -99,6 +123,11 @@ class DeviceQueue:
             host = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
             host.copy_(source, non_blocking=True)
             return Fetch(host, self._copies.record_event())
+
+
+def pool_name(pool) -> tuple[str, int]:
+    """What names a pool, or a half of it, in the keys of captured work: its memory."""
+    return "pool", pool.k.untyped_storage().data_ptr()
 
 
 def workspace_in_use(device: torch.device):

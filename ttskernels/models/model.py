@@ -19,7 +19,7 @@ from ttskernels.models.calibrated import read_calibration
 from ttskernels.models.config import DecoderConfig, FlopsOutput
 from ttskernels.models.decoder import CALIBRATED, NONE_ROUNDED, Decoder, Forms, PythonDecoder
 from ttskernels.models.device import check_device, device_machine
-from ttskernels.models.device_queue import DeviceQueue
+from ttskernels.models.device_queue import DeviceQueue, pool_name
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
 from ttskernels.ops.linear import Form
@@ -64,6 +64,11 @@ class Model:
         self.queue = other.queue
         if self.impl == "triton":
             self._decoder.queue = other.queue
+
+    def forget_pool(self, pool: PagePool) -> None:
+        """Drop what was captured for a pool, which is about to be freed."""
+        if self.reserves_pool:
+            self.queue.forget_graphs(pool_name(pool))
 
     @property
     def kv_bytes_per_token(self) -> int:

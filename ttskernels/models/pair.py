@@ -86,6 +86,10 @@ class PairModel:
     def new_pool(self, num_pages: int, budget: ByteBudget | None = None) -> PagePool:
         return self.first.new_pool(num_pages, budget, models=2)
 
+    def forget_pool(self, pool: PagePool) -> None:
+        """See `Model.forget_pool`."""
+        self.first.forget_pool(pool)
+
     def forward(self, ids: Tensor, plan: Plan, pool: PagePool, out_rows: Tensor, output: str = "hidden") -> Tensor:
         """`Model.forward` of both, each into its half of the pool: `[n, 2 * hidden]` float32, the first model's first."""
         if output != "hidden":
