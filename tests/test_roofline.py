@@ -32,7 +32,19 @@ def test_floors_against_hand_calculation(case):
     assert (e.flat_us, e.shared_us, e.compute_us) == pytest.approx((flat, shared, compute), rel=0.02)
     assert e.floor_us == max(e.shared_us, e.compute_us) and e.gain == pytest.approx(e.flat_us / e.floor_us)
     assert e.shared_us * 0.999 <= e.plan_read_us < e.flat_us
-    assert e.iteration_us < e.flat_iteration_us
+    assert e.iteration_us < e.launched_iteration_us < e.flat_iteration_us
+    assert (e.flat_bytes, e.shared_bytes) == pytest.approx((e.flat_us * 3e6, e.shared_us * 3e6))
+
+
+def test_an_iteration_by_hand():
+    """Llama-3.2-3B's shape on 3.0 TB/s and 600 TFLOP/s: weights by bytes at 64 branches, by arithmetic at 256."""
+    shape, matrices = roofline.SHAPES["llama-3.2-3b"], 28 * (3072 * 128 * 64 + 3 * 3072 * 8192) + 3072 * 128256
+    for n, weights_us in ((64, 2 * matrices / 3e6), (256, 2 * matrices * 256 / 600e6)):
+        e = roofline.expect(shape, [(1, 1024), (n, 256)])
+        logits_us = 8 * 128256 * n / 3e6
+        assert (e.weights_us, e.logits_us) == pytest.approx((weights_us, logits_us))
+        assert e.iteration_us == pytest.approx(weights_us + logits_us + 28 * e.floor_us)
+        assert e.launched_iteration_us == e.iteration_us + e.launch_us
 
 
 def test_levels_of_a_search_tree():
@@ -40,8 +52,21 @@ def test_levels_of_a_search_tree():
     deep = roofline.expect(shape, [(1, 256), (4, 80), (16, 80), (64, 40)])
     two = roofline.expect(shape, [(1, 256), (64, 200)])
     assert deep.flat_us == pytest.approx(two.flat_us) and deep.shared_us < two.shared_us / 2
-    with pytest.raises(ValueError, match="level 1 must have a positive multiple of the 4 nodes above it"):
-        roofline.expect(shape, [(4, 10), (6, 10)])
+    with pytest.raises(ValueError, match="level 1 must have at least the 4 nodes of the level above and a token each, got 3"):
+        roofline.expect(shape, [(4, 10), (3, 10)])
+
+
+def test_any_tree():
+    shape = roofline.SHAPES["llama-3.1-8b"]
+    even, levels = roofline.Tree([-1, 0, 0, 0, 1, 1, 2, 3], [100, 20, 20, 20, 10, 10, 10, 10]), [(1, 100), (3, 20), (4, 10)]
+    assert roofline.tree_of_levels(levels) == even and roofline.expect(shape, even) == roofline.expect(shape, levels)
+    uneven = roofline.expect(shape, roofline.parse_nodes("100,0:30,0:7,1:12,1:15"))
+    token_bytes = 2 * 8 * 128 * 2
+    assert uneven.shared_bytes == token_bytes * 164 and uneven.flat_bytes == token_bytes * (142 + 145 + 107)
+    with pytest.raises(ValueError, match="node 1 must have a node in front of it as parent, or none, and a token, got 1 and 5"):
+        roofline.expect(shape, roofline.parse_nodes("100,1:5"))
+    with pytest.raises(ValueError, match="--nodes must look like 1024,0:80,0:64"):
+        roofline.parse_nodes("100,x:5")
 
 
 class Products(TorchDispatchMode):
@@ -111,6 +136,9 @@ def test_command_line():
 
     done = run("--shape", "qwen2.5-1.5b", "--levels", "1x2048,64x128", "--layers", "3")
     assert done.returncode == 0 and "floor                   3.5 us, 13.6 times below flat" in done.stdout, done.stdout
-    assert "39, 41 us inside a graph" in done.stdout
+    assert "39, 41 us inside a graph" in done.stdout and "a shape of your own on H100" in done.stdout
+    assert "each node read once     3.5 us, 10.5 MB" in done.stdout
+    assert "5 nodes of 164 tokens" in run("--nodes", "100,0:30,0:7,1:12,1:15").stdout
+    assert "layers of a shape must be positive, got 0" in run("--layers", "0").stderr
     assert len(run("--table").stdout.splitlines()) == 1 + len(roofline.TABLE)
     assert "--levels must look like 1x2048,64x128" in run("--levels", "64").stderr
