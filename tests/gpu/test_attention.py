@@ -20,8 +20,8 @@ from ttskernels.kv.machines import gpu_machine
 from ttskernels.ops.tree_attention import tree_attention
 
 pytestmark = pytest.mark.gpu
-SINGLE = [Tile(16, 32, 2, 3, 4), Tile(16, 128, 2, 2), Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3),
-          Tile(128, 128, 8, 2)]  # fmt: skip
+SINGLE = [Tile(16, 32, 2, 3, 4), Tile(16, 128, 2, 2), Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 1),
+          Tile(128, 128, 8, 2, 1)]  # fmt: skip
 TILES = [Tiles(tile, tile) for tile in SINGLE]
 SHAPES = [(8, 2, 64, 64), (6, 3, 80, 80), (4, 1, 96, 96), (28, 4, 128, 128), (5, 1, 128, 128), (6, 2, 192, 128), (8, 1, 256, 256)]
 

@@ -41,6 +41,7 @@ class Variant:
     in_ci: bool = False
     options: dict = field(default_factory=dict)
     waits_first: bool = False  # begins before the launch in front has ended, and reads what that writes
+    programs: int = 0  # of a multiprocessor, all of which must fit at once; 0: any number
 
     @property
     def key(self) -> str:
@@ -83,7 +84,8 @@ def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0
     size = f"{'large' if large else 'small'}-{tile.rows}x{tile.tokens}w{tile.warps}s{tile.stages}"
     name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{size}"
     options = launch_options(tile, beside and not large)
-    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tile.warps, ops, ci, options)
+    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tile.warps, ops, ci, options,
+                   programs=tile.programs)  # fmt: skip
 
 
 def small_ops(arch: str) -> list[Variant]:
