@@ -31,9 +31,9 @@ def run(device, q, k, v, buffer, tiles=None, scales=(None, None), tma=False, **o
     q, k, v, plan = (t.to(device) for t in (q, k, v, buffer))
     out = torch.full((*q.shape[:2], v.shape[3]), float("nan"), dtype=q.dtype, device=device)
     settings = {"softcap": 0.0, "window": 0, "sinks": None} | options
-    k_scale, v_scale = (None if s is None else s.to(device) for s in scales)
+    of_heads = (None if t is None else t.to(device) for t in (settings["sinks"], *scales))
     lse = launch(q, k, v, plan, buffer[:32].tolist(), q.shape[2] ** -0.5, settings["softcap"], settings["window"],
-                 settings["sinks"], k_scale, v_scale, out, tiles, tma)  # fmt: skip
+                 *of_heads, out, tiles, tma)  # fmt: skip
     return out.cpu(), lse.cpu()
 
 
@@ -41,7 +41,7 @@ def check(device, trees, shape, dtype, plan, tiles=None, **options):
     q_heads, kv_heads, head_dim, v_dim = shape
     q, k, v = make(trees, q_heads, kv_heads, head_dim, dtype, v_dim, packed=False)
     exact, exact_lse, low, low_lse = expected(q, k, v, plan, head_dim**-0.5, options.get("softcap", 0.0),
-                                              options.get("window", 0), None, {})  # fmt: skip
+                                              options.get("window", 0), options.get("sinks"), {})  # fmt: skip
     out, lse = run(device, q, k, v, plan, tiles, **options)
     assert_within_budget(out, exact, low, factor=3.0)
     assert_within_budget(lse, exact_lse, low_lse, factor=3.0)
@@ -63,10 +63,15 @@ def test_head_sizes_under_every_plan(device, dtype, shape, mode):
     check(device, trees, shape, dtype, build_plan(trees, mode))
 
 
-@pytest.mark.parametrize("options", [{"window": 70}, {"softcap": 5.0}], ids=str)
+OPTIONS = [{"softcap": 5.0, "window": 70, "sinks": True}, {"window": 70}, {"softcap": 5.0}, {"sinks": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_options(device, dtype, options, tiles):
     trees = make_trees(DEEP, DEEP_ROWS)
+    if "sinks" in options:
+        options = options | {"sinks": torch.linspace(-4, 6, 28)}
     check(device, trees, (28, 4, 128, 128), dtype, build_plan(trees), tiles, **options)
 
 

@@ -13,6 +13,7 @@ from ttskernels.kv import HeadShape, Machine, plan_from_parents
 from ttskernels.ops.tree_attention import tree_attention
 
 DTYPES = [torch.float32, torch.float16]
+FORKED, FORKED_ROWS = [(-1, 150, 0), (0, 37, 0), (0, 64, 11), (2, 1, 0)], [(3, 0), (1, 36), (0, 149), (2, 5), (0, 0)]
 
 
 def check(device, q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
@@ -41,6 +42,8 @@ def check(device, q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
         (8, 1, 256, 256),
         (6, 2, 192, 128),
         (37, 1, 64, 80),
+        (12, 2, 64, 64),
+        (16, 1, 64, 64),
     ],
 )
 def test_heads(device, dtype, q_heads, kv_heads, head_dim, v_dim):
@@ -64,13 +67,13 @@ def test_nodes_of_several_partials(device, dtype, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
-    ids=lambda o: f"{next(iter(o))}-{next(iter(o.values()))}",
-)
+    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7},
+     {"softcap": 2.0, "window": 70, "sinks": True}],
+    ids=lambda o: "-".join(f"{k}-{v}" for k, v in o.items()),
+)  # fmt: skip
 @pytest.mark.parametrize("mode", ["pushed", "rows"])
 def test_options(device, options, mode):
-    nodes = [(-1, 150, 0), (0, 37, 0), (0, 64, 11), (2, 1, 0)]
-    trees = make_trees(nodes, [(3, 0), (1, 36), (0, 149), (2, 5), (0, 0)])
+    trees = make_trees(FORKED, FORKED_ROWS)
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = torch.tensor([0.0, -3.0, 8.0, 1.0, 20.0, -50.0])
@@ -104,17 +107,18 @@ def test_strided_pools(device, page_size, order):
     check(device, q, k, v, build_plan(trees, "chunks"))
 
 
+@pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_pools(device, kv_dtype):
-    trees = random_trees(4)
+def test_float8_pools(device, kv_dtype, window):
+    trees = make_trees(FORKED, FORKED_ROWS)
     q, k, v = make(trees, 6, 2, 64, torch.float16, packed=False, kv_dtype=kv_dtype)
     plan, scales = build_plan(trees), (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25]))
     wide = to_float64(q, k.float(), v.float())
-    exact, exact_lse = reference.tree_attention(*wide, plan, 0.125, 0.0, 0, None, *scales)
-    low, low_lse = reference.tree_attention(q, k, v, plan, 0.125, 0.0, 0, None, *scales)
+    exact, exact_lse = reference.tree_attention(*wide, plan, 0.125, 0.0, window, None, *scales)
+    low, low_lse = reference.tree_attention(q, k, v, plan, 0.125, 0.0, window, None, *scales)
     args = [t.to(device) for t in (q, k, v, plan)]
     k_scale, v_scale = (t.to(device) for t in scales)
-    out, lse = tree_attention(*args, scale=0.125, k_scale=k_scale, v_scale=v_scale, return_lse=True, impl="triton")
+    out, lse = tree_attention(*args, scale=0.125, window=window, k_scale=k_scale, v_scale=v_scale, return_lse=True, impl="triton")
     assert_within_budget(out.cpu(), exact, low)
     assert_within_budget(lse.cpu(), exact_lse, low_lse)
 
