@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make
 from budget import assert_within_budget, to_float64
-from plans import MODES, build_plan, make_trees, random_trees
+from plans import MODES, build_plan, make_trees, planned, random_trees
 
 from ttskernels._reference import tree_attention as reference
 from ttskernels.attention_launches import attention_launches
@@ -144,18 +144,8 @@ def test_the_planners_own_plans(device, seed, queues):
 
     trees = random_trees(seed + 20)
     trees.rows = [row for row in trees.rows for _ in range(9)]
-    indptr = [0]
-    for node in trees.nodes:
-        indptr.append(indptr[-1] + len(node.pages))
-    plan = plan_from_parents(
-        [n.parent for n in trees.nodes],
-        [n.length for n in trees.nodes],
-        indptr,
-        [p for n in trees.nodes for p in n.pages],
-        [node for node, _ in trees.rows],
-        [trees.position(r) for r in range(len(trees.rows))],
-        HeadShape(4, 2, 64, 64, 2),
-        first_offset=[n.offset for n in trees.nodes],
+    plan = planned(
+        trees, HeadShape(4, 2, 64, 64, 2),
         machine=Machine(workers=queues or 5, queues=max(queues, 1), fold=not queues, tile_rows=16, block_rows=64,
                         walks=False, item_us=0.01, min_piece_us=0.01,
                         partial_bytes_per_second=1e15),  # reads once whatever can be
