@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,64 @@ def test_unfinished_cases_come_first_and_failures_are_kept(bench, tmp_path, caps
     assert rows(1, commit="y").done == {}, "results of another commit do not count"
     rows(1, commit=None).run({"a": case("a")})
     assert rows(1, commit=None).done == {}, "nor do those of code that nobody knows"
+
+
+def test_a_case_that_is_killed_comes_last_next_time(bench, tmp_path):
+    """It leaves word before it begins; a row that an earlier run has made stays."""
+    path, ran = tmp_path / "r.json", []
+
+    def rows(commit="x"):
+        return bench.measure.Rows(path, {"commit": commit}, 1, "Title")
+
+    def killed():
+        raise KeyboardInterrupt  # nothing after it runs
+
+    def broken():
+        raise RuntimeError
+
+    cases = {"good": dict, "killed": killed, "broken": broken, "new": dict}
+    with pytest.raises(KeyboardInterrupt):
+        rows().run(cases)
+    assert json.loads(path.read_text())["cases"] == {"good": {}, "killed": {"failed": "did not end"}}
+    assert rows().unfinished_first(cases) == ["broken", "new", "killed", "good"]
+    with pytest.raises(KeyboardInterrupt):
+        rows().run(cases)
+    assert rows().unfinished_first(cases) == ["broken", "killed", "good", "new"]
+    for commit in ("y", None):
+        assert rows(commit).done == {} and rows(commit).unfinished_first(cases)[-1] == "killed"
+    rows().run({"killed": dict, "good": lambda: ran.append(json.loads(path.read_text())["cases"]["good"]) or {}})
+    assert ran == [{}] and rows().failed == ["broken"] and not rows().late
+
+
+def test_a_case_is_stopped_when_the_time_is_up(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.measure, "MARGIN_S", 0.05)
+
+    def endless():
+        while True:
+            bench.measure.attempt(lambda: time.sleep(60))  # no rival's failure
+
+    late = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0.1 / 60, "Title")
+    late.run({"endless": endless, "next": dict})
+    assert late.left_out == ["next"] and late.done["endless"]["failed"].startswith("did not end in ")
+    in_time = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0.1 / 60, "Title")
+    in_time.run({"next": dict})
+    time.sleep(0.2)  # nothing is raised later
+
+
+def test_what_a_step_of_the_tests_part_has_started_ends_with_it(bench, tmp_path, monkeypatch):
+    import gpu_tests
+
+    monkeypatch.setattr(gpu_tests, "LEAST_S", 0.5)
+    rows = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0, "Title")
+    started = time.monotonic()
+    child = tmp_path / "child"
+    row = gpu_tests.step(rows, ["sh", "-c", f"sleep 61 & echo $! > {child}; wait"], dict(os.environ))
+    assert row == {"failed": "did not end in 0 s; run it alone"} and time.monotonic() - started < 20
+    stat = Path("/proc", child.read_text().strip(), "stat")
+    assert not stat.exists() or stat.read_text().split()[2] in "ZX", "its child runs on"
+    monkeypatch.setattr(gpu_tests, "LEAST_S", 20.0)
+    row = gpu_tests.step(rows, ["sh", "-c", "echo said; echo wrong >&2; exit 3"], dict(os.environ))
+    assert row["failed"] == "exit 3: said / wrong"
 
 
 def test_without_git_there_is_no_commit(bench, monkeypatch):
