@@ -255,6 +255,32 @@ def test_rivals_get_the_same_tree(bench, monkeypatch):
             rival(tree, q, k, v, expected + 0.1)
 
 
+def timed(us):
+    return {"cold": {"median_us": us}, "warm": {"median_us": us / 2}}
+
+
+@pytest.mark.parametrize("tree, flat, floor, goal, flat_goal", [
+    (100.0, 98.0, 80.0, True, True), (100.0, 97.0, 79.0, False, False), (60.0, 90.0, 39.5, True, True),
+    (60.0, 90.0, 38.5, False, True), (9.0, 9.0, 5.0, True, True), (9.5, 9.0, 5.0, False, False),
+])  # fmt: skip
+def test_goals_of_attention(bench, tree, flat, floor, goal, flat_goal):
+    made = bench.attention.judge({"floor_us": floor, "tree": timed(tree), "flat": timed(flat)})
+    assert (made["goal_met"], made["flat_goal_met"]) == (goal, flat_goal)
+
+
+def test_goals_beside_flashinfer_and_of_decoding(bench):
+    import gpu_decode
+
+    two, three = (bench.trees.of_levels(levels) for levels in ([(1, 64), (4, 16)], [(1, 64), (2, 16), (4, 16)]))
+    judge = bench.attention.judge_cascade
+    assert judge(three, timed(10.0), timed(20.0)) == {"times_flashinfer": 2.0, "flashinfer_goal_met": True}
+    assert judge(three, timed(10.0), timed(19.0)) == {"times_flashinfer": 1.9, "flashinfer_goal_met": False}
+    assert judge(two, timed(10.0), timed(19.0)) == {"times_flashinfer": 1.9}
+    assert judge(three, timed(10.0), "not installed") == judge(three, {}, {}) == {}
+    assert gpu_decode.judge(64, 70.0) == {"goal_met": True} and gpu_decode.judge(64, 69.9) == {"goal_met": False}
+    assert gpu_decode.judge(256, 69.9) == {}
+
+
 def test_a_missing_or_broken_rival_says_why(bench):
     def broken():
         raise ModuleNotFoundError("No module named 'flashinfer'")
