@@ -255,6 +255,23 @@ def test_rivals_get_the_same_tree(bench, monkeypatch):
             rival(tree, q, k, v, expected + 0.1)
 
 
+@pytest.mark.parametrize("in_turn, scattered", [(0, False), (8, True)])
+def test_leaves_that_are_decoded_lie_on_consecutive_or_scattered_pages(bench, in_turn, scattered):
+    pytest.importorskip("triton", reason="triton is not installed")
+    import gpu_decode
+
+    from ttskernels.kv import build_plan
+    from ttskernels.kv.machines import gpu_machine
+    from ttskernels.kv.plan_layout import PAGE_BREAKS
+
+    model = gpu_decode.random_model(gpu_decode.TINY)
+    forest, leaves = gpu_decode.grown(model, 3, 32, 70, in_turn)
+    rows = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
+    plan = build_plan(forest, rows, model.heads, machine=gpu_machine(model.heads))
+    assert bool(plan.header[PAGE_BREAKS]) == scattered
+    assert all(leaf.capacity >= 70 + gpu_decode.ITERATIONS for leaf in leaves)
+
+
 def timed(us):
     return {"cold": {"median_us": us}, "warm": {"median_us": us / 2}}
 
