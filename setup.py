@@ -3,7 +3,7 @@
 Without a C++ compiler the package still installs and runs on the reference implementation.
 TTSK_BUILD_CPP=0 skips the build; TTSK_BUILD_CPP=1 makes a failed build an error.
 ttskernels/_C_cuda.so (csrc/cuda, torch-free) is built beside it where nvcc and a torch for CUDA are; TTSK_BUILD_CUDA=1
-builds it with any torch, TTSK_BUILD_CUDA=0 never.
+builds it with any torch, and where the other is skipped; TTSK_BUILD_CUDA=0 never.
 """
 
 import os
@@ -64,7 +64,7 @@ def build_cuda(out: Path) -> None:
 
 def wants_cuda() -> bool:
     asked = os.environ.get("TTSK_BUILD_CUDA")
-    if asked is not None:
+    if asked is not None or os.environ.get("TTSK_BUILD_CPP") == "0":
         return asked == "1"
     import torch
 
@@ -73,11 +73,10 @@ def wants_cuda() -> bool:
 
 class BuildCpp(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        required = os.environ.get("TTSK_BUILD_CPP")
-        if required == "0":
-            return
+        required, target = os.environ.get("TTSK_BUILD_CPP"), Path(self.get_ext_fullpath(ext.name))
         try:
-            self.compile_and_link(Path(self.get_ext_fullpath(ext.name)))
+            if required != "0":
+                self.compile_and_link(target)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             if required == "1" or "GITHUB_ACTIONS" in os.environ:
                 raise
@@ -85,7 +84,8 @@ class BuildCpp(build_ext):
             print(f"ttskernels: no new C++ extension ({error}); {serves}", file=sys.stderr)
         try:
             if wants_cuda():
-                build_cuda(Path(self.get_ext_fullpath(ext.name)).parent / CUDA_LIBRARY)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                build_cuda(target.parent / CUDA_LIBRARY)
         except (subprocess.CalledProcessError, OSError, ImportError) as error:
             if os.environ.get("TTSK_BUILD_CUDA") == "1":
                 raise

@@ -3,7 +3,8 @@
     make gpu PART=tests|attention|decode|prm|linear|tune
     python bench/gpu.py attention --tiny        a dry run: smallest sizes, the interpreter if there is no GPU
 
-Cases that a former run of the same commit left out come first, then those that failed in it; where git does not name the
+Cases that a former run of the same commit left out come first, then those that failed in it, then those that did not end: a
+case is stopped when the time is up, and one that hangs and is killed holds up nothing but itself. Where git does not name the
 commit, every run begins anew. After every case `<out>/gpu-<part>.json` is written and a table of it, `gpu-<part>.md`:
 microseconds of CUDA-graph replays, median, p20 and p80, over inputs that the second-level cache does not hold (cold) and over
 one input again and again (warm). Percent of the tree roofline, cold, is of max(unique bytes / this run's copy bandwidth,
@@ -18,6 +19,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import signal
 import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
@@ -83,6 +85,7 @@ def main() -> int:
         parser.error("no GPU is visible to torch; --tiny runs the smallest sizes in the interpreter")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / f"gpu-{args.part}{'-dry-run' if args.tiny else ''}.json"
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a part still ends what it has started
     rows = Rows(path, head(), args.minutes, PARTS[args.part])
     if importlib.util.find_spec(f"gpu_{args.part}") is None:
         parser.error(f"PART={args.part} needs bench/gpu_{args.part}.py, which this tree does not have")

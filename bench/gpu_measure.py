@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import faulthandler
 import functools
 import json
+import signal
 import statistics
+import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,6 +24,8 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float16  # the interpreter's bf16 products are wrong
 FLOPS = 600e12
 REPLAYS = 30
+MARGIN_S = 40.0  # that a case may take after the part's time is up
+DID_NOT_END = "did not end"  # how the row of such a case begins
 Timing = dict[str, dict[str, float]]
 
 
@@ -119,20 +126,53 @@ def random_config(shape: Shape, tied: bool) -> DecoderConfig:
     )  # fmt: skip
 
 
+class OutOfTime(BaseException):
+    """Inside a case. No `Exception`, which `attempt` would take for a rival's failure."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Raises OutOfTime inside after so long; ends the process ten seconds later if a call into a library, such as waiting for a
+    GPU that hangs, does not return. Only in the main thread."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise OutOfTime
+
+    former = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    faulthandler.dump_traceback_later(seconds + 10, exit=True, file=sys.__stderr__)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGALRM, former)
+
+
 class Rows:
-    """Results of one part, kept by name in a JSON file that is written after every row, with a table beside it."""
+    """Results of one part, kept by name in a JSON file that is written around every case, with a table beside it."""
 
     def __init__(self, path: Path, head: dict, minutes: float, title: str):
         self.path, self.head, self.title = path, head, title
         self.deadline = time.monotonic() + minutes * 60
         former = json.loads(path.read_text()) if path.exists() else {}
         same = head["commit"] is not None and head["commit"] == former.get("commit")  # None: which code is unknown
-        self.done: dict[str, dict] = former.get("cases", {}) if same else {}
+        cases: dict[str, dict] = former.get("cases", {})
+        self.late = {name for name, row in cases.items() if row.get("failed", "").startswith(DID_NOT_END)}
+        self.done = cases if same else {}
         self.left_out: list[str] = []
 
     def unfinished_first(self, names: Iterable[str]) -> list[str]:
-        """Names without a row, then those that failed, then the others."""
-        return sorted(names, key=lambda name: (name in self.done, name not in self.failed))
+        """Names without a row, then those that failed, then those that did not end, of whatever commit, then the others."""
+        failed = set(self.failed)
+
+        def rank(name: str) -> int:
+            return 2 if name in self.late else 0 if name not in self.done else 1 if name in failed else 3
+
+        return sorted(names, key=rank)
 
     def out_of_time(self) -> bool:
         return time.monotonic() > self.deadline
@@ -141,11 +181,16 @@ class Rows:
         return max(0.0, self.deadline - time.monotonic())
 
     def __call__(self, name: str, row: dict) -> None:
+        self.keep(name, row)
+        print(name, {k: brief(v) for k, v in row.items()}, flush=True)
+
+    def keep(self, name: str, row: dict) -> None:
         self.done.pop(name, None)
         self.done[name] = row
-        self.path.write_text(json.dumps(self.head | {"cases": self.done}, indent=1) + "\n")
+        fresh = self.path.with_suffix(".tmp")  # a run that is killed leaves the old file or the new one
+        fresh.write_text(json.dumps(self.head | {"cases": self.done}, indent=1) + "\n")
+        fresh.replace(self.path)
         self.path.with_suffix(".md").write_text(self.table())
-        print(name, {k: brief(v) for k, v in row.items()}, flush=True)
 
     def run(self, cases: dict[str, Callable[[], dict]]) -> None:
         """Every case, until the time is up."""
@@ -153,8 +198,14 @@ class Rows:
             if self.out_of_time():
                 self.left_out.append(name)
                 continue
+            if "failed" in self.done.get(name, {"failed": None}):
+                self.keep(name, {"failed": DID_NOT_END})  # what stays if this run is killed
+            started = time.monotonic()
             try:
-                row = cases[name]()
+                with at_most(self.seconds_left() + MARGIN_S):
+                    row = cases[name]()
+            except OutOfTime:
+                row = {"failed": f"{DID_NOT_END} in {time.monotonic() - started:.0f} s"}
             except Exception as error:  # noqa: BLE001 - one case must not lose the others
                 row = {"failed": f"{type(error).__name__}: {str(error)[:300]}"}
             self(name, row)

@@ -6,15 +6,17 @@ import importlib.util
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-from gpu_measure import GPU, Rows
+from gpu_measure import DID_NOT_END, GPU, Rows
 
 ROOT = Path(__file__).parents[1]
 SANITIZED = "tests/gpu/sanitize_merge.py"
+LEAST_S = 20.0  # for a case that begins just before the time is up
 
 
 def run(rows: Rows, tiny: bool) -> None:
@@ -51,14 +53,26 @@ def step(rows: Rows, command: list[str | None], environment: dict[str, str]) -> 
         return {"result": "compute-sanitizer is not installed"}
     start = time.monotonic()
     try:
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True,
-                              timeout=max(20.0, rows.seconds_left()))  # fmt: skip
+        code, text = output_of(command, environment, max(LEAST_S, rows.seconds_left()))
     except subprocess.TimeoutExpired as late:
-        return {"failed": f"not done after {late.timeout:.0f} s; run it alone"}
+        return {"failed": f"{DID_NOT_END} in {late.timeout:.0f} s; run it alone"}
     row = {"seconds": round(time.monotonic() - start, 1)}
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    lines = [line for line in text.splitlines() if line.strip()]
     said = [line for line in lines if re.search(r"\d+ (passed|failed|skipped)|[A-Z]+ SUMMARY:|\berrors?\b", line)]
     row["result"] = (said or lines or ["no output"])[-1][:200]
-    if done.returncode:
-        row["failed"] = f"exit {done.returncode}: " + " / ".join(lines[-12:])[-1500:]
+    if code:
+        row["failed"] = f"exit {code}: " + " / ".join(lines[-12:])[-1500:]
     return row
+
+
+def output_of(command: list[str], environment: dict[str, str], seconds: float) -> tuple[int, str]:
+    """Exit code and output. Whatever the command has started ends with it: a process that it leaves behind would hold the GPU,
+    and the output open."""
+    with subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                          start_new_session=True) as process:  # fmt: skip
+        try:
+            text, _ = process.communicate(timeout=seconds)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    return process.returncode, text

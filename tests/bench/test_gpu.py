@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,6 +71,64 @@ def test_unfinished_cases_come_first_and_failures_are_kept(bench, tmp_path, caps
     assert rows(1, commit="y").done == {}, "results of another commit do not count"
     rows(1, commit=None).run({"a": case("a")})
     assert rows(1, commit=None).done == {}, "nor do those of code that nobody knows"
+
+
+def test_a_case_that_is_killed_comes_last_next_time(bench, tmp_path):
+    """It leaves word before it begins; a row that an earlier run has made stays."""
+    path, ran = tmp_path / "r.json", []
+
+    def rows(commit="x"):
+        return bench.measure.Rows(path, {"commit": commit}, 1, "Title")
+
+    def killed():
+        raise KeyboardInterrupt  # nothing after it runs
+
+    def broken():
+        raise RuntimeError
+
+    cases = {"good": dict, "killed": killed, "broken": broken, "new": dict}
+    with pytest.raises(KeyboardInterrupt):
+        rows().run(cases)
+    assert json.loads(path.read_text())["cases"] == {"good": {}, "killed": {"failed": "did not end"}}
+    assert rows().unfinished_first(cases) == ["broken", "new", "killed", "good"]
+    with pytest.raises(KeyboardInterrupt):
+        rows().run(cases)
+    assert rows().unfinished_first(cases) == ["broken", "killed", "good", "new"]
+    for commit in ("y", None):
+        assert rows(commit).done == {} and rows(commit).unfinished_first(cases)[-1] == "killed"
+    rows().run({"killed": dict, "good": lambda: ran.append(json.loads(path.read_text())["cases"]["good"]) or {}})
+    assert ran == [{}] and rows().failed == ["broken"] and not rows().late
+
+
+def test_a_case_is_stopped_when_the_time_is_up(bench, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(bench.measure, "MARGIN_S", 0.05)
+
+    def endless():
+        while True:
+            bench.measure.attempt(lambda: time.sleep(60))  # no rival's failure
+
+    late = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0.1 / 60, "Title")
+    late.run({"endless": endless, "next": dict})
+    assert late.left_out == ["next"] and late.done["endless"]["failed"].startswith("did not end in ")
+    in_time = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0.1 / 60, "Title")
+    in_time.run({"next": dict})
+    time.sleep(0.2)  # nothing is raised later
+
+
+def test_what_a_step_of_the_tests_part_has_started_ends_with_it(bench, tmp_path, monkeypatch):
+    import gpu_tests
+
+    monkeypatch.setattr(gpu_tests, "LEAST_S", 0.5)
+    rows = bench.measure.Rows(tmp_path / "r.json", {"commit": "x"}, 0, "Title")
+    started = time.monotonic()
+    child = tmp_path / "child"
+    row = gpu_tests.step(rows, ["sh", "-c", f"sleep 61 & echo $! > {child}; wait"], dict(os.environ))
+    assert row == {"failed": "did not end in 0 s; run it alone"} and time.monotonic() - started < 20
+    stat = Path("/proc", child.read_text().strip(), "stat")
+    assert not stat.exists() or stat.read_text().split()[2] in "ZX", "its child runs on"
+    monkeypatch.setattr(gpu_tests, "LEAST_S", 20.0)
+    row = gpu_tests.step(rows, ["sh", "-c", "echo said; echo wrong >&2; exit 3"], dict(os.environ))
+    assert row["failed"] == "exit 3: said / wrong"
 
 
 def test_without_git_there_is_no_commit(bench, monkeypatch):
@@ -194,6 +253,49 @@ def test_rivals_get_the_same_tree(bench, monkeypatch):
         assert rival(tree, q, k, v, expected) == {}
         with pytest.raises(RuntimeError, match="its result differs from ours by"):
             rival(tree, q, k, v, expected + 0.1)
+
+
+@pytest.mark.parametrize("in_turn, scattered", [(0, False), (8, True)])
+def test_leaves_that_are_decoded_lie_on_consecutive_or_scattered_pages(bench, in_turn, scattered):
+    pytest.importorskip("triton", reason="triton is not installed")
+    import gpu_decode
+
+    from ttskernels.kv import build_plan
+    from ttskernels.kv.machines import gpu_machine
+    from ttskernels.kv.plan_layout import PAGE_BREAKS
+
+    model = gpu_decode.random_model(gpu_decode.TINY)
+    forest, leaves = gpu_decode.grown(model, 3, 32, 70, in_turn)
+    rows = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
+    plan = build_plan(forest, rows, model.heads, machine=gpu_machine(model.heads))
+    assert bool(plan.header[PAGE_BREAKS]) == scattered
+    assert all(leaf.capacity >= 70 + gpu_decode.ITERATIONS for leaf in leaves)
+
+
+def timed(us):
+    return {"cold": {"median_us": us}, "warm": {"median_us": us / 2}}
+
+
+@pytest.mark.parametrize("tree, flat, floor, goal, flat_goal", [
+    (100.0, 98.0, 80.0, True, True), (100.0, 97.0, 79.0, False, False), (60.0, 90.0, 39.5, True, True),
+    (60.0, 90.0, 38.5, False, True), (9.0, 9.0, 5.0, True, True), (9.5, 9.0, 5.0, False, False),
+])  # fmt: skip
+def test_goals_of_attention(bench, tree, flat, floor, goal, flat_goal):
+    made = bench.attention.judge({"floor_us": floor, "tree": timed(tree), "flat": timed(flat)})
+    assert (made["goal_met"], made["flat_goal_met"]) == (goal, flat_goal)
+
+
+def test_goals_beside_flashinfer_and_of_decoding(bench):
+    import gpu_decode
+
+    two, three = (bench.trees.of_levels(levels) for levels in ([(1, 64), (4, 16)], [(1, 64), (2, 16), (4, 16)]))
+    judge = bench.attention.judge_cascade
+    assert judge(three, timed(10.0), timed(20.0)) == {"times_flashinfer": 2.0, "flashinfer_goal_met": True}
+    assert judge(three, timed(10.0), timed(19.0)) == {"times_flashinfer": 1.9, "flashinfer_goal_met": False}
+    assert judge(two, timed(10.0), timed(19.0)) == {"times_flashinfer": 1.9}
+    assert judge(three, timed(10.0), "not installed") == judge(three, {}, {}) == {}
+    assert gpu_decode.judge(64, 70.0) == {"goal_met": True} and gpu_decode.judge(64, 69.9) == {"goal_met": False}
+    assert gpu_decode.judge(256, 69.9) == {}
 
 
 def test_a_missing_or_broken_rival_says_why(bench):

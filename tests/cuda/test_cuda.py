@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,19 @@ def test_the_library_links(nvcc, tmp_path):
     subprocess.run([*nvcc, code, "-shared", "-cudart", "static", *map(str, SOURCES), "-o", str(out)], check=True)
     lib = _cuda.open_library(out)
     assert lib.ttsk_cuda_page_copy and lib.ttsk_cuda_plan_advance
+
+
+@pytest.mark.parametrize("asked, built", [("1", True), ("0", False), (None, False)])
+def test_the_library_is_built_without_the_cpu_extension(tmp_path, asked, built):
+    """By a compiler that only writes the file."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\necho made > "$2"\n')
+    nvcc.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k != "TTSK_BUILD_CUDA"} | {"TTSK_BUILD_CPP": "0", "NVCC": str(nvcc)}
+    env |= {} if asked is None else {"TTSK_BUILD_CUDA": asked}
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, env=env, check=True)
+    assert [p.name for p in tmp_path.glob("ttskernels/*")] == ["_C_cuda.so"] * built
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])

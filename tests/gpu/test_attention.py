@@ -6,24 +6,33 @@ import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make
 from budget import assert_within_budget, to_float64
-from plans import MODES, build_plan, make_trees, random_trees
+from plans import MODES, build_plan, make_trees, planned, random_trees
 
 pytest.importorskip("triton", reason="triton is not installed")
 
 from ttskernels._reference import tree_attention as reference
 from ttskernels._triton import workspace
-from ttskernels._triton.tiles import BOX_TABLE, Tile, Tiles, lookup
+from ttskernels._triton.tiles import BOX_TABLE, Tile, Tiles, architecture, lookup
 from ttskernels._triton.tree_attention import tree_attention as launch
+from ttskernels.attention_launches import attention_launches
 from ttskernels.kv import Forest, HeadShape, PagePool
 from ttskernels.kv import build_plan as plan_forest
 from ttskernels.kv.machines import gpu_machine
 from ttskernels.ops.tree_attention import tree_attention
 
 pytestmark = pytest.mark.gpu
-SINGLE = [Tile(16, 32, 2, 3, 4), Tile(16, 128, 2, 2), Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3),
-          Tile(128, 128, 8, 2)]  # fmt: skip
+SINGLE = [Tile(16, 32, 2, 3, 4), Tile(16, 128, 2, 2), Tile(16, 64, 4, 3), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3, 1),
+          Tile(128, 128, 8, 2, 1)]  # fmt: skip
 TILES = [Tiles(tile, tile) for tile in SINGLE]
 SHAPES = [(8, 2, 64, 64), (6, 3, 80, 80), (4, 1, 96, 96), (28, 4, 128, 128), (5, 1, 128, 128), (6, 2, 192, 128), (8, 1, 256, 256)]
+# The plans of plans.build_plan have no large items: the tiles for those take the place of the others.
+LARGE_ALONE = pytest.mark.parametrize("large_alone", [True, False], ids=["large", "small"])
+
+
+def tiles_of(device, head_dim, v_dim, kv_bytes, large_alone, boxes=None):
+    """Those of the tables, or the one for large items alone."""
+    tiles = boxes or lookup(architecture(device), head_dim, v_dim, kv_bytes)
+    return Tiles(tiles.large, tiles.large) if large_alone else tiles
 
 
 def run(device, q, k, v, buffer, tiles=None, scales=(None, None), tma=False, **options):
@@ -31,9 +40,9 @@ def run(device, q, k, v, buffer, tiles=None, scales=(None, None), tma=False, **o
     q, k, v, plan = (t.to(device) for t in (q, k, v, buffer))
     out = torch.full((*q.shape[:2], v.shape[3]), float("nan"), dtype=q.dtype, device=device)
     settings = {"softcap": 0.0, "window": 0, "sinks": None} | options
-    k_scale, v_scale = (None if s is None else s.to(device) for s in scales)
+    of_heads = (None if t is None else t.to(device) for t in (settings["sinks"], *scales))
     lse = launch(q, k, v, plan, buffer[:32].tolist(), q.shape[2] ** -0.5, settings["softcap"], settings["window"],
-                 settings["sinks"], k_scale, v_scale, out, tiles, tma)  # fmt: skip
+                 *of_heads, out, tiles, tma)  # fmt: skip
     return out.cpu(), lse.cpu()
 
 
@@ -41,7 +50,7 @@ def check(device, trees, shape, dtype, plan, tiles=None, **options):
     q_heads, kv_heads, head_dim, v_dim = shape
     q, k, v = make(trees, q_heads, kv_heads, head_dim, dtype, v_dim, packed=False)
     exact, exact_lse, low, low_lse = expected(q, k, v, plan, head_dim**-0.5, options.get("softcap", 0.0),
-                                              options.get("window", 0), None, {})  # fmt: skip
+                                              options.get("window", 0), options.get("sinks"), {})  # fmt: skip
     out, lse = run(device, q, k, v, plan, tiles, **options)
     assert_within_budget(out, exact, low, factor=3.0)
     assert_within_budget(lse, exact_lse, low_lse, factor=3.0)
@@ -56,17 +65,25 @@ def test_tiles(device, dtype, shape, tiles, mode):
     check(device, trees, shape, dtype, build_plan(trees, mode), tiles)
 
 
+@LARGE_ALONE
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
-def test_head_sizes_under_every_plan(device, dtype, shape, mode):
+def test_head_sizes_under_every_plan(device, dtype, shape, mode, large_alone):
     trees = random_trees(sum(shape))
-    check(device, trees, shape, dtype, build_plan(trees, mode))
+    if large_alone:
+        trees.rows = [row for row in trees.rows for _ in range(9)]
+    check(device, trees, shape, dtype, build_plan(trees, mode), tiles_of(device, *shape[2:], dtype.itemsize, large_alone))
 
 
-@pytest.mark.parametrize("options", [{"window": 70}, {"softcap": 5.0}], ids=str)
+OPTIONS = [{"softcap": 5.0, "window": 70, "sinks": True}, {"window": 70}, {"softcap": 5.0}, {"sinks": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o))
 @pytest.mark.parametrize("tiles", TILES, ids=str)
 def test_options(device, dtype, options, tiles):
     trees = make_trees(DEEP, DEEP_ROWS)
+    if "sinks" in options:
+        options = options | {"sinks": torch.linspace(-4, 6, 28)}
     check(device, trees, (28, 4, 128, 128), dtype, build_plan(trees), tiles, **options)
 
 
@@ -76,17 +93,15 @@ def test_random_forests(device, dtype, seed):
     check(device, trees, SHAPES[seed % len(SHAPES)], dtype, build_plan(trees, MODES[seed % len(MODES)], seed))
 
 
+@LARGE_ALONE
 @pytest.mark.parametrize("mode", ["separate", "prefix"])
 @pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("entry", [e for e in BOX_TABLE if e[0] == "sm_90"], ids=str)
-def test_boxes_of_rows(device, dtype, entry, window, mode):
+def test_boxes_of_rows(device, dtype, entry, window, mode, large_alone):
     """TMA: nodes on consecutive pages; NaN in every unused slot."""
     if device.type == "cuda" and torch.cuda.get_device_capability()[0] < 9:
         pytest.skip("this GPU has no tensor memory accelerator")
-    trees = make_trees(DEEP, [row for row in DEEP_ROWS for _ in range(5)])
-    first = 0
-    for node in trees.nodes:
-        node.pages, first = list(range(first, first + len(node.pages))), first + len(node.pages)
+    trees = make_trees(DEEP, [row for row in DEEP_ROWS for _ in range(5)], shuffled=False)
     _, head_dim, size = entry
     kv_dtype = torch.float8_e4m3fn if size == 1 else dtype
     q, k, v = make(trees, 8, 2, head_dim, dtype, packed=False, kv_dtype=kv_dtype)
@@ -95,24 +110,42 @@ def test_boxes_of_rows(device, dtype, entry, window, mode):
     wide = to_float64(q, k.float(), v.float())
     exact, exact_lse = reference.tree_attention(*wide, plan, scale, 0.0, window, None, *scales)
     low, low_lse = reference.tree_attention(q, k, v, plan, scale, 0.0, window, None, *scales)
-    out, lse = run(device, q, k, v, plan, BOX_TABLE[entry], scales, True, window=window)
+    tiles = tiles_of(device, head_dim, head_dim, size, large_alone, BOX_TABLE[entry])
+    out, lse = run(device, q, k, v, plan, tiles, scales, True, window=window)
     assert_within_budget(out, exact, low, factor=4.0)
     assert_within_budget(lse, exact_lse, low_lse, factor=4.0)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
-@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
-def test_float8(device, dtype, kv_dtype, head_dim):
-    trees = make_trees(DEEP, DEEP_ROWS)
+def check_float8(device, dtype, trees, head_dim, kv_dtype, plan, tiles=None, tma=False):
     q, k, v = make(trees, 8, 2, head_dim, dtype, packed=False, kv_dtype=kv_dtype)
-    plan, scales = build_plan(trees), (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25]))
-    scale = head_dim**-0.5
+    scales, scale = (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25])), head_dim**-0.5
     wide = to_float64(q, k.float(), v.float())
     exact, exact_lse = reference.tree_attention(*wide, plan, scale, 0.0, 0, None, *scales)
     low, low_lse = reference.tree_attention(q, k, v, plan, scale, 0.0, 0, None, *scales)
-    out, lse = run(device, q, k, v, plan, scales=scales)
+    out, lse = run(device, q, k, v, plan, tiles, scales, tma)
     assert_within_budget(out, exact, low, factor=4.0)
     assert_within_budget(lse, exact_lse, low_lse, factor=4.0)
+
+
+@LARGE_ALONE
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192, 256])
+@pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_float8(device, dtype, kv_dtype, head_dim, large_alone):
+    trees = make_trees(DEEP, [row for row in DEEP_ROWS for _ in range(5 if large_alone else 1)])
+    tiles = tiles_of(device, head_dim, head_dim, 1, large_alone)
+    check_float8(device, dtype, trees, head_dim, kv_dtype, build_plan(trees), tiles)
+
+
+@pytest.mark.parametrize("shuffled", [False, True])  # boxes, where the tables have them, and gathered pages
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_float8_under_the_planners_own_plan(device, dtype, head_dim, shuffled):
+    """Large and small items, in two launches."""
+    heads = HeadShape(8, 2, head_dim, head_dim, 1)
+    trees = make_trees(DEEP, DEEP_ROWS, shuffled=shuffled)
+    plan = planned(trees, heads, gpu_machine(heads))
+    launches = attention_launches(plan.header)
+    assert launches.large and launches.small and launches.straight == (not shuffled)
+    check_float8(device, dtype, trees, head_dim, torch.float8_e4m3fn, plan.buffer, tma=None)
 
 
 def grown_forest(device, dtype, heads, branches, prompt, pages=400):

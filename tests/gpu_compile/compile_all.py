@@ -13,7 +13,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 sys.path[:0] = [str(Path(__file__).parents[i]) for i in (0, 2)] + [str(Path(__file__).parents[1] / "support")]
 
-from aot import SHARED_LIMIT, compile_kernel  # noqa: E402
+from aot import SHARED_LIMIT, compile_kernel, programs_that_fit  # noqa: E402
 from variants import ACCEPTED_LOCAL, variants  # noqa: E402
 
 
@@ -34,6 +34,9 @@ def cost(index: int) -> dict:
         line["problems"].append(f"spills {made.spilled_bytes} bytes of a thread, accepted {accepted}")
     if made.shared_bytes > SHARED_LIMIT[v.arch]:
         line["problems"].append(f"takes {made.shared_bytes} bytes of shared memory of {SHARED_LIMIT[v.arch]}")
+    fit = programs_that_fit(made, v.arch, v.warps)
+    if v.programs > fit:
+        line["problems"].append(f"is launched with {v.programs} programs a multiprocessor, {fit} fit")
     if made.serialized:
         line["problems"].append("ptxas serializes its wgmma instructions")
     if v.waits_first and made.loads_before_wait != 0:

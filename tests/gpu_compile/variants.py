@@ -18,7 +18,7 @@ from ttskernels._triton import (
     token_logprob,
 )
 from ttskernels._triton import tree_attention as attention
-from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, Tiles, lookup
+from ttskernels._triton.tiles import BOX_TABLE, EARLY_ARCHS, Tile, Tiles, lookup
 from ttskernels._triton.tiles import options as launch_options
 
 ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
@@ -26,7 +26,13 @@ ARCHS = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 ACCEPTED_LOCAL = {
     "rope_append": 32,  # the range reduction of very large angles in libdevice's sin and cos
     "tree_attention-fp32": 1024,  # for checks, not for speed
+    # Only tests and bench/gpu_tune.py launch these two. By Triton 3.6; 3.9 spills 32 bytes of the first, none of the second.
+    "tree_attention-bf16-128-g4-large-128x128w8s2": 40,
+    "tree_attention-bf16-128-tma-g4-large-128x128w8s2": 72,
 }
+
+# Large tiles that only a caller's `tiles` names: tests/gpu and bench/gpu_tune.py.
+ON_REQUEST = Tile(128, 64, 8, 3, 1), Tile(128, 128, 8, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class Variant:
     in_ci: bool = False
     options: dict = field(default_factory=dict)
     waits_first: bool = False  # begins before the launch in front has ended, and reads what that writes
+    programs: int = 0  # of a multiprocessor, all of which must fit at once; 0: any number
 
     @property
     def key(self) -> str:
@@ -54,9 +61,10 @@ WIDE_OPS = MATRIX_OPS | {"sm_90": ("HGMMA",), "sm_100": ("UTC",)}  # tiles of 64
 
 def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0, window=False, sinks=False, tile=None, ci=False,
                    tma=False, large=True):  # fmt: skip
-    v_dim, scaled = v_dim or head_dim, kv.startswith("fp8")
-    pool = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp8": "*fp8e5" if arch == "sm_80" else "*fp8e4nv"}[kv]
-    tiles = lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "fp32": 4}.get(kv, 2))
+    v_dim, scaled = v_dim or head_dim, kv in ("fp8", "e5m2")
+    pool = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32", "fp8": "*fp8e5" if arch == "sm_80" else "*fp8e4nv",
+            "e5m2": "*fp8e5"}[kv]  # fmt: skip
+    tiles = lookup({"sm_89": "sm_80"}.get(arch, arch), head_dim, v_dim, {"fp8": 1, "e5m2": 1, "fp32": 4}.get(kv, 2))
     tile, beside = tile or (tiles.large if large else tiles.small), arch in ("sm_90", "sm_100")
     dense = "*bf16" if scaled else pool
     types = {"q": dense, "k_pages": pool, "v_pages": pool, "plan": "*i32", "out": dense, "lse": "*fp32"}
@@ -83,7 +91,8 @@ def tree_attention(arch, kv, head_dim, *, v_dim=None, heads=(32, 8), softcap=0.0
     size = f"{'large' if large else 'small'}-{tile.rows}x{tile.tokens}w{tile.warps}s{tile.stages}"
     name = f"tree_attention-{kv}-{head_dim}{extras}-g{heads[0] // heads[1]}-{size}"
     options = launch_options(tile, beside and not large)
-    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tile.warps, ops, ci, options)
+    return Variant(name, arch, attention.tree_attention_kernel, types, constants, tile.warps, ops, ci, options,
+                   programs=tile.programs)  # fmt: skip
 
 
 def small_ops(arch: str) -> list[Variant]:
@@ -120,10 +129,14 @@ def small_ops(arch: str) -> list[Variant]:
          {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "mix": "*fp32",
           "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
          {"bias": None, "DIM": 3584, "LABELS": 2, "SQUASH": "softmax"}, 8, ()),
-        ("step_score-inner", step_score.inner_kernel,
-         {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*fp32",
-          "n": "i32", "inner": "i32!", "eps": "fp32", "hidden_row": "i32!"},
-         {"DIM": 3584, "BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_K": 64}, 4, MATRIX_OPS[arch]),
+        ("step_score-head-sigmoid", step_score.head_kernel,  # behind an inner layer
+         {"hidden": "*fp32", "weight": "*bf16", "bias": "*bf16", "scores": "*fp32", "eps": "fp32", "hidden_row": "i32!"},
+         {"rows": None, "norm_weight": None, "mix": None, "DIM": 3584, "LABELS": 1, "SQUASH": "sigmoid"}, 8, ()),
+        *((f"step_score-inner-{m}x{n}", step_score.inner_kernel,
+           {"hidden": "*bf16", "rows": "*i32", "norm_weight": "*bf16", "weight": "*bf16", "bias": "*bf16", "out": "*fp32",
+            "n": "i32", "inner": "i32!", "eps": "fp32", "hidden_row": "i32!"},
+           {"DIM": 3584, "BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64}, 4, (WIDE_OPS if m >= 64 else MATRIX_OPS)[arch])
+          for m, n in ((16, 32), (64, 64))),
     ]  # fmt: skip
     for n in (16, 64, 1024):
         m, n_block, k, warps, stages = token_logprob.choose_blocks(n, 2, arch)
@@ -194,15 +207,26 @@ def variants() -> list[Variant]:
             *([tree_attention(arch, "bf16", 128, heads=(28, 4))] if arch != "sm_90" else []),
             tree_attention(arch, "bf16", 64, heads=(16, 1), softcap=30.0, sinks=True, ci=arch == "sm_90"),
             tree_attention(arch, "bf16", 192, v_dim=128),
+            tree_attention(arch, "bf16", 128, heads=(12, 2), softcap=30.0, window=True, sinks=True, ci=arch == "sm_90"),
+            tree_attention(arch, "fp8", 128, window=True),
         ]
+        if arch in EARLY_ARCHS:  # the other float8
+            made += [tree_attention(arch, "e5m2", d, large=large) for d in (64, 128, 256) for large in (True, False)]
         made += small_ops(arch)
     for tma in (False, True):
         tiles = BOX_TABLE["sm_90", 128, 2] if tma else Tiles(None, None)
         made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma, tile=tiles.large))
         made.append(tree_attention("sm_90", "bf16", 128, window=True, tma=tma, tile=tiles.small, large=False))
         made.append(tree_attention("sm_90", "bf16", 128, heads=(28, 4), tma=tma))
+        made.append(tree_attention("sm_90", "bf16", 128, softcap=30.0, window=True, sinks=True, tma=tma, tile=tiles.large))
+        made.append(tree_attention("sm_90", "bf16", 128, softcap=30.0, window=True, sinks=True, tma=tma, tile=tiles.small,
+                                   large=False))  # fmt: skip
+        for tile in ON_REQUEST:
+            made += [tree_attention("sm_90", "bf16", head_dim, tma=tma, tile=tile) for head_dim in (64, 128)]
     for (arch, head_dim, size), tiles in BOX_TABLE.items():
         for large, tile in ((True, tiles.large), (False, tiles.small)):
             kv = {2: "bf16", 1: "fp8"}[size]
             made.append(tree_attention(arch, kv, head_dim, tile=tile, tma=True, ci=head_dim == 128, large=large))
+            if size == 1:
+                made.append(tree_attention(arch, "e5m2", head_dim, tile=tile, tma=True, large=large))
     return made

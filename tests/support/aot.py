@@ -22,6 +22,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
+LANE_REGISTERS = 2048  # of a multiprocessor over all its warps: 65536 / 32, and four times 512 in gfx942
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,14 @@ def compile_kernel(kernel, types: dict[str, str], constants: dict, target: str, 
     wgmma = any(op.startswith("HGMMA") for op in opcodes)
     serialized = wgmma and "instructions are serialized" in _ptxas_log(made.asm["ptx"], target)
     return Compiled(registers, stack, made.metadata.shared, Counter(opcodes), early, serialized)
+
+
+def programs_that_fit(made: Compiled, target: str, warps: int) -> int:
+    """Programs that a multiprocessor holds at once, by registers (a warp's come in units of 8 a lane) and by shared memory, of
+    which NVIDIA's take 1 KiB more for each program."""
+    by_registers = LANE_REGISTERS // (-(-made.registers // 8) * 8 * warps)
+    more = 0 if target.startswith("gfx") else 1 << 10
+    return min(by_registers, (SHARED_LIMIT[target] + more) // max(1, made.shared_bytes + more))
 
 
 def _ptxas_log(ptx: str, target: str) -> str:

@@ -181,6 +181,19 @@ def build_plan(trees: Trees, mode: str = "separate", seed: int = 0) -> torch.Ten
     return pack(trees, order, items, segs, slots, merges)
 
 
+def planned(trees: Trees, heads, machine):
+    """The planner's own plan of these rows."""
+    from ttskernels.kv import plan_from_parents
+
+    nodes = trees.nodes
+    return plan_from_parents(
+        [n.parent for n in nodes], [n.length for n in nodes], [0, *np.cumsum([len(n.pages) for n in nodes])],
+        [p for n in nodes for p in n.pages], [node for node, _ in trees.rows],
+        [trees.position(r) for r in range(len(trees.rows))], heads, first_offset=[n.offset for n in nodes],
+        page_size=trees.page_size, machine=machine,
+    )  # fmt: skip
+
+
 def intervals(rows: list[int]) -> list[list[int]]:
     runs: list[list[int]] = []
     for r in rows:

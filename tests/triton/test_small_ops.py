@@ -119,6 +119,16 @@ def test_path_aggregate(device, sizes):
     torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+def test_a_path_with_a_score_that_is_no_number(device):
+    """It stays so whatever follows, in every figure but the count and the last score; other paths do not notice."""
+    scores, indptr = torch.tensor([0.5, float("nan"), 0.25, 0.75, 0.5]), torch.tensor([0, 3, 5]).int()
+    state = empty_state(2)
+    exact = path_reference.path_aggregate(state, scores, indptr)
+    assert exact[0].isnan().tolist() == [False, True, False, True, True] and exact[1].isfinite().all()
+    actual = path_aggregate(*to(device, state, scores, indptr), impl="triton").cpu()
+    torch.testing.assert_close(actual, exact, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype, from_float32", [(torch.float32, True), (torch.float16, False), (torch.float16, True)])
 @pytest.mark.parametrize(
     "rows, q_heads, kv_heads, head_dim, v_dim, pairs, norm",

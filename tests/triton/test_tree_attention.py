@@ -5,7 +5,7 @@ import pytest
 import torch
 from attention import DEEP, DEEP_ROWS, expected, make
 from budget import assert_within_budget, to_float64
-from plans import MODES, build_plan, make_trees, random_trees
+from plans import MODES, build_plan, make_trees, planned, random_trees
 
 from ttskernels._reference import tree_attention as reference
 from ttskernels.attention_launches import attention_launches
@@ -13,6 +13,7 @@ from ttskernels.kv import HeadShape, Machine, plan_from_parents
 from ttskernels.ops.tree_attention import tree_attention
 
 DTYPES = [torch.float32, torch.float16]
+FORKED, FORKED_ROWS = [(-1, 150, 0), (0, 37, 0), (0, 64, 11), (2, 1, 0)], [(3, 0), (1, 36), (0, 149), (2, 5), (0, 0)]
 
 
 def check(device, q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
@@ -41,6 +42,8 @@ def check(device, q, k, v, plan, scale=None, softcap=0.0, window=0, sinks=None):
         (8, 1, 256, 256),
         (6, 2, 192, 128),
         (37, 1, 64, 80),
+        (12, 2, 64, 64),
+        (16, 1, 64, 64),
     ],
 )
 def test_heads(device, dtype, q_heads, kv_heads, head_dim, v_dim):
@@ -64,13 +67,13 @@ def test_nodes_of_several_partials(device, dtype, mode):
 
 @pytest.mark.parametrize(
     "options",
-    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7}],
-    ids=lambda o: f"{next(iter(o))}-{next(iter(o.values()))}",
-)
+    [{"window": 1}, {"window": 70}, {"softcap": 2.0}, {"sinks": True}, {"scale": 1.7},
+     {"softcap": 2.0, "window": 70, "sinks": True}],
+    ids=lambda o: "-".join(f"{k}-{v}" for k, v in o.items()),
+)  # fmt: skip
 @pytest.mark.parametrize("mode", ["pushed", "rows"])
 def test_options(device, options, mode):
-    nodes = [(-1, 150, 0), (0, 37, 0), (0, 64, 11), (2, 1, 0)]
-    trees = make_trees(nodes, [(3, 0), (1, 36), (0, 149), (2, 5), (0, 0)])
+    trees = make_trees(FORKED, FORKED_ROWS)
     options = dict(options)
     if "sinks" in options:
         options["sinks"] = torch.tensor([0.0, -3.0, 8.0, 1.0, 20.0, -50.0])
@@ -104,17 +107,18 @@ def test_strided_pools(device, page_size, order):
     check(device, q, k, v, build_plan(trees, "chunks"))
 
 
+@pytest.mark.parametrize("window", [0, 70])
 @pytest.mark.parametrize("kv_dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
-def test_float8_pools(device, kv_dtype):
-    trees = random_trees(4)
+def test_float8_pools(device, kv_dtype, window):
+    trees = make_trees(FORKED, FORKED_ROWS)
     q, k, v = make(trees, 6, 2, 64, torch.float16, packed=False, kv_dtype=kv_dtype)
     plan, scales = build_plan(trees), (torch.tensor([0.5, 2.0]), torch.tensor([1.5, 0.25]))
     wide = to_float64(q, k.float(), v.float())
-    exact, exact_lse = reference.tree_attention(*wide, plan, 0.125, 0.0, 0, None, *scales)
-    low, low_lse = reference.tree_attention(q, k, v, plan, 0.125, 0.0, 0, None, *scales)
+    exact, exact_lse = reference.tree_attention(*wide, plan, 0.125, 0.0, window, None, *scales)
+    low, low_lse = reference.tree_attention(q, k, v, plan, 0.125, 0.0, window, None, *scales)
     args = [t.to(device) for t in (q, k, v, plan)]
     k_scale, v_scale = (t.to(device) for t in scales)
-    out, lse = tree_attention(*args, scale=0.125, k_scale=k_scale, v_scale=v_scale, return_lse=True, impl="triton")
+    out, lse = tree_attention(*args, scale=0.125, window=window, k_scale=k_scale, v_scale=v_scale, return_lse=True, impl="triton")
     assert_within_budget(out.cpu(), exact, low)
     assert_within_budget(lse.cpu(), exact_lse, low_lse)
 
@@ -140,18 +144,8 @@ def test_the_planners_own_plans(device, seed, queues):
 
     trees = random_trees(seed + 20)
     trees.rows = [row for row in trees.rows for _ in range(9)]
-    indptr = [0]
-    for node in trees.nodes:
-        indptr.append(indptr[-1] + len(node.pages))
-    plan = plan_from_parents(
-        [n.parent for n in trees.nodes],
-        [n.length for n in trees.nodes],
-        indptr,
-        [p for n in trees.nodes for p in n.pages],
-        [node for node, _ in trees.rows],
-        [trees.position(r) for r in range(len(trees.rows))],
-        HeadShape(4, 2, 64, 64, 2),
-        first_offset=[n.offset for n in trees.nodes],
+    plan = planned(
+        trees, HeadShape(4, 2, 64, 64, 2),
         machine=Machine(workers=queues or 5, queues=max(queues, 1), fold=not queues, tile_rows=16, block_rows=64,
                         walks=False, item_us=0.01, min_piece_us=0.01,
                         partial_bytes_per_second=1e15),  # reads once whatever can be
