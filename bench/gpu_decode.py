@@ -2,11 +2,12 @@
 
 A tree of one prompt and N branches in bf16. `call_us` is wall clock for a token of every branch inside calls of 16 iterations
 (what the engine does between two looks at new work), upload and reports included; `graph` is the captured iteration alone on
-the device; `plan_us` is the plan that each new tree costs the host. The floor is that of `python -m ttskernels model` with this
-run's copy bandwidth. "own products" takes ours in place of cuBLAS (TTSK_GPU_LINEAR_ROWS), "by kernel" says where an
-iteration's time goes, and "scattered pages" has leaves that grew a few tokens at a time, all in turn. Rivals decode N copies of
-the prompt (a cache of their own each): transformers' `generate`, compiled, with a static cache, and continuous batching, which
-shares whole pages of the prompt. Each case is a row of its own; rivals come last.
+the device; `plan_us` is the plan that each new tree costs the host. The roofline is that of `python -m ttskernels model` with
+this run's copy bandwidth; "with launches" counts what these take in a graph as well. "own products" takes ours in place of cuBLAS
+(TTSK_GPU_LINEAR_ROWS), "by kernel" says where an iteration's time goes, and "scattered pages" has leaves that grew a few tokens
+at a time, all in turn. Rivals decode N copies of the prompt (a cache of their own each): transformers' `generate`, compiled,
+with a static cache, and continuous batching, which shares whole pages of the prompt. Each case is a row of its own; rivals come
+last.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int, in_turn: int = 0) -> di
     forest, leaves = grown(model, n, prompt, suffix, in_turn)
     rows = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
     wall, planning = [], []
+    if GPU:
+        torch.cuda.reset_peak_memory_stats()  # what loading took is not asked
     decode(model, forest, build_plan(forest, rows, model.heads, machine=model.machine))  # compiles and captures
     with iteration_events(model) as events:
         for _ in range(CALLS):
@@ -79,17 +82,18 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int, in_turn: int = 0) -> di
     peak = torch.cuda.max_memory_allocated() / 1e9
     floor = expect(shape, [(1, prompt), (n, suffix)], 2, replace(H100, bytes_per_second=bandwidth()))
     graph = spread([a.elapsed_time(b) for a, b in events], 1e3)
-    percent = 100 * floor.iteration_us / graph["median_us"]
+    percent, launched = (100 * us / graph["median_us"] for us in (floor.iteration_us, floor.launched_iteration_us))
     return {
         "call_us": spread(wall, 1e6), "graph_us": graph, "plan_us": spread(planning, 1e6),
-        "tokens_per_second": n / statistics.median(wall), "floor_us": floor.iteration_us,
-        "percent_of_floor": percent, "kv_gb": floor.kv_bytes / 1e9, "peak_gb": peak, "page_breaks": breaks,
+        "tokens_per_second": n / statistics.median(wall), "roofline_us": floor.iteration_us,
+        "percent_of_roofline": percent, "percent_with_launches": launched, "kv_gb": floor.kv_bytes / 1e9,
+        "peak_gb": peak, "page_breaks": breaks,
     } | judge(n, percent)  # fmt: skip
 
 
-def judge(branches: int, percent_of_floor: float) -> dict:
-    """The goal is 70 % of the floor, at 64 branches."""
-    return {"goal_met": percent_of_floor >= 70} if branches == 64 else {}
+def judge(branches: int, percent_of_roofline: float) -> dict:
+    """The goal is 70 % of the roofline, at 64 branches."""
+    return {"goal_met": percent_of_roofline >= 70} if branches == 64 else {}
 
 
 def scattered(*sizes) -> dict:

@@ -180,7 +180,7 @@ def test_a_captured_launch_serves_later_plans(device, dtype, monkeypatch):
     if device.type == "cuda":
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
-        with pytest.raises(RuntimeError, match="run the same work once on the capturing stream first"):
+        with pytest.raises(RuntimeError, match="run the same work once in this thread on the capturing"):
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream):
                 replay()
         with torch.cuda.stream(stream):

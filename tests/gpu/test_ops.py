@@ -66,20 +66,34 @@ def test_add_rms_norm(device, dtype, rows, dim, parts):
     assert_within_budget(normed.cpu(), exact, low)
 
 
-def test_launches_that_begin_early_wait_for_what_they_read(device, dtype):
-    """Sixty products and norms in a row, each reading what the one in front wrote, equal the same one at a time."""
-    x, norm = torch.randn(64, 256).to(dtype).to(device), torch.ones(256, dtype=dtype, device=device)
+def test_launches_that_begin_early_wait_for_what_they_read(device, dtype, monkeypatch):
+    """Sixty products and norms in a row, each reading what the one in front wrote, replayed as a graph over new rows, equal the
+    same one at a time. Fresh memory is not filled here: no launch can begin beside a fill."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    on_gpu = device.type == "cuda"
+    held, norm = torch.randn(64, 256).to(dtype).to(device), torch.ones(256, dtype=dtype, device=device)
     weight = (torch.randn(256, 256) / 16).to(dtype).to(device)
-    results = []
-    for wait in (True, False):
-        mine, normed = x.clone(), x.clone()
-        for _ in range(60 if device.type == "cuda" else 4):
+
+    def chain(wait):
+        mine, normed = held.clone(), held
+        for _ in range(60 if on_gpu else 4):
             parts = linear_parts(normed, weight, parts=2, impl="triton")
             normed = add_rms_norm(parts, mine, norm, impl="triton")
-            if wait and device.type == "cuda":
+            if wait and on_gpu:
                 torch.cuda.synchronize()
-        results.append((mine, normed))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        return mine, normed
+
+    chain(True)  # compiles
+    replay = lambda: chain(False)  # noqa: E731
+    if on_gpu:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = chain(False)
+        replay = lambda: graph.replay() or captured  # noqa: E731
+    for _ in range(100 if on_gpu else 2):
+        held.normal_()
+        expected = chain(True)
+        assert all(torch.equal(a, b) for a, b in zip(replay(), expected, strict=True))
 
 
 @pytest.mark.parametrize("head_dim, pairs, norm", [(128, 64, False), (64, 32, True), (96, 20, False), (256, 128, True)])
