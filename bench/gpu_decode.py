@@ -3,9 +3,10 @@
 A tree of one prompt and N branches in bf16. `call_us` is wall clock for a token of every branch inside calls of 16 iterations
 (what the engine does between two looks at new work), upload and reports included; `graph` is the captured iteration alone on
 the device; `plan_us` is the plan that each new tree costs the host. The floor is that of `python -m ttskernels model` with this
-run's copy bandwidth. "own products" takes ours in place of cuBLAS (TTSK_GPU_LINEAR_ROWS), "by kernel" says where an
-iteration's time goes. Rivals decode N copies of the prompt (a cache of their own each): transformers' `generate`, compiled, with
-a static cache, and continuous batching, which shares whole pages of the prompt. Each case is a row of its own; rivals come last.
+run's copy bandwidth. "fp8 KV" keeps K and V in float8, "own products" takes ours in place of cuBLAS (TTSK_GPU_LINEAR_ROWS), "by
+kernel" says where an iteration's time goes. Rivals decode N copies of the prompt (a cache of their own each): transformers'
+`generate`, compiled, with a static cache, and continuous batching, which shares whole pages of the prompt. Each case is a row of
+its own; rivals come last.
 """
 
 from __future__ import annotations
@@ -43,12 +44,15 @@ def cases(tiny: bool) -> dict[str, Callable[[], dict]]:
     sizes = [(3, 32, 5)] if tiny else [(16, 1024, 256), (64, 1024, 256), (256, 1024, 256)]
     made = {}
     kinds = {
-        "ours": ours, "ours, own products": own_products, "by kernel": by_kernel, "own products by kernel": own_by_kernel,
+        "ours": ours, "ours, fp8 KV": fp8_kv, "ours, own products": own_products,
+        "by kernel": by_kernel, "own products by kernel": own_by_kernel,
         "transformers generate": generate, "transformers continuous batching": continuous,
     }  # fmt: skip
     for label, case in kinds.items():
         for shape, (n, prompt, suffix) in itertools.product(shapes, sizes):
-            if case in (own_products, by_kernel, own_by_kernel) and n > OWN_ROWS or "kernel" in label and n == 16:
+            if case in (own_products, by_kernel, own_by_kernel) and n > OWN_ROWS:
+                continue
+            if case in (fp8_kv, by_kernel, own_by_kernel) and n == 16:
                 continue
             made[f"{shape.name}; {n} branches of {prompt} + {suffix}; {label}"] = (
                 lambda c=case, a=(shape, n, prompt, suffix): c(*a)
@@ -56,8 +60,8 @@ def cases(tiny: bool) -> dict[str, Callable[[], dict]]:
     return made
 
 
-def ours(shape: Shape, n: int, prompt: int, suffix: int) -> dict:
-    model = random_model(shape)
+def ours(shape: Shape, n: int, prompt: int, suffix: int, kv: str = "float") -> dict:
+    model = random_model(shape, kv)
     forest, leaves = grown(model, n, prompt, suffix)
     rows = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
     wall, planning = [], []
@@ -71,7 +75,7 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int) -> dict:
     if not GPU:
         return {"call_us": "ran"}
     peak = torch.cuda.max_memory_allocated() / 1e9
-    floor = expect(shape, [(1, prompt), (n, suffix)], 2, replace(H100, bytes_per_second=bandwidth()))
+    floor = expect(shape, [(1, prompt), (n, suffix)], int(model.heads.kv_bytes), replace(H100, bytes_per_second=bandwidth()))
     graph = spread([a.elapsed_time(b) for a, b in events], 1e3)
     return {
         "call_us": spread(wall, 1e6), "graph_us": graph, "plan_us": spread(planning, 1e6),
@@ -79,6 +83,10 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int) -> dict:
         "percent_of_floor": 100 * floor.iteration_us / graph["median_us"], "kv_gb": floor.kv_bytes / 1e9,
         "peak_gb": peak,
     }  # fmt: skip
+
+
+def fp8_kv(*sizes) -> dict:
+    return ours(*sizes, kv="fp8")
 
 
 @contextmanager
@@ -177,7 +185,8 @@ def grown(model: Model, n: int, prompt: int, suffix: int):
     """A forest of a prompt and `n` branches with random K and V, room for ITERATIONS more tokens, and its leaves."""
     pages = -(-prompt // 16) + n * -(-(suffix + ITERATIONS) // 16)
     forest = Forest(model.new_pool(pages))
-    forest.pool.k.normal_(), forest.pool.v.normal_()
+    for layer in (*forest.pool.k, *forest.pool.v):
+        layer.copy_(torch.randn(layer.shape, device=layer.device, dtype=DTYPE))
     root = forest.add(None, [7] * prompt)
     forest.reserve([root], 0)
     forest.mark_cached([root])
@@ -191,10 +200,10 @@ def grown(model: Model, n: int, prompt: int, suffix: int):
     return forest, leaves
 
 
-def random_model(shape: Shape) -> Model:
+def random_model(shape: Shape, kv: str = "float") -> Model:
     """A policy of this shape with random weights, on the device."""
     clear()
-    config = random_config(shape, tied=True)
+    config = replace(random_config(shape, tied=True), kv_form=kv)
     weights = {
         name: torch.ones(size, device=DEVICE, dtype=DTYPE) if len(size) == 1
         else torch.randn(size, device=DEVICE, dtype=DTYPE).mul_(size[1] ** -0.5)
