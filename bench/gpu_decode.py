@@ -3,11 +3,11 @@
 A tree of one prompt and N branches in bf16. `call_us` is wall clock for a token of every branch inside calls of 16 iterations
 (what the engine does between two looks at new work), upload and reports included; `graph` is the captured iteration alone on
 the device; `plan_us` is the plan that each new tree costs the host. The roofline is that of `python -m ttskernels model` with
-this run's copy bandwidth; "with launches" counts what these take in a graph as well. "own products" takes ours in place of cuBLAS
-(TTSK_GPU_LINEAR_ROWS), "by kernel" says where an iteration's time goes, and "scattered pages" has leaves that grew a few tokens
-at a time, all in turn. Rivals decode N copies of the prompt (a cache of their own each): transformers' `generate`, compiled,
-with a static cache, and continuous batching, which shares whole pages of the prompt. Each case is a row of its own; rivals come
-last.
+this run's copy bandwidth; "with launches" counts what these take in a graph as well. "fp8 KV" keeps K and V in float8, "own
+products" takes ours in place of cuBLAS (TTSK_GPU_LINEAR_ROWS), "by kernel" says where an iteration's time goes, and "scattered
+pages" has leaves that grew a few tokens at a time, all in turn. Rivals decode N copies of the prompt (a cache of their own
+each): transformers' `generate`, compiled, with a static cache, and continuous batching, which shares whole pages of the prompt.
+Each case is a row of its own; rivals come last.
 """
 
 from __future__ import annotations
@@ -46,13 +46,15 @@ def cases(tiny: bool) -> dict[str, Callable[[], dict]]:
     sizes = [(3, 32, 5)] if tiny else [(16, 1024, 256), (64, 1024, 256), (256, 1024, 256)]
     made = {}
     kinds = {
-        "ours": ours, "ours, own products": own_products, "ours, scattered pages": scattered,
+        "ours": ours, "ours, fp8 KV": fp8_kv, "ours, own products": own_products, "ours, scattered pages": scattered,
         "by kernel": by_kernel, "own products by kernel": own_by_kernel,
         "transformers generate": generate, "transformers continuous batching": continuous,
     }  # fmt: skip
     for label, case in kinds.items():
         for shape, (n, prompt, suffix) in itertools.product(shapes, sizes):
-            if case in (own_products, by_kernel, own_by_kernel) and n > OWN_ROWS or "kernel" in label and n == 16:
+            if case in (own_products, by_kernel, own_by_kernel) and n > OWN_ROWS:
+                continue
+            if case in (fp8_kv, by_kernel, own_by_kernel) and n == 16:
                 continue
             if case is scattered and n in (16, 256):
                 continue
@@ -62,8 +64,8 @@ def cases(tiny: bool) -> dict[str, Callable[[], dict]]:
     return made
 
 
-def ours(shape: Shape, n: int, prompt: int, suffix: int, in_turn: int = 0) -> dict:
-    model = random_model(shape)
+def ours(shape: Shape, n: int, prompt: int, suffix: int, in_turn: int = 0, kv: str = "float") -> dict:
+    model = random_model(shape, kv)
     forest, leaves = grown(model, n, prompt, suffix, in_turn)
     rows = [(leaf, len(leaf.ids) - 1, 1) for leaf in leaves]
     wall, planning = [], []
@@ -80,7 +82,7 @@ def ours(shape: Shape, n: int, prompt: int, suffix: int, in_turn: int = 0) -> di
     if not GPU:
         return {"call_us": "ran", "page_breaks": breaks}
     peak = torch.cuda.max_memory_allocated() / 1e9
-    floor = expect(shape, [(1, prompt), (n, suffix)], 2, replace(H100, bytes_per_second=bandwidth()))
+    floor = expect(shape, [(1, prompt), (n, suffix)], int(model.heads.kv_bytes), replace(H100, bytes_per_second=bandwidth()))
     graph = spread([a.elapsed_time(b) for a, b in events], 1e3)
     percent, launched = (100 * us / graph["median_us"] for us in (floor.iteration_us, floor.launched_iteration_us))
     return {
@@ -98,6 +100,10 @@ def judge(branches: int, percent_of_roofline: float) -> dict:
 
 def scattered(*sizes) -> dict:
     return ours(*sizes, in_turn=8)
+
+
+def fp8_kv(*sizes) -> dict:
+    return ours(*sizes, kv="fp8")
 
 
 @contextmanager
@@ -197,7 +203,8 @@ def grown(model: Model, n: int, prompt: int, suffix: int, in_turn: int = 0):
     pages follow each other, or, with `in_turn`, come with so many tokens at a time, one leaf's beside the next one's."""
     pages = -(-prompt // 16) + n * -(-(suffix + ITERATIONS) // 16)
     forest = Forest(model.new_pool(pages))
-    forest.pool.k.normal_(), forest.pool.v.normal_()
+    for layer in (*forest.pool.k, *forest.pool.v):
+        layer.copy_(torch.randn(layer.shape, device=layer.device, dtype=DTYPE))
     root = forest.add(None, [7] * prompt)
     forest.reserve([root], 0)
     forest.mark_cached([root])
@@ -213,10 +220,10 @@ def grown(model: Model, n: int, prompt: int, suffix: int, in_turn: int = 0):
     return forest, leaves
 
 
-def random_model(shape: Shape) -> Model:
+def random_model(shape: Shape, kv: str = "float") -> Model:
     """A policy of this shape with random weights, on the device."""
     clear()
-    config = random_config(shape, tied=True)
+    config = replace(random_config(shape, tied=True), kv_form=kv)
     weights = {
         name: torch.ones(size, device=DEVICE, dtype=DTYPE) if len(size) == 1
         else torch.randn(size, device=DEVICE, dtype=DTYPE).mul_(size[1] ** -0.5)

@@ -42,6 +42,15 @@ def sigint():
 
 
 @pytest.fixture
+def float8(monkeypatch):
+    """Triton's interpreter converts to float8 and back as hardware does."""
+    if not torch.cuda.is_available() and _dispatch.available("triton") is None:
+        from float8 import exact_float8
+
+        exact_float8(monkeypatch)
+
+
+@pytest.fixture
 def cpu_extension():
     reason = _dispatch.load_extension()
     if reason is not None:

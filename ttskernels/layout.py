@@ -11,7 +11,8 @@ from torch import Tensor
 
 PAGE_SIZE = 16
 FIXED = {"int16": torch.int16, "int8": torch.int8}
-FORMS = ("float", *FIXED)
+FLOAT8 = {"fp8": torch.float8_e4m3fn}  # in token-major pages only
+FORMS = ("float", *FIXED, *FLOAT8)
 MOST = {torch.int16: 4095, torch.int8: 127}  # largest integers
 LEAST_SCALED = 1e-30  # vectors of smaller values are zero
 

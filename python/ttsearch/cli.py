@@ -53,7 +53,7 @@ MaxStepTokens = Annotated[int, typer.Option(help="Generated tokens per step.")]
 MaxSteps = Annotated[int, typer.Option(help="Steps per path.")]
 KvGib = Annotated[float | None, typer.Option(help="Memory for the KV of both models, in GiB.")]
 Device = Annotated[str, typer.Option(help="cpu, or cuda: models, KV and kernels on a GPU.")]
-Kv = Annotated[str, typer.Option(help="auto, float, int16 or int8: how a CPU keeps K and V; int8 is the smallest.")]
+Kv = Annotated[str, typer.Option(help="How K and V are kept: auto, float; on a CPU int16 or int8, on a GPU fp8.")]
 Weights = Annotated[str, typer.Option(help="auto, float, int16, int8 or calibrated: how a CPU keeps matrices.")]
 Speculate = Annotated[
     str, typer.Option(help="Begin next steps while siblings still decode: off, sure or likely; results are the same.")

@@ -152,27 +152,36 @@ def small_ops(arch: str) -> list[Variant]:
         ("token_logprob-merge", token_logprob.merge_kernel,
          {"partial": "*fp32", "logprobs": "*fp32", "n": "i32", "runs": "i32"}, {"BLOCK": 512}, 4, ()),
     ]  # fmt: skip
-    for norm in (False, True):
-        strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
-        pages = ("k_page", "k_slot", "k_page_head", "v_page", "v_slot", "v_page_head")
-        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32",
-                 "out": "*bf16", "k_pages": "*bf16", "v_pages": "*bf16", "rope_scale": "fp32", "eps": "fp32"}  # fmt: skip
-        types |= i32((*strides, "part", *pages), "i32!")
-        constants = {"k_scale": None, "v_scale": None, "Q_HEADS": 32, "HEAD_DIM": 128, "V_DIM": 128, "PAIRS": 64,
-                     "PAGE_SIZE": 16, "BLOCK_PAIRS": 64, "bias": None, "PARTS": 1, "EARLY": False}  # fmt: skip
-        for name in ("q_norm", "k_norm"):
-            (types if norm else constants)[name] = "*bf16" if norm else None
-        name = "rope_append-norm" if norm else "rope_append"
-        made.append((name, rope_append.rope_append_kernel, types, constants, 1, ()))
-        if arch in EARLY_ARCHS:
-            types = types | {"bias": "*bf16"} | dict.fromkeys("qkv", "*fp32")
-            constants = {k: v for k, v in constants.items() if k != "bias"} | {"PARTS": 4, "EARLY": True}
-            made.append((f"{name}-parts", rope_append.rope_append_kernel, types, constants, 1, ()))
+    made += rope_appends(arch)
     if arch in EARLY_ARCHS:
         made += own_products(arch)
     options = {"sample-draw": {"maxnreg": 255}} if arch.startswith("sm_") else {}
     return [Variant(name, arch, kernel, t, c, warps, ops, ci, options.get(name, {}), bool(c.get("EARLY") or c.get("WAITS")))
             for name, kernel, t, c, warps, ops in made]  # fmt: skip
+
+
+def rope_appends(arch: str) -> list[tuple]:
+    """Over bf16 and float8 pages, of rows that one product made or that are to be added up."""
+    strides = ("q_row", "q_head", "k_row", "k_head", "v_row", "v_head")
+    pages = ("k_page", "k_slot", "k_page_head", "v_page", "v_slot", "v_page_head")
+    float8, made = "*fp8e5" if arch == "sm_80" else "*fp8e4nv", []
+    kinds = [(norm, "bf16", False) for norm in (False, True)] + [(True, "fp8", False), (True, "fp8", True)]
+    for norm, kv, scaled in kinds:
+        pool = float8 if kv == "fp8" else "*bf16"
+        types = {"q": "*bf16", "k": "*bf16", "v": "*bf16", "inv_freq": "*fp32", "positions": "*i32", "slots": "*i32",
+                 "out": "*bf16", "k_pages": pool, "v_pages": pool, "rope_scale": "fp32", "eps": "fp32"}  # fmt: skip
+        types |= dict.fromkeys((*strides, "part", *pages), "i32!")
+        constants = {"Q_HEADS": 32, "HEAD_DIM": 128, "V_DIM": 128, "PAIRS": 64, "PAGE_SIZE": 16, "BLOCK_PAIRS": 64, "bias": None,
+                     "PARTS": 1, "EARLY": False, "MOST": {"*fp8e5": 57344.0, "*fp8e4nv": 448.0}.get(pool)}  # fmt: skip
+        for names, wanted, kind in ((("q_norm", "k_norm"), norm, "*bf16"), (("k_scale", "v_scale"), scaled, "*fp32")):
+            (types if wanted else constants).update(dict.fromkeys(names, kind if wanted else None))
+        name = "rope_append" + "-fp8" * (kv == "fp8") + "-scaled" * scaled + "-norm" * norm
+        made.append((name, rope_append.rope_append_kernel, types, constants, 1, ()))
+        if arch in EARLY_ARCHS and not scaled:
+            types = types | {"bias": "*bf16"} | dict.fromkeys("qkv", "*fp32")
+            constants = {k: v for k, v in constants.items() if k != "bias"} | {"PARTS": 4, "EARLY": True}
+            made.append((f"{name}-parts", rope_append.rope_append_kernel, types, constants, 1, ()))
+    return made
 
 
 def own_products(arch: str) -> list[tuple]:

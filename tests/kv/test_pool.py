@@ -29,10 +29,20 @@ def test_fixed_point_layout(form, element):
     assert pool.page_bytes == 2 * 3 * 16 * ((64 + 48) * size + 8)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_float8_layout(dtype):
+    """Token-major, one byte an element, odd heads too."""
+    pool = PagePool(2, 3, 5, 7, dtype, v_dim=48, strided=True, form="fp8")
+    assert pool.k.shape == (2, 7, 16, 3, 5) and pool.v.shape == (2, 7, 16, 3, 48)
+    assert pool.k.dtype == pool.v.dtype == torch.float8_e4m3fn and (pool.dtype, pool.form) == (dtype, "fp8")
+    assert pool.page_bytes == 2 * 3 * 16 * (5 + 48)
+
+
 def test_forms_that_do_not_exist():
     for options, message in [
         ({"form": "int4"}, "form must be one of .*got 'int4'"),
-        ({"form": "int8", "strided": True}, "'float' for strided pages or on a GPU, got 'int8'"),
+        ({"form": "int8", "strided": True}, "'float' or 'fp8' for strided pages or on a GPU, got 'int8'"),
+        ({"form": "fp8"}, "form must be 'float', 'int16' or 'int8' for packed pages, got 'fp8'; pass strided=True"),
     ]:
         with pytest.raises(ValueError, match=message):
             PagePool(1, 1, 64, 4, torch.bfloat16, **options)

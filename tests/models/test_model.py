@@ -144,7 +144,7 @@ def test_what_kv_may_be(tmp_path):
     write_tiny(tmp_path, "llama")
     with pytest.raises(ValueError, match="kv must be one of .*'int16', 'int8'.*, got 'int4'"):
         load_model(tmp_path, kv="int4")
-    with pytest.raises(ValueError, match="""kv must be "auto" or "float" on a GPU, got 'int8'"""):
+    with pytest.raises(ValueError, match="""kv must be "auto", "float" or "fp8" on a GPU, got 'int8'"""):
         with_kv(load_checkpoint(tmp_path), "int8", "triton")
 
 

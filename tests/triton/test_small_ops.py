@@ -164,17 +164,58 @@ def test_rope_append(device, dtype, from_float32, rows, q_heads, kv_heads, head_
         assert_within_budget(actual[written], exact[written], low[written], factor=3.0)
 
 
-def test_rope_append_to_float8(device):
-    q, k, v = (torch.randint(-8, 9, (2, heads, 32)).float() for heads in (2, 1, 1))  # exact in float8
-    pages = [torch.zeros(1, 16, 1, 32, device=device).to(torch.float8_e4m3fn) for _ in range(2)]
-    scales = [torch.tensor([x], device=device) for x in (0.5, 2.0)]
-    place = torch.tensor([7, 3], dtype=torch.int32)
-    inv_freq = torch.zeros(16)  # no turn
-    args = to(device, q, k, v, inv_freq, place, place)
-    turned = rope_append(*args, *pages, k_scale=scales[0], v_scale=scales[1], impl="triton")
+FLOAT8 = [torch.float8_e4m3fn, torch.float8_e5m2]
+
+
+def write_float8(device, dtype, k, v, pairs, **options):
+    """What rows `[n, heads, dim]` leave in pages of one slot a row, in float32; `pairs` are turned, by 0."""
+    n, heads, dim = k.shape
+    pages = [torch.zeros(1, n, heads, dim, device=device).to(dtype) for _ in range(2)]
+    place, q = torch.arange(n).int(), torch.randn(n, 2 * heads, dim)
+    args = to(device, q, k, v, torch.zeros(pairs), place, place)
+    turned = rope_append(*args, *pages, impl="triton", **options)
     assert torch.equal(turned.cpu(), q)
-    for page, values, scale in zip(pages, (k, v), (0.5, 2.0), strict=True):
-        assert torch.equal(page.cpu().float()[0, [7, 3]], (values / scale).to(torch.float8_e4m3fn).float())
+    return [page[0].cpu().float() for page in pages]
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_rope_append_to_float8(device, float8, dtype):
+    """The nearest float8 of every element, over the head's factor."""
+    scales = torch.tensor([0.5, 2.0]), torch.tensor([0.25, 1.0])
+    given = torch.randn(33, 2, 32), torch.randn(33, 2, 32)
+    written = write_float8(device, dtype, *given, 16, k_scale=scales[0].to(device), v_scale=scales[1].to(device))
+    for got, values, scale in zip(written, given, scales, strict=True):
+        assert torch.equal(got, (values / scale[:, None]).to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", FLOAT8)
+def test_what_float8_cannot_hold(device, float8, dtype):
+    """Too large: the largest one. Not finite: NaN, so that it is noticed."""
+    most, inf = torch.finfo(dtype).max, float("inf")
+    values = [1.01, -1.01, 1.9, -70, 1e30, -1e30, 1, -1, 0.25, 0, inf, -inf, float("nan"), 1, -1, 0.5]
+    row = most * torch.tensor(values)
+    want = row.clamp(-most, most).where(row.isfinite(), float("nan"))
+    row = row.view(1, 1, 16)
+    for got in write_float8(device, dtype, row, row, 0):
+        torch.testing.assert_close(got.view(16), want, rtol=0, atol=0, equal_nan=True)
+    large = torch.full((1, 1, 16), 0.6 * most)
+    factors = [torch.tensor([0.5], device=device)] * 2
+    for got in write_float8(device, dtype, large, -large, 4, k_scale=factors[0], v_scale=factors[1]):
+        assert (got.abs() == most).all()  # turned halves and the rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_rope_append_gives_q_in_a_dtype_of_choice(device, dtype):
+    """Float32 parts over float8 pages, as a decoder of 16 bits has them."""
+    qkv = torch.randn(3, 4, 4 * 32)
+    q, k, v = (t.unflatten(-1, (-1, 32)) for t in qkv.split([2 * 32, 32, 32], -1))
+    pages = [torch.zeros(1, 4, 1, 32, device=device).to(FLOAT8[0]) for _ in range(2)]
+    place = torch.arange(4).int()
+    args = to(device, q, k, v, torch.zeros(16), place, place)
+    assert rope_append(*args, *pages, impl="triton").dtype == torch.float32
+    turned = rope_append(*args, *pages, impl="triton", out_dtype=dtype)
+    assert turned.dtype == dtype
+    torch.testing.assert_close(turned.cpu().float(), q.sum(0), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

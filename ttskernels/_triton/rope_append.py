@@ -40,12 +40,20 @@ def turn(x, part, bias, output, norm, cos, sin, eps, HEAD_DIM: tl.constexpr, PAI
 
 
 @triton.jit
-def store_turned(at, a, b, rest, scale, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr):
+def store(at, x, keep, MOST: tl.constexpr):
+    """Beyond MOST, if there is one, x becomes that, and NaN where it is not finite: what conversions to float8 make of either
+    is not the same everywhere."""
+    if MOST is not None:
+        x = tl.where(tl.abs(x) < float("inf"), tl.clamp(x, -MOST, MOST), float("nan"))
+    tl.store(at, x.to(at.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def store_turned(at, a, b, rest, scale, HEAD_DIM: tl.constexpr, PAIRS: tl.constexpr, MOST: tl.constexpr):
     d, i = tl.arange(0, rest.shape[0]), tl.arange(0, a.shape[0])
-    dtype = at.dtype.element_ty
-    tl.store(at + i, (a * scale).to(dtype), mask=i < PAIRS)
-    tl.store(at + PAIRS + i, (b * scale).to(dtype), mask=i < PAIRS)
-    tl.store(at + d, (rest * scale).to(dtype), mask=(d >= 2 * PAIRS) & (d < HEAD_DIM))
+    store(at + i, a * scale, i < PAIRS, MOST)
+    store(at + PAIRS + i, b * scale, i < PAIRS, MOST)
+    store(at + d, rest * scale, (d >= 2 * PAIRS) & (d < HEAD_DIM), MOST)
 
 
 @triton.jit
@@ -55,7 +63,7 @@ def rope_append_kernel(
     rope_scale, eps, q_row, q_head, k_row, k_head, v_row, v_head, part,     # strides in elements
     k_page, k_slot, k_page_head, v_page, v_slot, v_page_head,
     Q_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, V_DIM: tl.constexpr, PAIRS: tl.constexpr, PAGE_SIZE: tl.constexpr,
-    BLOCK_PAIRS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr, PARTS: tl.constexpr, EARLY: tl.constexpr, MOST: tl.constexpr,  # largest value of float8 pages
 ):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     i = tl.arange(0, BLOCK_PAIRS)
@@ -67,7 +75,7 @@ def rope_append_kernel(
     if head < Q_HEADS:
         q_at = q + row * q_row + head * q_head
         a, b, rest = turn(q_at, part, bias, head * HEAD_DIM, q_norm, cos, sin, eps, HEAD_DIM, PAIRS, PARTS)
-        store_turned(out + (row * Q_HEADS + head) * HEAD_DIM, a, b, rest, 1.0, HEAD_DIM, PAIRS)
+        store_turned(out + (row * Q_HEADS + head) * HEAD_DIM, a, b, rest, 1.0, HEAD_DIM, PAIRS, None)
     else:
         slot = tl.load(slots + row)
         if slot >= 0:
@@ -81,12 +89,12 @@ def rope_append_kernel(
             k_from = k + row * k_row + kv_head * k_head
             a, b, rest = turn(k_from, part, bias, head * HEAD_DIM, k_norm, cos, sin, eps, HEAD_DIM, PAIRS, PARTS)
             k_at = k_pages + page * k_page + slot * k_slot + kv_head * k_page_head
-            store_turned(k_at, a, b, rest, shrink_k, HEAD_DIM, PAIRS)
+            store_turned(k_at, a, b, rest, shrink_k, HEAD_DIM, PAIRS, MOST)
             d = tl.arange(0, triton.next_power_of_2(V_DIM))
             v_from, output = v + row * v_row + kv_head * v_head, tl.num_programs(1) * HEAD_DIM + kv_head * V_DIM
             value = load_sum(v_from, part, bias, output, d, d < V_DIM, PARTS)
             v_at = v_pages + page * v_page + slot * v_slot + kv_head * v_page_head
-            tl.store(v_at + d, (value * shrink_v).to(v_pages.dtype.element_ty), mask=d < V_DIM)
+            store(v_at + d, value * shrink_v, d < V_DIM, MOST)
 
 
 @on_device
@@ -97,6 +105,7 @@ def rope_append(
     parts, rows, q_heads, head_dim = q.shape
     kv_heads, pairs = k.shape[2], inv_freq.shape[0]
     out = torch.empty(q.shape[1:], dtype=out_dtype, device=q.device)
+    most = torch.finfo(k_pages.dtype).max if k_pages.element_size() == 1 else None
     early = parts > 1 and tiles.begins_early(q)  # behind a product that lets others begin
     if rows:
         rope_append_kernel[(rows, q_heads + kv_heads)](
@@ -105,6 +114,6 @@ def rope_append(
             rope_scale, eps, *q.stride()[1:3], *k.stride()[1:3], *v.stride()[1:3], q.stride(0),
             *k_pages.stride()[:3], *v_pages.stride()[:3],
             q_heads, head_dim, v.shape[3], pairs, k_pages.shape[1], triton.next_power_of_2(max(pairs, 1)), parts, early,
-            num_warps=1, **tiles.options(None, early),
+            most, num_warps=1, **tiles.options(None, early),
         )  # fmt: skip
     return out

@@ -54,7 +54,7 @@ def as_model(hf, *, impl: str = "auto", weights: Weights = "auto", kv: Kv = "aut
     dtype = next(hf.parameters()).dtype
     tensors = {name: tensor.detach() for name, tensor in hf.state_dict().items()}
     checkpoint = language_model(config.to_dict(), tensors, dtype, eos_of(hf), Path(hf.name_or_path or "this model"))
-    checkpoint = with_kv(checkpoint, kv, impl)
+    checkpoint = with_kv(checkpoint, kv, impl, where)
     return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=True, device=where, weights=weights))
 
 

@@ -8,7 +8,7 @@ import torch
 
 from ttskernels.errors import OutOfPagesError
 from ttskernels.kv.free_pages import FreeRuns, FreeStack
-from ttskernels.layout import FIXED, FORMS, PAGE_SIZE, fixed_run, pack_factor
+from ttskernels.layout import FIXED, FLOAT8, FORMS, PAGE_SIZE, fixed_run, pack_factor
 
 
 class ByteBudget:
@@ -44,6 +44,7 @@ class PagePool:
         strided: token-major pages, `[layers, pages, 16, kv_heads, dim]`, as GPU kernels read them.
         form: "float" keeps values in `dtype`. "int16" and "int8" keep them in fixed point for a model of that dtype:
             `[layers, pages, kv_heads, 16 * dim + room for 16 float32]`, integers of every token and head and then the scales.
+            "fp8" keeps them as float8_e4m3fn, in strided pages.
 
     Otherwise `.k` is `[layers, pages, kv_heads, head_dim / f, 16, f]`, `.v` `[layers, pages, kv_heads, 16 / f, v_dim,
     f]` with f = 2 for bf16, else 1. Not thread-safe: one engine thread owns a pool.
@@ -74,9 +75,11 @@ class PagePool:
             )
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
             raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
-        if form not in FORMS or form != "float" and (strided or torch.device(device).type != "cpu"):
-            raise ValueError(f"form must be one of {FORMS}, and 'float' for strided pages or on a GPU, got {form!r}")
-        if form != "float" and head_dim % 2:
+        if form not in FORMS or form in FIXED and (strided or torch.device(device).type != "cpu"):
+            raise ValueError(f"form must be one of {FORMS}, and 'float' or 'fp8' for strided pages or on a GPU, got {form!r}")
+        if form in FLOAT8 and not strided:
+            raise ValueError(f"form must be 'float', 'int16' or 'int8' for packed pages, got {form!r}; pass strided=True")
+        if form in FIXED and head_dim % 2:
             raise ValueError(f"head_dim must be even for {form} pages, got {head_dim}; pad the heads or use float pages")
         if head_dim % pack and not strided:
             raise ValueError(
@@ -88,8 +91,8 @@ class PagePool:
         v_shape = (layers, num_pages, kv_heads, PAGE_SIZE // pack, v_dim, pack)
         if strided:
             k_shape, v_shape = ((layers, num_pages, PAGE_SIZE, kv_heads, d) for d in (head_dim, v_dim))
-        kept = FIXED.get(form, dtype)
-        if form != "float":
+        kept = (FIXED | FLOAT8).get(form, dtype)
+        if form in FIXED:
             k_shape, v_shape = ((layers, num_pages, kv_heads, fixed_run(d, kept)) for d in (head_dim, v_dim))
         self.k = torch.empty(k_shape, dtype=kept, device=device)
         self.v = torch.empty(v_shape, dtype=kept, device=device)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ttskernels.kv.plan_layout import HeadShape
-from ttskernels.layout import FIXED, PAGE_SIZE, fixed_run
+from ttskernels.layout import FIXED, FLOAT8, PAGE_SIZE, fixed_run
 
 FlopsOutput = Literal["logits", "hidden", "kv"]
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -45,9 +45,9 @@ class ModelConfig:
     @property
     def _kv_width_bytes(self) -> int:
         """Of one token's K or V of one head: its elements, or integers and a scale."""
-        if self.kv_form == "float":
-            return self.head_dim * self.dtype.itemsize
-        return fixed_run(self.head_dim, FIXED[self.kv_form]) * FIXED[self.kv_form].itemsize // PAGE_SIZE
+        if self.kv_form in FIXED:
+            return fixed_run(self.head_dim, FIXED[self.kv_form]) * FIXED[self.kv_form].itemsize // PAGE_SIZE
+        return self.head_dim * FLOAT8.get(self.kv_form, self.dtype).itemsize
 
     def attention_products(self, first: int, rows: int, window: int) -> int:
         """Multiply-adds of one layer's attention for `rows` tokens in a row, the first at a position."""

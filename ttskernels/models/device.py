@@ -11,6 +11,8 @@ from ttskernels.errors import UnavailableError
 from ttskernels.kv.machines import DEVICES, H100, gpu_machine
 from ttskernels.kv.plan_layout import HeadShape, Machine
 
+FLOAT8_CAPABILITY = (8, 9)
+
 
 def check_device(device: str | torch.device, impl: str) -> tuple[torch.device, str]:
     """The device, and the implementation that runs on it where `impl` is "auto".
@@ -36,6 +38,18 @@ def check_device(device: str | torch.device, impl: str) -> tuple[torch.device, s
     if reason := _dispatch.available("triton"):
         raise UnavailableError(f"device {str(found)!r} is not available: {reason}")
     return torch.device("cuda", torch.cuda.current_device() if found.index is None else found.index), "triton"
+
+
+def check_float8(device: torch.device) -> None:
+    """Raise where Triton does not convert to float8_e4m3fn."""
+    if device.type != "cuda" or torch.version.hip:
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) < FLOAT8_CAPABILITY:
+        raise UnavailableError(
+            f'kv "fp8" is not available: it needs a GPU of compute capability {".".join(map(str, FLOAT8_CAPABILITY))} or more, '
+            f'{device} has {major}.{minor}; pass kv="float"'
+        )
 
 
 def device_machine(device: torch.device, heads: HeadShape) -> Machine:

@@ -171,12 +171,12 @@ class DeviceDecoder:
         return rows, LaunchPlan(plan, self.inputs.plan_view(rows), rows, room)
 
     def _key(self, name: str, rows: int, launch: LaunchPlan, pool: PagePool, *more: int) -> tuple | None:
-        """What a captured launch keeps: sizes, addresses (a layer's depends on the pool's pages), and how attention reads
-        pages. None: too many rows to be worth it."""
+        """What a captured launch keeps: sizes, addresses (a layer's depends on the pool's pages), what pages hold, and how
+        attention reads them. None: too many rows to be worth it."""
         if rows > self.captured_rows:
             return None
         launches = attention_launches(launch.header)
-        pages = pool.k.data_ptr(), pool.v.data_ptr(), tuple(pool.k.shape)
+        pages = pool.k.data_ptr(), pool.v.data_ptr(), tuple(pool.k.shape), pool.k.dtype
         return id(self), name, rows, launch.header[at.CAP_MERGES], launches, pages, pool_name(pool), *more
 
     def _table(self, next_state: Tensor) -> Tensor:

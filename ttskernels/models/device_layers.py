@@ -32,7 +32,7 @@ def turned(
     q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in qkv.split(widths, -1))
     return rope_append(
         q, k, v, decoder.inv_freq, fields.positions, fields.slots, pool.k[layer], pool.v[layer], bias=bias,
-        rope_scale=c.rope_scale, q_norm=w.q_norm, k_norm=w.k_norm, eps=c.rms_eps, impl="triton",
+        rope_scale=c.rope_scale, q_norm=w.q_norm, k_norm=w.k_norm, eps=c.rms_eps, out_dtype=c.dtype, impl="triton",
     )  # fmt: skip
 
 

@@ -14,11 +14,12 @@ from ttskernels.errors import UnavailableError
 from ttskernels.kv.plan import Plan
 from ttskernels.kv.plan_layout import HeadShape, Machine
 from ttskernels.kv.pool import ByteBudget, PagePool
+from ttskernels.layout import FIXED
 from ttskernels.layout import FORMS as KV_FORMS
 from ttskernels.models.calibrated import read_calibration
 from ttskernels.models.config import DecoderConfig, FlopsOutput
 from ttskernels.models.decoder import CALIBRATED, NONE_ROUNDED, Decoder, Forms, PythonDecoder
-from ttskernels.models.device import check_device, device_machine
+from ttskernels.models.device import check_device, check_float8, device_machine
 from ttskernels.models.device_queue import DeviceQueue, pool_name
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import Checkpoint, load_checkpoint
@@ -27,7 +28,7 @@ from ttskernels.ops.sample import check_params, check_tokens, sample
 
 Output = Literal["logits", "hidden"]
 Weights = Literal["auto", "float", "int16", "int8", "calibrated"]
-Kv = Literal["auto", "float", "int16", "int8"]
+Kv = Literal["auto", "float", "int16", "int8", "fp8"]
 
 
 class Model:
@@ -224,7 +225,7 @@ def load_model(
     Args:
         source: checkpoint folder (safetensors or pytorch_model.bin; or a LoRA adapter, which is merged into its base),
             hub id `owner/name`, `.gguf` file or a folder with one.
-        dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype.
+        dtype: bf16, fp32 or fp16; weights are converted, KV has the same dtype unless `kv` says otherwise.
         impl: "auto" takes the C++ decoder when the extension is loaded; "reference" is plain PyTorch; "triton" is the GPU's.
         head: how scores are read. None: as the checkpoint's own kind says; a plain language model has no head. Rows or
             the mean of the vocabulary make a head of a plain language model, whose vocabulary head is then not kept.
@@ -238,8 +239,9 @@ def load_model(
             stay in two bytes, and the likeliest logits are refined, see `refine_logits`); "calibrated" the same with
             these in int8, too, faster at about the same loss, once `calibrate` has rounded the weights. "auto": "int16"
             for bf16 models where it is the faster one.
-        kv: how K and V are kept on a CPU: "float" in `dtype`, "int16" or "int8" in fixed point, see `PagePool`; attention
-            then runs on integer products, and "int8" takes about half the bytes. "auto": as for `weights`.
+        kv: how K and V are kept: "float" in `dtype`; on a CPU "int16" or "int8" in fixed point, see `PagePool`: attention
+            then runs on integer products, and "int8" takes about half the bytes; on a GPU "fp8" (float8_e4m3fn), half the
+            bytes of bf16 at a loss of accuracy, where beyond 448 K and V become that. "auto": on a CPU as for `weights`.
     Raises:
         FileNotFoundError, ConnectionError: nothing to load there.
         ValueError: unsupported family or feature, incomplete or damaged files, a `head` the checkpoint cannot have; the
@@ -254,7 +256,7 @@ def load_model(
         if (folder := unknown_family(source, dtype)) is not None:
             return load_general(folder, dtype, impl, where, kv)
     checkpoint = load_checkpoint(source, dtype, head, keep_lm_head=keep_lm_head, base=base)
-    checkpoint = with_kv(checkpoint, kv, impl)
+    checkpoint = with_kv(checkpoint, kv, impl, where)
     return Model(checkpoint, *make_decoder(checkpoint, impl, lm_head=checkpoint.keeps_lm_head, device=where, weights=weights))
 
 
@@ -283,12 +285,16 @@ def forms_of(form: Form | Literal["calibrated"], impl: str, dtype: torch.dtype) 
     return Forms("int8", "int16", "float" if dtype == torch.bfloat16 and not integers_are_faster(impl, dtype) else "int16")
 
 
-def with_kv(checkpoint: Checkpoint, kv: str, impl: str) -> Checkpoint:
+def with_kv(checkpoint: Checkpoint, kv: str, impl: str, device: torch.device | None = None) -> Checkpoint:
     """The checkpoint with the form of its pages decided."""
     if kv not in ("auto", *KV_FORMS):
         raise ValueError(f"kv must be one of {('auto', *KV_FORMS)}, got {kv!r}")
-    if impl == "triton" and kv not in ("auto", "float"):
-        raise ValueError(f'kv must be "auto" or "float" on a GPU, got {kv!r}')
+    if impl == "triton" and kv in FIXED:
+        raise ValueError(f'kv must be "auto", "float" or "fp8" on a GPU, got {kv!r}')
+    if impl != "triton" and kv == "fp8":
+        raise ValueError(f'kv must be "auto", "float", "int16" or "int8" on a CPU, got {kv!r}; pass device="cuda" for it')
+    if kv == "fp8":
+        check_float8(device or torch.device("cpu"))
     if kv == "auto":
         kv = "int16" if integers_are_faster(impl, checkpoint.config.dtype) else "float"
     return replace(checkpoint, config=replace(checkpoint.config, kv_form=kv))

@@ -130,7 +130,7 @@ def load_pair(
     """Load two language models of one shape; arguments and errors as `load_model`."""
     where, impl = check_device(device, impl)
     check_impl(impl)
-    checkpoints = [with_kv(load_checkpoint(source, dtype), kv, impl) for source in (first, second)]
+    checkpoints = [with_kv(load_checkpoint(source, dtype), kv, impl, where) for source in (first, second)]
     models = [_language_model(c, s, impl, where, weights) for c, s in zip(checkpoints, (first, second), strict=True)]
     return PairModel(*models)
 

@@ -26,6 +26,7 @@ def rope_append(
     eps: float = 1e-6,
     k_scale: Tensor | None = None,
     v_scale: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
     impl: Impl = "auto",
 ) -> Tensor:
     """Return q rotated by position; write k (rotated) and v into their slots.
@@ -45,9 +46,12 @@ def rope_append(
         bias: `[outputs]` of q, k and v, one after the other, added first.
         rope_scale: multiplies cos and sin (transformers' attention_scaling).
         q_norm, k_norm: `[head_dim]` weights of an RMS norm of each head before the rotation (Qwen3).
-        k_scale, v_scale: `[kv_heads]` float32 factors of float8 pages: what is written is divided by them.
+        k_scale, v_scale: `[kv_heads]` float32 factors of float8 pages: what is written is divided by them. Beyond the
+            largest float8 it becomes that one; what is not finite becomes NaN.
+        out_dtype: of the result. None: the pages' (`q`'s, if that is float8, int16 or int8), to which impl "cpu" and
+            "reference" round in any case.
     Returns:
-        `[rows, q_heads, head_dim]` in the pages' dtype (`q`'s, if that is float8, int16 or int8).
+        `[rows, q_heads, head_dim]`.
     Raises:
         ValueError: shape or dtype mismatch.
         RuntimeError: a slot is outside of the pool (impl "cpu"); nothing is written then.
@@ -56,6 +60,8 @@ def rope_append(
     q, k, v = (t if t.ndim == 4 else t[None] for t in (q, k, v))
     check_parts(q, k, v, bias)
     check(q[0], k[0], v[0], inv_freq, positions, slots, k_pages, v_pages, q_norm, k_norm)
+    if out_dtype is None:
+        out_dtype = q.dtype if is_fixed(k_pages) or k_pages.dtype in FLOAT8 else k_pages.dtype
     turns, pages, chosen = (inv_freq, rope_scale, positions, slots), (eps, k_pages, v_pages), resolve(impl, q)
     if chosen == "triton":
         from ttskernels._triton.rope_append import rope_append as launch
@@ -65,11 +71,9 @@ def rope_append(
         if len(q) > 1 and len({t.stride(0) for t in (q, k, v)}) > 1:
             q, k, v = (t.sum(0, keepdim=True) for t in (q, k, v))
         q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
-        out_dtype = q.dtype if k_pages.dtype in FLOAT8 else k_pages.dtype
         return launch(q, k, v, bias, *turns, q_norm, k_norm, *pages, k_scale, v_scale, out_dtype)
     if k_pages.dtype in FLOAT8:
         raise ValueError(f"impl {chosen!r} writes no {k_pages.dtype} pages; they need impl='triton'")
-    out_dtype = q.dtype if is_fixed(k_pages) else k_pages.dtype
     q, k, v = added(q, k, v, bias)
     if is_fixed(k_pages):
         q_norm, k_norm = (None if norm is None else norm.to(q.dtype) for norm in (q_norm, k_norm))

@@ -91,10 +91,10 @@ class LocalBackend:
             prm_family, prompt_style: see `ttsearch.verifiers` and `ttsearch.prompts`; None: seen in the checkpoint.
             prm_reference, prm_base: of an implicit PRM, of an adapter or PQM; see `verifiers.session.load_verifier`.
             kv_bytes: KV budget of both models together; None: 2 GiB. A generative verifier has as much again, for itself.
-            dtype: "bf16", "fp16" or "fp32", of weights and KV. impl: "auto", "cpu" or "reference".
+            dtype: "bf16", "fp16" or "fp32", of weights, and of KV unless `kv` says otherwise. impl: "auto", "cpu" or "reference".
             device: "cpu", or "cuda" for both models on a GPU.
             weights: of both models on a CPU: "auto", "float", "int16", "int8" or "calibrated"; see `load_model`.
-            kv: how both models keep K and V on a CPU, likewise.
+            kv: how both models keep K and V: "auto", "float", on a CPU "int16" or "int8", on a GPU "fp8"; likewise.
             speculate: begin the next step of paths while the last of their siblings are still decoded: "sure", of those that
                 no sibling can push out any more; "likely", also of those that will probably stay; "off". Trees and scores
                 are the same.

@@ -265,7 +265,7 @@ def load_verifier(
         base: of an adapter, or of weights without a config.json (PQM), see `load_model`; also where their tokenizer is, if
             they have none, with the family's own token added behind it.
         weights: on a CPU "auto", "float", "int16", "int8" or "calibrated"; see `load_model`.
-        kv: how K and V are kept on a CPU, likewise.
+        kv: how K and V are kept: "auto", "float", on a CPU "int16" or "int8", on a GPU "fp8"; likewise.
         device: "cpu", or "cuda" for weights and KV on a GPU.
         seed: of generative verifiers; with the problem and the steps it fixes what they write.
         fields: of the family, to be set otherwise, such as samples=4 or max_length=2048.
