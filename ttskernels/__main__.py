@@ -24,6 +24,7 @@ SETTINGS = {
     "TTSK_DISABLE_CPP": "1: run on the reference implementation",
     "TTSK_CACHE": "folder of converted GGUF checkpoints, calibrated weights and the planner's constants",
     "TTSK_MACHINE": "default, or a file with the planner's constants; else they are measured once",
+    "TTSK_VLLM": "1: tree attention inside of vLLM's CPU engine (integrations/vllm.py)",
 }
 ISAS = ("portable", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "neon", "neon_bf16")
 

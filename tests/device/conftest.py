@@ -2,8 +2,17 @@
 
 import pytest
 import torch
+from tiny_models import SMALL, write_tiny
 
 from ttskernels import _dispatch
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
+    write_tiny(policy, "llama", seed=1, **SMALL)
+    write_tiny(verifier, "qwen3", seed=2, kind="ForTokenClassification", num_labels=2, **SMALL)
+    return policy, verifier
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny_models import rewrite, write_tiny
+from tiny_models import SMALL, rewrite, write_tiny
 from trees import Tree
 
 from ttskernels.errors import UnavailableError
@@ -13,7 +13,6 @@ from ttskernels.models import device_decoder, load_model
 from ttskernels.models.device import check_device
 
 VOCAB = 131
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 
 
 class Loop:

@@ -5,7 +5,7 @@ import threading
 import pytest
 import torch
 from engines import Search, make_engine, run_together, stop_table
-from tiny_models import write_tiny
+from tiny_models import SMALL, write_tiny
 
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling
@@ -14,15 +14,6 @@ from ttskernels.models.model import load_model
 from ttskernels.models.pair import load_pair
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
-    write_tiny(policy, "llama", seed=1, **SMALL)
-    write_tiny(verifier, "qwen3", seed=2, kind="ForTokenClassification", num_labels=2, **SMALL)
-    return policy, verifier
 
 
 def device_engine(folders, device, **options) -> Engine:

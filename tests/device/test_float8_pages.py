@@ -7,7 +7,7 @@ import torch
 from engines import Search, run_together, stop_table
 from float8 import with_rounded_kv
 from general_models import general_tiny
-from tiny_models import rewrite, write_tiny
+from tiny_models import SMALL, rewrite, write_tiny
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification
 from trees import Tree, expected, stack, walk
 
@@ -22,7 +22,6 @@ from ttskernels.models.pair import PairModel, load_pair
 
 VOCAB = 131
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
-SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 # Root mean square error as a share of the logits' deviation. Sums in another order move a few elements of K to the next float8,
 # which has cost up to 1.4e-3 here, and 1e-6 where there was none; unrounded K and V are 0.025 and more away.
 CLOSE = 5e-3
@@ -114,14 +113,6 @@ def test_decoding_picks_the_likeliest_tokens(device, tmp_path):
         chosen = logits.gather(1, torch.tensor(column)[:, None])[:, 0]
         assert (chosen >= logits.amax(1) - 20 * CLOSE * logits.std()).all()
     assert len({tuple(column) for column in tokens.T.tolist()}) == 3
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    policy, verifier = tmp_path_factory.mktemp("policy"), tmp_path_factory.mktemp("verifier")
-    write_tiny(policy, "llama", seed=1, **SMALL)
-    write_tiny(verifier, "qwen3", seed=2, kind="ForTokenClassification", num_labels=2, **SMALL)
-    return policy, verifier
 
 
 def searches(folders, device, kv_bytes):

@@ -19,6 +19,8 @@ BASE = {
     "eos_token_id": 7,
     "bos_token_id": 1,
 }
+# for what is slow: kernels in Triton's interpreter
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32}
 LLAMA3 = {
     "rope_type": "llama3",
     "rope_theta": 10000.0,
