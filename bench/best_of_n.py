@@ -28,7 +28,7 @@ import ttskernels
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling
 from ttskernels.integrations.transformers import as_model
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 from ttskernels.models.sources import resolve
 
 

@@ -25,7 +25,7 @@ import torch
 import ttskernels
 from ttskernels.kv.forest import Forest
 from ttskernels.kv.plan import build_plan
-from ttskernels.models.model import Model, load_model
+from ttskernels.models import Model, load_model
 
 MAX_KL, MIN_EQUAL = 0.01, 0.98
 

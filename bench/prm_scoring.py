@@ -41,8 +41,8 @@ import torch
 
 import ttskernels
 from ttskernels.engine.batcher import Engine
+from ttskernels.models import load_model
 from ttskernels.models.heads import HeadSpec
-from ttskernels.models.model import load_model
 
 METHODS = ("ours", "no_reuse", "full", "keep", "cache")
 GROWING = ("ours", "cache")  # keep a state from step to step

@@ -39,8 +39,8 @@ import torch
 import ttskernels
 from ttskernels.engine import batcher, commands, policy, scorer
 from ttskernels.engine.batcher import Engine
+from ttskernels.models import load_model
 from ttskernels.models.heads import HeadSpec
-from ttskernels.models.model import load_model
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "python"))

@@ -86,7 +86,7 @@ import os, signal, threading, time, torch
 from ttsearch.demo import policy_path
 from ttskernels.kv.forest import Forest
 from ttskernels.kv.plan import build_plan
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 torch.set_num_threads(1)
 model = load_model(policy_path(), torch.bfloat16)
 def forward():

@@ -26,11 +26,11 @@ from ttsearch.verifiers.text import Extension, PrmPath  # noqa: E402
 import ttskernels  # noqa: E402
 from ttskernels.engine.batcher import Engine  # noqa: E402
 from ttskernels.engine.work import Sampling  # noqa: E402
+from ttskernels.models import load_model  # noqa: E402
 from ttskernels.models.calibrated import calibration_file  # noqa: E402
 from ttskernels.models.calibration import calibrate  # noqa: E402
 from ttskernels.models.heads import HeadSpec  # noqa: E402
 from ttskernels.models.loading import load_checkpoint  # noqa: E402
-from ttskernels.models.model import load_model  # noqa: E402
 
 KV_BYTES = 4 << 30
 OPTIONS = {

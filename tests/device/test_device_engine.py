@@ -9,8 +9,8 @@ from tiny_models import SMALL, write_tiny
 
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Sampling
+from ttskernels.models import load_model
 from ttskernels.models.device_queue import Fetch
-from ttskernels.models.model import load_model
 from ttskernels.models.pair import load_pair
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]

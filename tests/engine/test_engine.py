@@ -16,7 +16,7 @@ from ttskernels.kv.free_pages import FreeRuns
 from ttskernels.kv.machines import gpu_machine
 from ttskernels.kv.plan import build_plan
 from ttskernels.kv.plan_layout import PAGE_BREAKS
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
 

@@ -8,7 +8,7 @@ import torch
 from tiny_models import rewrite, write_tiny
 
 from ttskernels.engine.batcher import Engine
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 
 PROMPT = [3, 9, 11, 24, 90, 17, 33, 2, 8, 120, 44, 61, 70, 15, 19, 77, 101, 6, 52, 40]
 

@@ -2,9 +2,9 @@ import pytest
 import torch
 from tiny_models import write_tiny
 
+from ttskernels.models import load_model
 from ttskernels.models.heads import HeadSpec, ScoreHead
 from ttskernels.models.loading import load_checkpoint
-from ttskernels.models.model import load_model
 
 
 def apply(head: ScoreHead, hidden):

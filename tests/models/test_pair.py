@@ -7,7 +7,7 @@ from tiny_models import write_tiny
 from ttskernels.engine.batcher import Engine
 from ttskernels.kv.forest import Forest
 from ttskernels.kv.plan import build_plan
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 from ttskernels.models.pair import PairModel, load_pair
 
 IDS = [(7 * i) % 120 + 3 for i in range(37)]

@@ -12,7 +12,7 @@ from ttskernels.engine.ahead import Wish
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, StepEnd
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 
 STEP, END = 5, 7  # token ids that end a step and a solution in the tests' automaton
 

@@ -13,7 +13,7 @@ import torch
 from prm_checkpoints import PlainPrm
 from tiny_models import config_of
 
-from ttskernels.models.model import Model, load_model
+from ttskernels.models import Model, load_model
 
 SIZES = {"max_position_embeddings": 1024, "num_attention_heads": 2, "num_key_value_heads": 1}
 

@@ -3,7 +3,8 @@
 from ttskernels.models.calibration import calibrate
 from ttskernels.models.config import DecoderConfig
 from ttskernels.models.heads import HeadSpec, ScoreHead
+from ttskernels.models.load import load_model
 from ttskernels.models.loading import Checkpoint, load_checkpoint
-from ttskernels.models.model import Model, load_model
+from ttskernels.models.model import Model
 
 __all__ = ["Checkpoint", "DecoderConfig", "HeadSpec", "Model", "ScoreHead", "calibrate", "load_checkpoint", "load_model"]

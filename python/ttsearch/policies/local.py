@@ -17,7 +17,7 @@ from ttskernels.engine.ahead import Wish
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
 from ttskernels.engine.work import Sampling, Session, StepEnd
-from ttskernels.models.model import load_model
+from ttskernels.models import load_model
 from ttskernels.models.sources import resolve
 
 from ..budget import Budget, Limits

@@ -14,8 +14,8 @@ import torch
 import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads wait
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.keys import root_key
+from ttskernels.models import load_model
 from ttskernels.models.heads import HeadSpec
-from ttskernels.models.model import load_model
 
 from ..stops import compile_stops
 from ..tokenizer import load_tokenizer

@@ -17,7 +17,7 @@ import ttskernels  # noqa: F401, I001 - before torch: it sets how OpenMP threads
 from ttskernels.engine.batcher import Engine
 from ttskernels.engine.work import Session
 from ttskernels.kv.forest import Node
-from ttskernels.models.model import Model, load_model
+from ttskernels.models import Model, load_model
 from ttskernels.models.pair import PairModel, load_pair
 from ttskernels.models.sources import resolve
 

@@ -31,6 +31,9 @@ class CountingModel:
         self.head, self.norm = ScoreHead(torch.ones(1, 8), squash="sigmoid"), torch.ones(8)
         self.queue, self.rows = DeviceQueue(torch.device("cpu")), 0
 
+    def forget_pool(self, pool):
+        pass
+
     def new_pool(self, num_pages, budget=None):
         return PagePool(1, 1, 4, num_pages, torch.float32, budget)
 
