@@ -42,6 +42,13 @@ def test_low_precision(variant, dtype, kv, cpu_extension):
     assert ours <= 2**2 * theirs, f"mean square error {ours:.3g}, transformers' own {theirs:.3g}"
 
 
+def test_pages_of_a_byte_are_no_reason_to_refuse_a_model(cpu_extension):
+    theirs = general_tiny("gemma2")
+    seen = walk(general_model(copy.deepcopy(theirs), "cpu", "int8"), VOCAB)
+    exact = expected(lambda ids: theirs(ids).logits, seen)
+    assert 1e-4 < (stack(seen) - exact).square().mean().sqrt() / exact.std() < 0.1
+
+
 def test_hidden_states_are_those_of_the_trunk(impl):
     theirs = general_tiny("gemma2")
     model = general_model(copy.deepcopy(theirs), impl)
