@@ -139,6 +139,9 @@ def test_command_line():
     assert "39, 41 us inside a graph" in done.stdout and "a shape of your own on H100" in done.stdout
     assert "each node read once     3.5 us, 10.5 MB" in done.stdout
     assert "5 nodes of 164 tokens" in run("--nodes", "100,0:30,0:7,1:12,1:15").stdout
+    slower = run("--shape", "qwen2.5-1.5b", "--branches", "64", "--prompt", "2048", "--suffix", "128", "--gb-per-second", "1500")
+    assert "each node read once     7.0 us, 10.5 MB" in slower.stdout
+    assert "--gb-per-second must be positive, got 0.0" in run("--gb-per-second", "0").stderr
     assert "layers of a shape must be positive, got 0" in run("--layers", "0").stderr
     assert len(run("--table").stdout.splitlines()) == 1 + len(roofline.TABLE)
     assert "--levels must look like 1x2048,64x128" in run("--levels", "64").stderr

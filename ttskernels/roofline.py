@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 from ttskernels.attention_launches import attention_launches
@@ -215,9 +215,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--nodes", help="parent:tokens of each node, instead of those; the ends of the tree are the branches")
     parser.add_argument("--kv-bytes", type=int, choices=(1, 2), default=2)
     parser.add_argument("--device", choices=sorted(DEVICES), default="h100")
+    parser.add_argument("--gb-per-second", type=float, help="a bandwidth that was measured, instead of the device's")
     parser.add_argument("--table", action="store_true", help="a table of shapes and trees")
     args = parser.parse_args(argv)
     device = DEVICES[args.device]
+    if args.gb_per_second is not None:
+        if not args.gb_per_second > 0:
+            parser.error(f"--gb-per-second must be positive, got {args.gb_per_second}")
+        device = replace(device, bytes_per_second=args.gb_per_second * 1e9)
     if args.table:
         print(f"{'shape':14}{'N,P,S':>15} {'KV':>3} {'flat':>9}{'shared':>9}{'compute':>9}{'floor':>9}{'gain':>7}"
               f"{'iteration':>11}{'launches':>10}  us a layer on {device.name}, then us an iteration")  # fmt: skip

@@ -109,6 +109,8 @@ def test_a_prompt_too_long_for_the_memory_is_refused_and_the_next_call_works(hf)
 
 
 def test_wrong_models_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="impl must be one of .*got 'fast'"):
+        as_model(write_tiny(tmp_path, "llama"), impl="fast")
     with pytest.raises(ValueError, match="model_type must be one of llama, .* got 'gemma2'"):
         as_model(general_tiny("gemma2"), general=False)
     with pytest.raises(ValueError, match='weights must be "auto" or "float" for a model that runs by its own modules'):

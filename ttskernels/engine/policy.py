@@ -14,9 +14,9 @@ from ttskernels.engine.work import Branch, Session, StepEnd
 from ttskernels.errors import BadLogitsError, OutOfPagesError
 from ttskernels.kv.forest import Forest, Node
 from ttskernels.kv.plan import build_plan
+from ttskernels.kv.plan_layout import RUN_TOKENS
 
 SLACK_TOKENS = 8  # a leaf with fewer free slots is topped up, so that a plan lasts at least this many iterations
-RUN_TOKENS = 64  # by so many where kernels want pages that follow each other, if there are enough
 MAX_ITERATIONS = 16  # tokens a decode call may run before new work is looked at
 SHORT_ITERATIONS = 4  # the same in a batch so small that scores may soon let more branches join it
 PREFILL_ROWS = 2048  # rows of one forward; a longer prompt is prefilled in several
@@ -142,7 +142,8 @@ class PolicyRunner:
         return admitted
 
     def _reserve_all(self, branches: list[Branch]) -> bool:
-        """Slots for every branch without evicting anything, if there are so many."""
+        """Slots for every branch without evicting anything, if there are so many. Where kernels want pages that follow each
+        other, leaves grow by a run of them, while that fits."""
         for tokens in (RUN_TOKENS, SLACK_TOKENS) if self.forest.pool.keeps_runs else (SLACK_TOKENS,):
             needs: dict[Node, int] = {}
             for branch in branches:

@@ -21,7 +21,7 @@ from ttskernels.models.device import check_device
 from ttskernels.models.families import FAMILIES
 from ttskernels.models.general_model import check_policy, eos_of, general_model
 from ttskernels.models.loading import language_model
-from ttskernels.models.model import Kv, Model, Weights, make_decoder, with_kv
+from ttskernels.models.model import Kv, Model, Weights, check_impl, make_decoder, with_kv
 
 ENDED = -2  # of the stop automaton
 WARPERS = {"TemperatureLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper", "MinPLogitsWarper"}
@@ -51,6 +51,7 @@ def as_model(hf, *, impl: str = "auto", weights: Weights = "auto", kv: Kv = "aut
             raise ValueError(f'weights must be "auto" or "float" for a model that runs by its own modules, got {weights!r}')
         return general_model(hf, impl, kv)
     where, impl = check_device(hf.device, impl)
+    check_impl(impl)
     dtype = next(hf.parameters()).dtype
     tensors = {name: tensor.detach() for name, tensor in hf.state_dict().items()}
     checkpoint = language_model(config.to_dict(), tensors, dtype, eos_of(hf), Path(hf.name_or_path or "this model"))
